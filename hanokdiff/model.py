@@ -1,0 +1,194 @@
+"""Stable Diffusion in one object: text encoder, UNet, autoencoder and schedule.
+
+    sd = load("tiny")                                            # or a folder, or a hub id
+    for x in sd.sample(["a castle in the snow"], seeds=[0]): ...
+    sd.pictures(x)[0].save("castle.png")
+
+This is the only place that chooses the device and the precision.
+"""
+
+import ctypes
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hanokdiff import checkpoint, samplers
+from hanokdiff.schedule import Schedule
+from hanokdiff.text import Text, TextConfig, TextEncoder
+from hanokdiff.unet import UNet, UNetConfig
+from hanokdiff.vae import VAE, VAEConfig
+
+TINY = Path(__file__).parent / "tiny" / "sd"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose(device: str | None = None, dtype: str = "auto") -> tuple[torch.device, torch.dtype, str]:
+    """The device and the precision of everything that is frozen, and the reason in words."""
+    if dtype not in ("auto", *DTYPES):
+        raise ValueError(f'dtype "{dtype}" is not known; choose one of auto, {", ".join(DTYPES)}')
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f'device "{device}" cannot be used ({str(e).splitlines()[0]}); try cpu, or leave it out') from None
+    why = "named" if device else ("the first GPU" if chosen.type == "cuda" else "no CUDA device here")
+    if dtype != "auto":
+        return chosen, DTYPES[dtype], f"{chosen} ({why}), {dtype} (named)"
+    if chosen.type == "cuda":
+        if torch.cuda.is_bf16_supported():
+            return chosen, torch.bfloat16, f"{chosen} ({why}), bf16 (fp32's range at half the memory)"
+        return chosen, torch.float32, f"{chosen} ({why}), fp32 (this card has no bf16)"
+    if sys.platform == "linux" and chosen.type == "cpu":
+        keep_memory()
+    return chosen, torch.float32, f"{chosen} ({why}), fp32 (fastest and exact there)"
+
+
+def keep_memory() -> None:
+    """Ask glibc to keep freed memory: by default every training step gives it back and fetches it anew, up to a third
+    of the time on a CPU."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError):  # another C library: only slower
+        pass
+
+
+@dataclass
+class StableDiffusion:
+    unet: UNet
+    vae: VAE
+    text: Text
+    schedule: Schedule
+    device: torch.device
+    dtype: torch.dtype
+    name: str = ""
+
+    @property
+    def cfg(self) -> float:
+        """The guidance that suits the model: what the tiny world likes is too little for Stable Diffusion."""
+        return 4.0 if self.name == "tiny" else 7.5
+
+    @property
+    def resolution(self) -> int:
+        """Pixels per side that the model was trained at."""
+        return self.unet.config.sample_size * self.vae.config.factor
+
+    def denoiser(self, context: Tensor, negative: Tensor | None, cfg: float) -> samplers.Denoise:
+        """The network as a sampler wants it: (x, sigma, t) -> clean picture, guided and in x's own scale.
+
+        Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): out = un + cfg (cond - un), both halves in one
+        batch; `negative` (B, T, D) is the context to move away from, None switches guidance off."""
+        both = context if negative is None else torch.cat([negative, context])
+
+        def denoise(x: Tensor, sigma: float, t: float) -> Tensor:
+            c_in = (sigma**2 + 1) ** -0.5
+            inputs = (x * c_in).to(self.dtype)
+            inputs = inputs if negative is None else torch.cat([inputs, inputs])
+            out = self.unet(inputs, torch.full((len(inputs),), t, device=x.device), both).float()
+            if negative is not None:
+                un, cond = out.chunk(2)
+                out = un + cfg * (cond - un)
+            if self.schedule.prediction_type == "v_prediction":
+                return x * c_in**2 - out * sigma * c_in
+            return x - sigma * out
+
+        return denoise
+
+    def sample(
+        self, prompts: list[str], seeds: list[int], negative: str = "", sampler: str = samplers.DEFAULT,
+        steps: int = 20, cfg: float | None = None, size: tuple[int, int] | None = None,
+    ) -> Iterator[Tensor]:  # fmt: skip
+        """Yield the latents (B, 4, h, w) after every step; picture i starts from the noise of seeds[i] alone.
+
+        `size` is (width, height) in pixels, both divisible by 8 (4 in the tiny world); default the model's own."""
+        cfg = self.cfg if cfg is None else cfg
+        w, h = check_size(size or (self.resolution, self.resolution), self.vae.config.factor)
+        shape = (self.unet.config.in_channels, h, w)
+        streams = [torch.Generator().manual_seed(s) for s in seeds]  # on the CPU: the same noise on every device
+
+        def noise() -> Tensor:
+            return torch.stack([torch.randn(shape, generator=g) for g in streams]).to(self.device)
+
+        with torch.inference_mode():
+            context = self.text(prompts)
+            away = self.text([negative]).expand_as(context) if cfg != 1 else None
+            steps_ = samplers.sample(sampler, self.denoiser(context, away, cfg), noise, self.schedule, steps)
+        while True:  # inference mode for our steps, not for the caller's code between them
+            with torch.inference_mode():
+                x = next(steps_, None)
+            if x is None:
+                return
+            yield x
+
+    def draw(self, prompts: list[str], seeds: list[int], batch_size: int = 32, **options) -> list[Image.Image]:
+        """One finished picture per prompt and seed; `options` are those of `sample`."""
+        out = []
+        for k in range(0, len(prompts), batch_size):
+            for x in self.sample(prompts[k : k + batch_size], seeds[k : k + batch_size], **options):
+                pass
+            out += self.pictures(x)
+        return out
+
+    def pictures(self, latents: Tensor, slice: int = 8) -> list[Image.Image]:
+        """Decode latents (B, 4, h, w), a few at a time, to 8-bit pictures; rounded, not truncated."""
+        out = []
+        with torch.inference_mode():
+            for part in latents.split(slice):
+                x = self.vae.decode(part.to(self.dtype)).float().cpu()
+                x = ((x / 2 + 0.5).clamp(0, 1) * 255).round().byte()
+                out += [Image.fromarray(np.ascontiguousarray(p)) for p in x.permute(0, 2, 3, 1).numpy()]
+        return out
+
+
+def grid(pictures: list[Image.Image], columns: int, zoom: int = 1, gap: int = 2) -> Image.Image:
+    """Pictures of one size in rows of `columns`, on white."""
+    w, h = (zoom * n for n in pictures[0].size)
+    rows = -(-len(pictures) // columns)
+    out = Image.new("RGB", (columns * (w + gap) - gap, rows * (h + gap) - gap), "white")
+    for i, p in enumerate(pictures):
+        p = p.resize((w, h), Image.Resampling.NEAREST) if zoom > 1 else p
+        out.paste(p, (i % columns * (w + gap), i // columns * (h + gap)))
+    return out
+
+
+def check_size(size: tuple[int, int], factor: int) -> tuple[int, int]:
+    """Pixels -> latent positions, (width, height)."""
+    for n, side in zip(size, ("width", "height"), strict=True):
+        if n < factor or n % factor:
+            near = max(factor, round(n / factor) * factor)
+            raise ValueError(f"{side} is {n}, but must be divisible by {factor}; the nearest is {near}")
+    return size[0] // factor, size[1] // factor
+
+
+def load(model: str = "tiny", device: str | None = None, dtype: str = "auto", say=print) -> StableDiffusion:
+    """Open a model: "tiny", a diffusers folder or a hub id. Everything is frozen; what learns is up to the method."""
+    start, (dev, precision, reason) = time.perf_counter(), choose(device, dtype)
+    folder = TINY if model == "tiny" else checkpoint.find(model)
+    checkpoint.read_json(folder / "model_index.json")
+    schedule = Schedule.from_json(checkpoint.read_json(folder / "scheduler" / "scheduler_config.json"))
+    unet = checkpoint.load_part(folder, "unet", UNet, UNetConfig)
+    if unet.config.in_channels != 4:
+        raise ValueError(f"{model}: the UNet takes {unet.config.in_channels} channels, not 4: inpainting and pix2pix "
+                         "models are not supported")  # fmt: skip
+    vae = checkpoint.load_part(folder, "vae", VAE, VAEConfig)
+    encoder = checkpoint.load_part(folder, "text_encoder", TextEncoder, TextConfig)
+    if encoder.config.hidden_size != unet.config.cross_attention_dim:
+        raise ValueError(f"{model}: the text encoder is {encoder.config.hidden_size} wide, but the UNet listens to "
+                         f"{unet.config.cross_attention_dim}")  # fmt: skip
+    tokenizer = checkpoint.load_tokenizer(folder / "tokenizer")
+    for part in (unet, vae, encoder):
+        part.to(dev, precision)
+    if say:
+        millions = sum(p.numel() for p in unet.parameters()) / 1e6
+        say(f"model {model}: UNet of {millions:.1f} M parameters, {schedule.prediction_type}, "
+            f"opened in {time.perf_counter() - start:.1f} s")  # fmt: skip
+        say(f"device {reason}")
+    return StableDiffusion(unet, vae, Text(encoder, tokenizer), schedule, dev, precision, model)

@@ -1,0 +1,130 @@
+"""Samplers: from noise to a latent in 20 or so steps, each one function and one loop.
+
+All of them solve the same equation in the picture scaled up so that only the noise level sigma changes
+(Karras et al. 2022, arXiv:2206.00364, section 2):
+
+    dx / dsigma = (x - D(x, sigma)) / sigma,     x = x_t / sqrt(alpha_bar_t),     sigma = sqrt((1 - alpha_bar_t) / alpha_bar_t)
+
+where D, the `denoise` function below, guesses the clean picture.  They differ in the sigmas visited and in the step
+taken.  DDIM without noise *is* the Euler step (Song et al. 2020, equation 14, in these coordinates).  Timesteps and
+their rounding are those of diffusers, where `timestep_spacing` has its names too; the WebUI's DDIM visits others.
+
+A sampler is a generator that yields the latents after every step, so the `for` is the caller's:
+
+    for x in sample("dpmpp_2m_karras", denoise, noise, schedule, steps=20): ...        # the last x is the result
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from hanokdiff.schedule import Schedule
+
+Denoise = Callable[[Tensor, float, float], Tensor]  # (x (B, 4, h, w), sigma, t) -> clean picture (B, 4, h, w)
+
+
+def euler(denoise: Denoise, x: Tensor, sigmas: list, ts: list, noise: Callable) -> Iterator[Tensor]:
+    """The first-order step (Karras et al. 2022, algorithm 1 without churn); DDIM when the sigmas are DDIM's."""
+    for sigma, after, t in zip(sigmas, sigmas[1:], ts, strict=False):
+        slope = (x - denoise(x, sigma, t)) / sigma
+        x = x + slope * (after - sigma)
+        yield x
+
+
+def euler_ancestral(denoise: Denoise, x: Tensor, sigmas: list, ts: list, noise: Callable) -> Iterator[Tensor]:
+    """Euler to below the next level, then up to it again with fresh noise (k-diffusion; DDPM's variance, eta 1)."""
+    for sigma, after, t in zip(sigmas, sigmas[1:], ts, strict=False):
+        up = math.sqrt(after**2 * (sigma**2 - after**2) / sigma**2)
+        down = math.sqrt(after**2 - up**2)
+        slope = (x - denoise(x, sigma, t)) / sigma
+        x = x + slope * (down - sigma)
+        if after > 0:
+            x = x + noise() * up
+        yield x
+
+
+def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: list, ts: list, noise: Callable) -> Iterator[Tensor]:
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2): extrapolate D from the last two steps.
+
+    Exact in lambda = -log sigma for a linear D; the first step, and the one to sigma 0, are first order."""
+    old, h_old = None, None
+    for sigma, after, t in zip(sigmas, sigmas[1:], ts, strict=False):
+        clean = denoise(x, sigma, t)
+        if after == 0:
+            x = clean
+        else:
+            h = math.log(sigma / after)
+            guess = clean if old is None else clean + (clean - old) * h / (2 * h_old)
+            x = (after / sigma) * x - math.expm1(-h) * guess
+            old, h_old = clean, h
+        yield x
+
+
+class Sampler(NamedTuple):
+    step: Callable
+    spacing: str  # diffusers' default for this sampler
+    rounded: bool = False  # the network is asked at whole timesteps only
+    karras: bool = False
+    to_zero: bool = True  # False: stops at the schedule's smallest sigma (set_alpha_to_one false)
+
+
+SAMPLERS = {
+    "ddim": Sampler(euler, "leading", rounded=True, to_zero=False),
+    "euler": Sampler(euler, "linspace"),
+    "euler_karras": Sampler(euler, "linspace", karras=True),
+    "euler_a": Sampler(euler_ancestral, "linspace"),
+    "euler_a_karras": Sampler(euler_ancestral, "linspace", karras=True),
+    "dpmpp_2m": Sampler(dpmpp_2m, "linspace", rounded=True),
+    "dpmpp_2m_karras": Sampler(dpmpp_2m, "linspace", rounded=True, karras=True),
+}
+DEFAULT = "dpmpp_2m_karras"
+
+
+def timesteps(s: Sampler, schedule: Schedule, steps: int) -> np.ndarray:
+    """The times visited, from high to low, before any Karras spacing (steps,)."""
+    last, spacing = schedule.num_train_timesteps, schedule.timestep_spacing or s.spacing
+    points = steps + (s.step is dpmpp_2m)  # diffusers gives 2M one point more and drops the lowest
+    if spacing == "leading":
+        ts = (np.arange(points) * (last // points))[::-1][:steps] + schedule.steps_offset
+    elif spacing == "linspace":
+        ts = np.linspace(0, last - 1, points)[::-1][:steps]
+    elif spacing == "trailing":
+        ts = np.arange(last, 0, -last / steps).round() - 1
+    else:
+        raise ValueError(f'timestep_spacing "{spacing}" is not known; known: leading, linspace, trailing')
+    return ts.round() if s.rounded else ts
+
+
+def levels(name: str, schedule: Schedule, steps: int) -> tuple[list[float], list[float]]:
+    """The noise levels (steps + 1) of a sampler and the times (steps) at which the network is asked."""
+    if name not in SAMPLERS:
+        raise ValueError(f'sampler "{name}" is not known; choose one of {", ".join(SAMPLERS)}')
+    if not 1 <= steps <= schedule.num_train_timesteps:
+        raise ValueError(f"steps is {steps}, but must be between 1 and {schedule.num_train_timesteps}")
+    s, a = SAMPLERS[name], schedule.alpha_bar.double().numpy()
+    table = np.sqrt((1 - a) / a)  # sigma at every timestep, rising
+    ts = timesteps(s, schedule, steps)
+    sigmas = np.interp(ts, np.arange(len(table)), table)
+    if s.karras:  # Karras et al. 2022, equation 5, rho 7; diffusers spans what the timesteps above span, 2M the table
+        high, low = (table[-1], table[0]) if s.step is dpmpp_2m else (sigmas[0], sigmas[-1])
+        ramp = np.linspace(0, 1, steps)
+        sigmas = (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+        ts = np.interp(np.log(sigmas), np.log(table), np.arange(len(table)))
+        ts = ts.round() if s.rounded else ts
+    return [*sigmas.tolist(), 0.0 if s.to_zero else float(table[0])], ts.tolist()
+
+
+def sample(name: str, denoise: Denoise, noise: Callable[[], Tensor], schedule: Schedule, steps: int) -> Iterator[Tensor]:
+    """Yield the latents (B, 4, h, w) after each of `steps` steps; the last are the result.
+
+    `noise()` returns standard normal numbers (B, 4, h, w): first the start, then what an ancestral sampler adds.
+    What is yielded is scaled as the network sees it (variance about 1 throughout)."""
+    sigmas, ts = levels(name, schedule, steps)
+    s = SAMPLERS[name]
+    exact = s.step is not dpmpp_2m and s.to_zero and (schedule.timestep_spacing or s.spacing) != "leading"
+    start = sigmas[0] if exact else math.sqrt(sigmas[0] ** 2 + 1)  # diffusers' init_noise_sigma
+    for x, sigma in zip(s.step(denoise, noise() * start, sigmas, ts, noise), sigmas[1:], strict=True):
+        yield x / math.sqrt(sigma**2 + 1)

@@ -1,0 +1,72 @@
+"""The noise schedule: how much picture and how much noise there is at each of 1000 timesteps (Ho et al. 2020).
+
+    x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps          (DDPM, equation 4)
+
+Stable Diffusion's betas are "scaled linear": the square roots go linearly from sqrt(0.00085) to sqrt(0.012).
+The network predicts eps, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022, SD 2.x at 768).
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+PREDICTIONS = ("epsilon", "v_prediction")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Field names follow scheduler/scheduler_config.json. `alpha_bar` (steps,) float32 lies on the CPU."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    prediction_type: str = "epsilon"
+    steps_offset: int = 1
+    timestep_spacing: str | None = None  # None: each sampler's own habit
+    alpha_bar: Tensor = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self):
+        power = {"scaled_linear": 0.5, "linear": 1.0}.get(self.beta_schedule)
+        if power is None:
+            raise ValueError(f'beta_schedule "{self.beta_schedule}" is not known; known: scaled_linear, linear')
+        if self.prediction_type not in PREDICTIONS:
+            raise ValueError(f'prediction_type "{self.prediction_type}" is not known; known: {", ".join(PREDICTIONS)}')
+        ends = (self.beta_start**power, self.beta_end**power)
+        betas = torch.linspace(*ends, self.num_train_timesteps, dtype=torch.float32) ** (1 / power)
+        object.__setattr__(self, "alpha_bar", torch.cumprod(1 - betas, dim=0))
+
+    @classmethod
+    def from_json(cls, c: dict) -> "Schedule":
+        for k in ("trained_betas", "rescale_betas_zero_snr"):
+            if c.get(k):
+                raise ValueError(f"scheduler_config.json sets {k}, which is not supported: choose a model without it")
+        return cls(**{k: c[k] for k, f in cls.__dataclass_fields__.items() if f.init and c.get(k) is not None})
+
+    def to_json(self) -> dict:
+        own = {k: getattr(self, k) for k, f in self.__dataclass_fields__.items() if f.init}
+        return {"_class_name": "DDIMScheduler", **{k: v for k, v in own.items() if v is not None},
+                "clip_sample": False, "set_alpha_to_one": False}  # fmt: skip
+
+    def _at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(alpha_bar), sqrt(1 - alpha_bar) at timesteps t (B,), shaped to multiply `like` (B, ...)."""
+        a = self.alpha_bar.to(t.device)[t].to(like.device).view(-1, *[1] * (like.dim() - 1))
+        return a.sqrt().to(like.dtype), (1 - a).sqrt().to(like.dtype)
+
+    def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """x_t from x_0 and eps, both (B, 4, h, w), at integer timesteps t (B,)."""
+        signal, noise = self._at(t, x_0)
+        return signal * x_0 + noise * eps
+
+    def target(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        """What the network should say: eps, or v."""
+        if self.prediction_type == "epsilon":
+            return eps
+        signal, noise = self._at(t, x_0)
+        return signal * eps - noise * x_0
+
+    def snr(self, t: Tensor) -> Tensor:
+        """Signal to noise, alpha_bar / (1 - alpha_bar), at t (B,)."""
+        a = self.alpha_bar.to(t.device)[t]
+        return a / (1 - a)

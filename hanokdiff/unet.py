@@ -1,0 +1,272 @@
+"""The denoiser: Stable Diffusion's UNet (Rombach et al. 2022, arXiv:2112.10752), as a table of blocks.
+
+It predicts the noise (or v) in a latent, given the timestep and the words.  Module names are the names of the tensors
+in diffusers checkpoints, so loading one needs no mapping.  Nothing here knows how it is trained: a LoRA replaces a
+Linear or Conv2d from outside, a hypernetwork hooks what enters `to_k` and `to_v`.
+
+Shapes:  B pictures;  C channels of a level;  h x w the latent's size at that level;  N = h * w positions;
+T tokens and D their width in the context;  E = 4 * C0 the width of the time embedding.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The numbers that make one UNet; the defaults are SD 1.x. Field names follow diffusers' unet/config.json."""
+
+    sample_size: int = 64  # side of the latent it was trained at
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    attention: tuple[bool, ...] = (True, True, True, False)  # which levels attend, from down_block_types
+    heads: tuple[int, ...] = (8, 8, 8, 8)  # attention heads per level
+    layers_per_block: int = 2
+    cross_attention_dim: int = 768
+    use_linear_projection: bool = False  # SD 2: Linear instead of a 1x1 convolution around the transformer
+    upcast_attention: bool = False  # SD 2.1: attention in fp32, which fp16 would overflow
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+
+    @classmethod
+    def from_json(cls, c: dict) -> "UNetConfig":
+        """Read diffusers' config. There `attention_head_dim` is, by a historical slip, the NUMBER of heads."""
+        n = len(c["block_out_channels"])
+        heads = c.get("num_attention_heads") or c.get("attention_head_dim", 8)
+        same = ("sample_size", "in_channels", "out_channels", "layers_per_block", "cross_attention_dim",
+                "use_linear_projection", "upcast_attention", "norm_num_groups", "norm_eps")  # fmt: skip
+        return cls(
+            block_out_channels=tuple(c["block_out_channels"]),
+            attention=tuple("CrossAttn" in kind for kind in c["down_block_types"]),
+            heads=tuple(heads) if isinstance(heads, list | tuple) else (heads,) * n,
+            **{k: c[k] for k in same if c.get(k) is not None},
+        )
+
+    def to_json(self) -> dict:
+        """The same numbers as diffusers writes them."""
+        down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in self.attention]
+        up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(self.attention)]
+        return {
+            "_class_name": "UNet2DConditionModel", "sample_size": self.sample_size, "in_channels": self.in_channels,
+            "out_channels": self.out_channels, "block_out_channels": list(self.block_out_channels),
+            "down_block_types": down, "mid_block_type": "UNetMidBlock2DCrossAttn", "up_block_types": up,
+            "attention_head_dim": list(self.heads), "layers_per_block": self.layers_per_block,
+            "cross_attention_dim": self.cross_attention_dim, "use_linear_projection": self.use_linear_projection,
+            "upcast_attention": self.upcast_attention, "norm_num_groups": self.norm_num_groups,
+            "norm_eps": self.norm_eps, "act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0,
+            "center_input_sample": False, "downsample_padding": 1, "mid_block_scale_factor": 1,
+        }  # fmt: skip
+
+
+def timestep_embedding(t: Tensor, width: int) -> Tensor:
+    """t (B,) -> (B, width): cosines then sines at geometric frequencies. Fractional t is welcome."""
+    freqs = torch.exp(-math.log(10_000) * torch.arange(width // 2, dtype=torch.float32, device=t.device) / (width // 2))
+    angles = t.float()[:, None] * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class TimeEmbedding(nn.Module):
+    def __init__(self, width: int, out: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(width, out)
+        self.linear_2 = nn.Linear(out, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ResBlock(nn.Module):
+    """Two convolutions around a residual; between them the time embedding is added (the VAE has none)."""
+
+    def __init__(self, cin: int, cout: int, time: int | None, groups: int, eps: float):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, cin, eps)
+        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
+        if time is not None:
+            self.time_emb_proj = nn.Linear(time, cout)
+        self.norm2 = nn.GroupNorm(groups, cout, eps)
+        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else None
+
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))                    # (B, cout, h, w)
+        if temb is not None:
+            h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
+        h = self.conv2(F.silu(self.norm2(h)))
+        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
+
+
+class Attention(nn.Module):
+    """softmax(q k^T / sqrt(d)) v with several heads: over the picture itself, or from the picture to the words."""
+
+    def __init__(self, width: int, context_width: int, heads: int, upcast: bool = False):
+        super().__init__()
+        self.heads, self.upcast = heads, upcast
+        self.to_q = nn.Linear(width, width, bias=False)
+        self.to_k = nn.Linear(context_width, width, bias=False)
+        self.to_v = nn.Linear(context_width, width, bias=False)
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])   # a list, for the checkpoint name to_out.0
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)               # (B, N, C), (B, T, C) twice
+        q, k, v = (a.unflatten(-1, (self.heads, -1)).transpose(1, 2) for a in (q, k, v))  # (B, heads, N, C / heads)
+        if self.upcast:
+            q, k, v = q.float(), k.float(), v.float()
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)     # (B, N, C)
+        return self.to_out[0](out.to(x.dtype))
+
+
+class GEGLU(nn.Module):
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * inner)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(nn.Module):
+    """The picture looks at itself (attn1), then at the words (attn2), then thinks (ff)."""
+
+    def __init__(self, width: int, heads: int, c: UNetConfig):
+        super().__init__()
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(width), nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn1 = Attention(width, width, heads, c.upcast_attention)
+        self.attn2 = Attention(width, c.cross_attention_dim, heads, c.upcast_attention)
+        self.ff = FeedForward(width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:     # (B, N, C), (B, T, D)
+        y = self.norm1(x)
+        x = x + self.attn1(y, y)
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """Positions become tokens, meet the words, and go back to their places."""
+
+    def __init__(self, width: int, heads: int, c: UNetConfig):
+        super().__init__()
+        self.linear = c.use_linear_projection
+        project = nn.Linear if self.linear else lambda i, o: nn.Conv2d(i, o, 1)
+        self.norm = nn.GroupNorm(c.norm_num_groups, width, 1e-6)
+        self.proj_in = project(width, width)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(width, heads, c)])
+        self.proj_out = project(width, width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        def tokens(a):                                           # (B, C, h, w) -> (B, N, C)
+            return a.flatten(2).transpose(1, 2)
+
+        def picture(a):                                          # and back
+            return a.transpose(1, 2).unflatten(2, x.shape[-2:])
+
+        y = self.norm(x)
+        y = self.proj_in(tokens(y)) if self.linear else tokens(self.proj_in(y))
+        y = self.transformer_blocks[0](y, context)
+        return x + (picture(self.proj_out(y)) if self.linear else self.proj_out(picture(y)))
+
+
+class Resample(nn.Module):
+    """Half or double the size. The convolution has the checkpoint's name `conv`."""
+
+    def __init__(self, width: int, stride: int):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=stride, padding=1)
+
+    def forward(self, x: Tensor, size=None) -> Tensor:
+        return self.conv(x if size is None else F.interpolate(x, size=size, mode="nearest"))
+
+
+class Block(nn.Module):
+    """One level of the UNet: resnets, each followed by a transformer where the level attends, then a resampler."""
+
+    def __init__(self, widths_in, width, heads, resample: str | None, attends: bool, c: UNetConfig):
+        super().__init__()
+        time = 4 * c.block_out_channels[0]
+        self.resnets = nn.ModuleList(ResBlock(w, width, time, c.norm_num_groups, c.norm_eps) for w in widths_in)
+        count = len(widths_in) - (resample == "mid")             # the middle block: resnet, transformer, resnet
+        if attends:
+            self.attentions = nn.ModuleList(SpatialTransformer(width, heads, c) for _ in range(count))
+        if resample == "down":
+            self.downsamplers = nn.ModuleList([Resample(width, 2)])
+        if resample == "up":
+            self.upsamplers = nn.ModuleList([Resample(width, 1)])
+
+    def layers(self):
+        """(resnet, transformer or None) in order."""
+        return zip(self.resnets, getattr(self, "attentions", [None] * len(self.resnets)), strict=True)
+
+
+class UNet(nn.Module):
+    """x_t, t, words -> predicted noise (or v).
+
+    x (B, 4, h, w) noisy latents, t (B,) timesteps 0 to 999, context (B, T, D) from the text encoder -> (B, 4, h, w).
+    h and w may be any size: going up, each level takes the size of the level that it mirrors.
+    """
+
+    def __init__(self, config: UNetConfig = UNetConfig()):
+        super().__init__()
+        self.config = c = config
+        chans, layers, last = c.block_out_channels, c.layers_per_block, len(c.block_out_channels) - 1
+        self.time_embedding = TimeEmbedding(chans[0], 4 * chans[0])
+        self.conv_in = nn.Conv2d(c.in_channels, chans[0], 3, padding=1)
+
+        self.down_blocks, skips, width = nn.ModuleList(), [chans[0]], chans[0]
+        for i, (ch, heads, attends) in enumerate(zip(chans, c.heads, c.attention, strict=True)):
+            ins = [width] + [ch] * (layers - 1)
+            self.down_blocks.append(Block(ins, ch, heads, "down" if i < last else None, attends, c))
+            skips += [ch] * (layers + (i < last))
+            width = ch
+
+        self.mid_block = Block([width, width], width, c.heads[-1], "mid", True, c)
+
+        self.up_blocks = nn.ModuleList()
+        for i, (ch, heads, attends) in enumerate(reversed(list(zip(chans, c.heads, c.attention, strict=True)))):
+            ins = []
+            for _ in range(layers + 1):
+                ins.append(width + skips.pop())
+                width = ch
+            self.up_blocks.append(Block(ins, ch, heads, "up" if i < last else None, attends, c))
+
+        self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, chans[0], c.norm_eps)
+        self.conv_out = nn.Conv2d(chans[0], c.out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        temb = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))  # (B, E)
+        x = self.conv_in(x)                                      # (B, C0, h, w)
+        skips = [x]
+        for block in self.down_blocks:
+            for resnet, attend in block.layers():
+                x = resnet(x, temb)
+                x = attend(x, context) if attend else x
+                skips.append(x)
+            if hasattr(block, "downsamplers"):
+                x = block.downsamplers[0](x)                     # (B, C, h / 2, w / 2)
+                skips.append(x)
+
+        first, second = self.mid_block.resnets
+        x = second(self.mid_block.attentions[0](first(x, temb), context), temb)
+
+        for block in self.up_blocks:
+            for resnet, attend in block.layers():
+                x = resnet(torch.cat([x, skips.pop()], dim=1), temb)
+                x = attend(x, context) if attend else x
+            if hasattr(block, "upsamplers"):
+                x = block.upsamplers[0](x, size=skips[-1].shape[-2:])
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
