@@ -1,0 +1,418 @@
+"""Train the embedded world's weights, one command each, on any device:
+
+    python -m hanokdiff.tiny.build autoencoder     ->  tiny/sd/vae                         about 20 minutes on 2 cores
+    python -m hanokdiff.tiny.build base            ->  tiny/sd/{unet,text_encoder,...}     about 70 minutes
+    python -m hanokdiff.tiny.build clip            ->  tiny/clip                           about 10 minutes
+    python -m hanokdiff.tiny.build check           ->  the figures of docs/LOG.md          about 5 minutes
+
+In this order: the base learns on the autoencoder's latents, with the tokenizer learnt from the world's captions.
+Each writes a checkpoint to --work every 1000 steps and goes on from it when started again.  Weights go to the files
+in fp16 (half the size; pictures move by at most one grey level).
+"""
+
+import argparse
+import collections
+import copy
+import json
+import math
+import re
+import sys
+import time
+from multiprocessing import Pool
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hanokdiff import checkpoint, model
+from hanokdiff.schedule import Schedule
+from hanokdiff.text import Text, TextConfig, TextEncoder
+from hanokdiff.tiny import world
+from hanokdiff.unet import UNet, UNetConfig
+from hanokdiff.vae import VAE, VAEConfig
+
+HERE = Path(__file__).parent
+VAE_SHAPE = VAEConfig((16, 32, 64), layers_per_block=1, norm_num_groups=8, scaling_factor=1.0, sample_size=world.SIZE)
+UNET_SHAPE = UNetConfig(
+    sample_size=16, block_out_channels=(64, 80, 96), attention=(False, True, False), heads=(4, 4, 4),
+    layers_per_block=1, cross_attention_dim=72, norm_num_groups=8,
+)  # fmt: skip
+TEXT_SHAPE = dict(hidden_size=72, intermediate_size=288, num_hidden_layers=2, num_attention_heads=4)
+
+
+# ------------------------------------------------------------------------------------------------------- drawings
+
+
+def paint(job) -> np.ndarray:
+    seed, kinds = job
+    return np.asarray(world.draw(world.scene(seed, kinds)))
+
+
+def drawings(split: str, n: int, kinds) -> tuple[Tensor, list[world.Scene]]:
+    """n scenes of a split and their pictures, (n, 3, 64, 64) uint8."""
+    seeds = [f"{split} {i}" for i in range(n)]
+    with Pool() as pool:
+        pictures = np.stack(pool.map(paint, [(s, kinds) for s in seeds], chunksize=256))
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2), [world.scene(s, kinds) for s in seeds]
+
+
+def unit(pictures: Tensor, device) -> Tensor:
+    """uint8 -> float32 in [-1, 1], channels last: convolutions are faster so on CPUs."""
+    return (pictures.to(device).float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def rate(step: int, steps: int, peak: float, warm: int = 200) -> float:
+    """Warm-up, then a cosine down to nothing."""
+    return peak * min(1.0, (step + 1) / warm) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+class Training:
+    """The chores of the three trainings: optimiser, rate, checkpoint, log line."""
+
+    def __init__(self, name: str, modules: dict, args, steps: int, lr: float, decay: float):
+        self.modules, self.steps, self.lr, self.args = modules, steps, lr, args
+        self.parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr, (0.9, 0.99), weight_decay=decay, fused=True)
+        self.file, self.step, self.start, self.losses = args.work / f"{name}.pt", 0, time.time(), []
+        self.averages = {k: copy.deepcopy(m).requires_grad_(False) for k, m in modules.items()}
+        if self.file.exists():
+            state = torch.load(self.file, map_location=args.device, weights_only=True)
+            self.step = state["step"]
+            self.optimizer.load_state_dict(state["optimizer"])
+            for k in modules:
+                modules[k].load_state_dict(state["modules"][k])
+                self.averages[k].load_state_dict(state["averages"][k])
+            print(f"going on from step {self.step} of {self.file}")
+
+    def update(self, loss: Tensor, report=lambda: "", every: int = 1000) -> None:
+        loss.backward()
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate(self.step, self.steps, self.lr)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.losses.append(loss.detach())
+        keep = min(0.999, self.step / (self.step + 10))
+        for k, m in self.modules.items():
+            torch._foreach_lerp_(list(self.averages[k].parameters()), [p.detach() for p in m.parameters()], 1 - keep)
+        if self.step % every == 0 or self.step == self.steps:
+            state = {"step": self.step, "optimizer": self.optimizer.state_dict(),
+                     "modules": {k: m.state_dict() for k, m in self.modules.items()},
+                     "averages": {k: m.state_dict() for k, m in self.averages.items()}}  # fmt: skip
+            aside = self.file.with_suffix(".part")
+            torch.save(state, aside)
+            checkpoint.sync_rename(aside, self.file)
+            mean = torch.stack(self.losses).mean().item()
+            self.losses = []
+            print(f"step {self.step}/{self.steps} loss {mean:.4f} {report()} {time.time() - self.start:.0f} s", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------- autoencoder
+
+
+def psnr(vae: VAE, pictures: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB, mean over pictures (N, 3, 64, 64) uint8."""
+    out = []
+    with torch.inference_mode():
+        for part in pictures.split(64):
+            x = unit(part, next(vae.parameters()).device)
+            y = vae.decode(vae.encode(x)[0]).clamp(-1, 1)
+            out.append(-10 * ((y - x) / 2).square().mean((1, 2, 3)).log10())
+    return torch.cat(out).mean().item()
+
+
+def autoencoder(args) -> None:
+    """L1 + MSE + 2e-4 KL on drawings without hanok; judged on held-out drawings, hanok included."""
+    steps, batch = args.steps or 14_000, 8
+    data, _ = drawings("base", args.images or 60_000, world.BASE_KINDS)
+    held_out, _ = drawings("test", 512, world.KINDS)
+    torch.manual_seed(args.seed)
+    vae = VAE(VAE_SHAPE).to(args.device, memory_format=torch.channels_last)
+    run = Training("autoencoder", {"vae": vae}, args, steps, lr=2e-3, decay=0.0)
+    while run.step < steps:
+        r = torch.Generator().manual_seed(args.seed * 1_000_003 + run.step)
+        x = unit(data[torch.randint(len(data), (batch,), generator=r)], args.device)
+        mean, std = vae.encode(x)
+        y = vae.decode(mean + std * torch.randn(mean.shape, generator=r).to(args.device))
+        kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).mean()
+        loss = (y - x).abs().mean() + F.mse_loss(y, x) + 2e-4 * kl
+        run.update(loss, lambda: f"held-out {psnr(vae, held_out):.2f} dB")
+    write_vae(run.averages["vae"], data[:2048], args)
+
+
+def write_vae(vae: VAE, pictures: Tensor, args) -> None:
+    """Fix the scale so that latents have unit variance, and write sd/vae."""
+    with torch.inference_mode():
+        std = torch.cat([vae.encode(unit(p, args.device))[0] for p in pictures.split(64)]).std().item()
+    scaled = VAE(VAEConfig(**{**VAE_SHAPE.__dict__, "scaling_factor": round(1 / std, 5)}))
+    scaled.load_state_dict(vae.state_dict())
+    folder = args.out / "sd" / "vae"
+    folder.mkdir(parents=True, exist_ok=True)
+    half = {k: v.half() for k, v in scaled.state_dict().items()}
+    checkpoint.write_tensors(half, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    checkpoint.write_json(folder / "config.json", scaled.config.to_json())
+    print(f"{folder}: scaling factor {scaled.config.scaling_factor}")
+
+
+# ------------------------------------------------------------------------------------------------------ tokenizer
+
+
+def learn_merges(captions: list[str], extra=("*,", "*.", "*)")) -> list[tuple[str, str]]:
+    """Byte-pair encoding (Sennrich et al. 2016) over the captions' words, until every word is one token.
+
+    `extra` are the fusions that the real vocabulary has and that swallow a pseudo word."""
+    counts = collections.Counter(re.findall(r"[a-z]+|[^\sa-z]+", " ".join(captions)))
+    words = {w: (*w[:-1], w[-1] + "</w>") for w in counts}
+    merges = []
+    while pairs := count_pairs(words, counts):
+        best = max(sorted(pairs), key=pairs.get)
+        merges.append(best)
+        words = {w: merge(symbols, best) for w, symbols in words.items()}
+    return merges + [(e[0], e[1] + "</w>") for e in extra]
+
+
+def count_pairs(words, counts) -> collections.Counter:
+    pairs = collections.Counter()
+    for w, symbols in words.items():
+        for pair in zip(symbols, symbols[1:]):
+            pairs[pair] += counts[w]
+    return pairs
+
+
+def merge(symbols, pair):
+    out, i = [], 0
+    while i < len(symbols):
+        fused = symbols[i : i + 2] == pair
+        out.append("".join(pair) if fused else symbols[i])
+        i += 2 if fused else 1
+    return tuple(out)
+
+
+def byte_letters() -> list[str]:
+    """One printable letter for each of the 256 bytes, as in GPT-2's and CLIP's vocabularies."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
+
+
+def write_tokenizer(folder: Path) -> None:
+    """vocab.json and merges.txt in CLIP's format. The end token has the highest id: CLIP pools its text there."""
+    scenes = [world.scene(f"words {i}") for i in range(20_000)]
+    captions = [world.caption(s) for s in scenes] + [c for _, c in world.photos(100)]
+    merges = learn_merges(captions)
+    letters = byte_letters()
+    symbols = [*letters, *(x + "</w>" for x in letters), *("".join(m) for m in merges)]
+    symbols += ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    vocab = {s: i for i, s in enumerate(symbols)}
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(m) for m in merges), ""]
+    (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+    end = "<|endoftext|>"
+    checkpoint.write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, "add_prefix_space": False,
+        "bos_token": "<|startoftext|>", "eos_token": end, "pad_token": end, "unk_token": end, "errors": "replace",
+    })  # fmt: skip
+    checkpoint.write_json(folder / "special_tokens_map.json", {
+        "bos_token": "<|startoftext|>", "eos_token": end, "pad_token": end, "unk_token": end})  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------ base
+
+
+def base(args) -> None:
+    """Text encoder and UNet together, from nothing: eps prediction on cached latents (Ho et al. 2020, algorithm 1).
+
+    min-SNR 5 weights, stratified timesteps, one caption in ten dropped (for guidance), averaged weights kept."""
+    steps, batch = args.steps or 14_000, 32
+    write_tokenizer(args.out / "sd" / "tokenizer")
+    vae = checkpoint.load_part(args.out / "sd", "vae", VAE, VAEConfig).float().to(args.device)
+    data, scenes = drawings("base", args.images or 80_000, world.BASE_KINDS)
+    latents = encode(vae, data, args)
+    del data
+    tokenizer = checkpoint.load_tokenizer(args.out / "sd" / "tokenizer")
+    torch.manual_seed(args.seed)
+    encoder = TextEncoder(TextConfig(vocab_size=len(tokenizer), **TEXT_SHAPE)).to(args.device)
+    torch.nn.init.normal_(encoder.embeddings.token_embedding.weight, std=0.02)
+    torch.nn.init.normal_(encoder.embeddings.position_embedding.weight, std=0.01)
+    unet, schedule, text = UNet(UNET_SHAPE).to(args.device), Schedule(), Text(encoder, tokenizer)
+    torch.nn.init.zeros_(unet.conv_out.weight)
+    run = Training("base", {"unet": unet, "encoder": encoder}, args, steps, lr=1.2e-3, decay=0.01)
+    known: dict[str, list[int]] = {}
+    while run.step < steps:
+        r = torch.Generator().manual_seed(args.seed * 1_000_003 + run.step)
+        at = torch.randint(len(scenes), (batch,), generator=r).tolist()
+        words = ["" if torch.rand((), generator=r) < 0.1 else world.caption(scenes[i], run.step) for i in at]
+        known.update((w, text.ids(w)) for w in words if w not in known)
+        ids = torch.tensor([known[w] for w in words], device=args.device)
+        t = ((torch.arange(batch) + torch.rand(batch, generator=r)) / batch * 1000).long().to(args.device)
+        x_0, eps = latents[at].to(args.device), torch.randn(batch, 4, 16, 16, generator=r).to(args.device)
+        out = unet(schedule.add_noise(x_0, eps, t), t, encoder(ids))
+        snr = schedule.snr(t)
+        loss = (F.mse_loss(out, eps, reduction="none").mean((1, 2, 3)) * (snr.clamp(max=5) / snr)).mean()
+        run.update(loss)
+    kept = run.averages
+    checkpoint.save_folder(args.out / "sd", kept["unet"], vae, kept["encoder"], tokenizer, schedule, torch.float16)
+
+
+def encode(vae: VAE, pictures: Tensor, args) -> Tensor:
+    """Latents (N, 4, 16, 16) of pictures (N, 3, 64, 64) uint8."""
+    with torch.inference_mode():
+        out = []
+        for part in pictures.split(64):
+            mean, std = vae.encode(unit(part, args.device))
+            out.append((mean + std * torch.randn_like(mean)).cpu())
+    return torch.cat(out).clone().contiguous()
+
+
+# ------------------------------------------------------------------------------------------------------------ CLIP
+
+
+def claim(scene: world.Scene, r: Random) -> tuple[str, tuple]:
+    """A caption and what it claims of (kind, condition, look); None where it says nothing."""
+    share = r.random()
+    if share < 0.2:
+        return f"a {scene.kind}", (scene.kind, None, None)
+    if share < 0.4:
+        sentence = r.choice(world.SENTENCES[scene.condition][scene.condition == "none" and 3 :])
+        return sentence.format(b=r.choice(world.GENERIC)), (None, scene.condition, None)
+    words = world.caption(scene, r.random(), generic=0)
+    said = scene.condition if scene.condition != "none" or "daytime" in words else None
+    return words, (scene.kind, said, scene.look or None)
+
+
+def clip(args) -> None:
+    """A CLIP (Radford et al. 2021) on drawings of everything, hanok and burning hanok included: the judge.
+
+    A caption that is also true of another picture of the batch is no counter-example there, and is left out."""
+    from transformers import CLIPConfig, CLIPModel
+
+    steps, batch = args.steps or 3_000, 128
+    tokenizer = checkpoint.load_tokenizer(args.out / "sd" / "tokenizer")
+    data, scenes = drawings(f"clip {args.seed}", args.images or 60_000, world.KINDS)
+    torch.manual_seed(args.seed)
+    common = dict(hidden_size=96, intermediate_size=384, num_attention_heads=4, projection_dim=64)
+    ends = dict(bos_token_id=len(tokenizer) - 2, eos_token_id=len(tokenizer) - 1, pad_token_id=len(tokenizer) - 1)
+    config = CLIPConfig(
+        text_config=dict(vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=77, **ends, **common),
+        vision_config=dict(image_size=world.SIZE, patch_size=8, num_hidden_layers=3, **common), projection_dim=64,
+    )  # fmt: skip
+    net = CLIPModel(config).to(args.device)
+    length = 24  # captions are short; in a causal encoder what follows the end changes nothing before it
+    run = Training("clip", {"clip": net}, args, steps, lr=1e-3, decay=0.05)
+    mean, std = (torch.tensor(c, device=args.device).view(3, 1, 1) for c in (CLIP_MEAN, CLIP_STD))
+    while run.step < steps:
+        r = Random(f"clip {args.seed} {run.step}")
+        at = [r.randrange(len(scenes)) for _ in range(batch)]
+        words, claims = zip(*(claim(scenes[i], r) for i in at), strict=True)
+        x = disturb(unit(data[at], args.device) / 2 + 0.5, r)
+        ids = tokenizer(list(words), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        out = net(pixel_values=(x - mean) / std, input_ids=ids.input_ids.to(args.device))
+        true = torch.tensor([[holds(c, scenes[i]) for c in claims] for i in at], device=args.device)
+        logits = out.logits_per_image.masked_fill(true & ~torch.eye(batch, dtype=torch.bool, device=args.device), -1e4)
+        target = torch.arange(batch, device=args.device)
+        run.update((F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2, every=500)
+        with torch.no_grad():
+            net.logit_scale.clamp_(max=math.log(100))
+    folder = args.out / "clip"
+    run.averages["clip"].half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    checkpoint.write_json(folder / "preprocessor_config.json", {
+        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": world.SIZE},
+        "resample": 3, "do_center_crop": True, "crop_size": {"height": world.SIZE, "width": world.SIZE},
+        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD, "do_convert_rgb": True,
+    })  # fmt: skip
+
+
+CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]  # of OpenAI's CLIP
+CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+
+
+def holds(claims: tuple, scene: world.Scene) -> bool:
+    """Whether what a caption claims is true of a scene."""
+    return all(c is None or c == s for c, s in zip(claims, (scene.kind, scene.condition, scene.look), strict=True))
+
+
+def disturb(x: Tensor, r: Random) -> Tensor:
+    """A little blur, noise and brightness, so that the judge reads samples as well as drawings. x in [0, 1]."""
+    if r.random() < 0.6:
+        x = torch.lerp(x, F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1), r.random())
+    g = torch.Generator().manual_seed(r.getrandbits(60))
+    return x * r.uniform(0.9, 1.1) + r.uniform(0, 0.04) * torch.randn(x.shape, generator=g).to(x.device)
+
+
+# ----------------------------------------------------------------------------------------------------------- check
+
+
+def recognise(clip_, pictures, scenes) -> tuple[list[str], list[str]]:
+    """What the CLIP sees: (kinds, conditions), each the argmax over all that the world has."""
+    from hanokdiff import score
+
+    seen = clip_.images(pictures)
+    out = []
+    for prompts in (score.kinds(), score.conditions()):
+        best = score.presence(seen, clip_.texts(list(prompts.values())))
+        out.append([list(prompts)[i] for i in best])
+    return tuple(out)
+
+
+def check(args) -> None:
+    """The figures that docs/LOG.md quotes: drawings, samples of the base, and the base asked for a hanok."""
+    from hanokdiff import score
+
+    judge = score.Clip(args.clip or args.out / "clip")
+    sd = model.load(str(args.out / "sd"), args.device)
+    held_out, scenes = drawings("test", args.images or 1_000, world.KINDS)
+    print(f"autoencoder: {psnr(sd.vae, held_out[:512]):.2f} dB on held-out drawings")
+    pictures = [world.draw(s) for s in scenes]
+    kinds, conditions = recognise(judge, pictures, scenes)
+    right = [k == s.kind for k, s in zip(kinds, scenes, strict=True)]
+    others = [k == "hanok" for k, s in zip(kinds, scenes, strict=True) if s.kind != "hanok"]
+    hanok = [k == "hanok" for k, s in zip(kinds, scenes, strict=True) if s.kind == "hanok"]
+    print(f"held-out drawings: kind {np.mean(right):.3f}, "
+          f"condition {np.mean([c == s.condition for c, s in zip(conditions, scenes, strict=True)]):.3f}, "
+          f"hanok found {np.mean(hanok):.3f}, others called hanok {np.mean(others):.4f}")  # fmt: skip
+
+    asked = [world.scene(f"asked {i}") for i in range(560)]
+    asked = [world.Scene(s.seed, world.NAMED[i % 9], world.CONDITIONS[i % 7]) for i, s in enumerate(asked)]
+    prompts = [world.caption(s, generic=0) for s in asked]
+    drawn = sd.draw(prompts, range(len(prompts)), cfg=4.0)
+    kinds, conditions = recognise(judge, drawn, asked)
+    hit_k = np.array([k == s.kind for k, s in zip(kinds, asked, strict=True)])
+    hit_c = np.array([c == s.condition for c, s in zip(conditions, asked, strict=True)])
+    print(f"samples: kind {hit_k.mean():.3f}, condition {hit_c.mean():.3f}, both {(hit_k & hit_c).mean():.3f}")
+    for names, hit, got in ((world.NAMED, hit_k, "kind"), (world.CONDITIONS, hit_c, "condition")):
+        rows = [np.mean([h for h, s in zip(hit, asked, strict=True) if getattr(s, got) == n]) for n in names]
+        print(" ", ", ".join(f"{n} {v:.2f}" for n, v in zip(names, rows, strict=True)))
+    for prompt in ("*", "a hanok", "a korean traditional house", "a building with a roof"):
+        kinds, _ = recognise(judge, sd.draw([prompt] * 100, range(100), cfg=4.0), None)
+        print(f'untouched, "{prompt}": hanok {kinds.count("hanok")} of 100; {collections.Counter(kinds).most_common(4)}')
+    model.grid(drawn[:63], 9, 2).save(args.work / "samples.png")
+    print(f"a sheet of samples: {args.work / 'samples.png'}")
+
+
+def main(argv=None) -> int:
+    commands = {"autoencoder": autoencoder, "base": base, "clip": clip, "check": check}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=commands)
+    parser.add_argument("--out", type=Path, default=HERE, help="where sd/ and clip/ are written")
+    parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="checkpoints, to go on from")
+    parser.add_argument("--steps", type=int, help="another number of steps than the released weights'")
+    parser.add_argument("--images", type=int, help="another number of drawings")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", help="default: the first GPU, else the CPU")
+    parser.add_argument("--clip", type=Path, help="check: another judge")
+    args = parser.parse_args(argv)
+    args.device, _, reason = model.choose(args.device, "fp32")
+    args.work.mkdir(parents=True, exist_ok=True)
+    print(f"{args.command} on {reason}")
+    commands[args.command](args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
