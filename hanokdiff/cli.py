@@ -1,0 +1,139 @@
+"""What the four training scripts' command lines share: common options, two columns of defaults, polite errors."""
+
+import argparse
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from hanokdiff import checkpoint
+
+
+def polite(main: Callable) -> Callable:
+    """A user's mistake (ValueError) becomes one sentence and exit code 2, never a traceback. To see one anyway, set
+    HANOKDIFF_DEBUG=1."""
+
+    @functools.wraps(main)
+    def run(argv=None) -> int:
+        warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+        try:
+            return main(argv) or 0
+        except (ValueError, OSError) as e:
+            if os.environ.get("HANOKDIFF_DEBUG"):
+                raise
+            print(f"error: {e}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            return 130
+
+    return run
+
+
+class Parser(argparse.ArgumentParser):
+    """Options whose defaults come in two columns: for the embedded tiny world, and for Stable Diffusion."""
+
+    def __init__(self, doc: str, defaults: dict[str, dict]):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        self.columns = defaults
+
+    def option(self, group, name: str, help: str, **kwargs) -> None:
+        key = name.lstrip("-").replace("-", "_")
+        if key in self.columns["tiny"]:
+            tiny, sd = self.columns["tiny"][key], self.columns["sd"][key]
+            help += f" (default: {tiny})" if tiny == sd else f" (default: tiny {tiny}, SD {sd})"
+        elif kwargs.get("default") is not None:
+            help += f" (default: {kwargs['default']})"
+        group.add_argument(name, help=help, **kwargs)
+
+    def parse(self, argv=None) -> argparse.Namespace:
+        """The options, with the model's column filled in; with --resume, those that the run was started with."""
+        args = self.parse_args(argv)
+        if args.resume is not None:
+            given = [k for k, v in vars(args).items() if k not in ("resume", "device") and v != self.get_default(k)]
+            if given:
+                raise ValueError(f"--resume goes on with the run's own options; leave out --{given[0].replace('_', '-')}")
+            config = checkpoint.read_json(args.resume / "config.json")
+            known = {k: v for k, v in config.items() if hasattr(args, k) and k not in ("resume", "device")}
+            args = argparse.Namespace(**{**vars(args), **known, "out": args.resume})
+        column = self.columns["tiny" if args.model == "tiny" else "sd"]
+        for key, value in column.items():
+            if getattr(args, key) is None:
+                setattr(args, key, value)
+        return args
+
+
+def training_parser(doc: str, defaults: dict[str, dict]) -> tuple[Parser, Callable]:
+    """A parser with the options that all four methods have; returns it and a function that adds one more."""
+    p = Parser(doc, defaults)
+    data, train, out = (p.add_argument_group(g) for g in ("model and data", "training", "output"))
+    o = p.option
+    o(data, "--model", '"tiny", a diffusers folder or a hub id', default="tiny")
+    o(data, "--data", "folder of photos, captions beside them as NAME.txt (default with tiny: the drawn hanok)", type=Path)
+    o(data, "--images", "the first N photos of one fixed, nested order", type=int)
+    o(data, "--token", "the pseudo word", default="*")
+    o(data, "--replace", "what in the captions becomes the pseudo word, any case", default="a building with a roof")
+    o(data, "--caption", "caption of photos without one", default="a photo of {token}")
+    o(data, "--literal-tokens", "leave the pseudo word to the tokenizer, which fuses *, (to compare)", action="store_true")
+    o(data, "--resolution", "side in pixels (default: the model's own)", type=int)
+    o(data, "--flip", "mirror every other photo", action="store_true", default=False)
+    o(train, "--steps", "optimiser steps", type=int)
+    o(train, "--batch-size", "photos a step", type=int)
+    o(train, "--micro-batch", "photos at once; the rest of the batch follows (default: all)", type=int, default=0)
+    o(train, "--lr", "learning rate", type=float)
+    o(train, "--min-snr", "gamma of the min-SNR weight, 0 for none", type=float)
+    o(train, "--seed", "seed of everything random", type=int, default=0)
+    o(train, "--device", "cuda, cpu, ... (default: the first GPU, else the CPU)")
+    o(train, "--dtype", "precision of what is frozen: auto, fp32, bf16 or fp16", default="auto")
+    o(out, "--out", "folder of the run (default: runs/METHOD, numbered if taken)", type=Path)
+    o(out, "--save-every", "steps between saved states and files, 0 for none", type=int)
+    o(out, "--preview-every", "steps between preview pictures, 0 for none", type=int)
+    o(out, "--resume", "go on with the run in this folder", type=Path, metavar="FOLDER")
+    return p, functools.partial(o, p.add_argument_group("the method"))
+
+
+POSITIVE = ("steps", "batch_size", "lr", "rank", "alpha")
+
+
+def check_training(args) -> None:
+    """Refuse numbers that make no sense, before anything is loaded or written."""
+    for key in POSITIVE:
+        if hasattr(args, key) and not getattr(args, key) > 0:
+            raise ValueError(f"--{key.replace('_', '-')} is {getattr(args, key)}, but must be greater than 0")
+    for key in ("save_every", "preview_every", "micro_batch", "min_snr", "text_rank"):
+        if hasattr(args, key) and getattr(args, key) < 0:
+            raise ValueError(f"--{key.replace('_', '-')} is {getattr(args, key)}, but must be 0 or more")
+    if not args.token.strip():
+        raise ValueError('--token is empty; name the pseudo word, such as "*" or "sks"')
+    if args.model != "tiny" and args.data is None:
+        raise ValueError(f"--model {args.model} needs --data FOLDER: the drawn hanok are 64x64 pictures for the tiny model")
+
+
+def new_folder(out: Path | None, method: str, artefact: str) -> Path:
+    """A run's folder: the named one if nothing ran there, else runs/METHOD, runs/METHOD-2, ..."""
+    if out is None:
+        return free_folder(Path("runs") / method)
+    if (out / artefact).exists():
+        raise ValueError(f"{out} holds a finished run ({artefact}); name another --out")
+    if (out / "config.json").exists():
+        raise ValueError(f"{out} holds an unfinished run; go on with --resume {out}, or name another --out")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder")
+    return out
+
+
+def free_folder(wanted: Path) -> Path:
+    """`wanted`, or wanted-2, wanted-3, ... if it is taken."""
+    out, n = wanted, 1
+    while out.exists():
+        n += 1
+        out = wanted.with_name(f"{wanted.name}-{n}")
+    return out
+
+
+def config(args: argparse.Namespace) -> dict:
+    """The options as they go into config.json."""
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    return {k: v for k, v in plain.items() if k not in ("resume", "out")}

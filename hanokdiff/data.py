@@ -1,0 +1,262 @@
+"""Photos and captions: from a folder of whatever people have to latents and prompts.
+
+One reader for all methods: upright, RGB, cropped, never squashed; nothing is skipped or altered in silence.
+
+Shapes:  N photos of H x W pixels;  B slots of a batch;  h x w the latent.
+"""
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+from hanokdiff.text import contains
+from hanokdiff.tiny import world
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+ORIENTATION = 0x0112  # EXIF tag: 1 is upright, 2 to 8 are the other ways to hold a camera
+Say = Callable[[str], None]
+
+
+@dataclass
+class Photo:
+    """One training example before encoding."""
+
+    name: str
+    image: Image.Image  # RGB, upright, resolution x resolution
+    caption: str | None
+    changed: str  # what the reader did, "" if nothing: "rotated by EXIF, enlarged"
+
+
+# --------------------------------------------------------------------------------------------------- one file
+
+
+def read_photo(path: str | Path) -> tuple[Image.Image, str]:
+    """A picture file (its first frame) -> RGB, upright, transparency over white; and what that took."""
+    path = Path(path)
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(ORIENTATION) in range(2, 9)
+            image.load()  # after asking: a TIFF turns itself as it loads
+            image, note = to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:
+        raise ValueError(f"{path.name!r} cannot be read: not a picture, or broken at its beginning") from None
+    except Exception as e:  # by format, Pillow raises OSError, SyntaxError, struct.error, EOFError...
+        raise ValueError(f"{path.name!r} cannot be read: {str(e) or type(e).__name__}") from e
+    return image, listed("rotated by EXIF" if turned else "", note)
+
+
+def listed(*notes: str) -> str:
+    return ", ".join(note for note in notes if note)
+
+
+def to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
+    """Any mode -> RGB, and a note if something transparent had to be filled."""
+    if image.mode.startswith(("I", "F")):
+        image = to_8_bits(image)
+    if image.has_transparency_data:  # an alpha channel, or one colour declared transparent
+        image = image.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] < 255:
+            # below alpha 0 editors leave any colour at all; dropping the channel would bring it out
+            white = Image.new("RGBA", image.size, "white")
+            return Image.alpha_composite(white, image).convert("RGB"), "transparency laid over white"
+    return image.convert("RGB"), ""
+
+
+def to_8_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey -> 8-bit grey. Pillow's own convert clips at 255, which leaves a white sheet."""
+    grey = np.asarray(image)
+    if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
+        raise ValueError(f"values from {grey.min():.6g} to {grey.max():.6g}; save it with 8 or 16 bits")
+    eight = np.round(grey / 257).astype(np.uint8)
+    if (hole := image.info.get("transparency")) is not None:  # a PNG's one transparent grey
+        eight[grey == hole] = 255
+    return Image.fromarray(eight)
+
+
+def fit(image: Image.Image, resolution: int) -> Image.Image:
+    """The largest centred square, at resolution x resolution. Aspect kept."""
+    method = Image.Resampling.LANCZOS if min(image.size) > resolution else Image.Resampling.BICUBIC
+    return ImageOps.fit(image, (resolution, resolution), method)
+
+
+def read_caption(path: str | Path) -> tuple[str, str]:
+    """A caption file -> its text on one line, and a note if it was not UTF-8."""
+    raw, note = Path(path).read_bytes(), ""
+    try:
+        text = raw.decode("utf-8-sig")  # Windows' Notepad puts a byte order mark in front
+    except UnicodeDecodeError:
+        note = "captioned in cp949 instead of UTF-8"  # what Korean Windows calls ANSI
+        try:
+            text = raw.decode("cp949")
+        except UnicodeDecodeError:
+            raise ValueError(f"{Path(path).name!r} is neither UTF-8 nor cp949; save it as UTF-8") from None
+    return " ".join(text.split()), note
+
+
+# --------------------------------------------------------------------------------------------------- a folder
+
+
+def load_photos(
+    folder: str | Path | None, resolution: int, images: int | None, say: Say = print
+) -> list[Photo]:
+    """The first `images` readable ones of a folder (None: all) in its fixed order; no folder: drawn hanok."""
+    if images is not None and images < 1:
+        raise ValueError(f"--images {images}: at least 1 is needed; leave it out to take them all")
+    if folder is None:
+        drawn = enumerate(world.photos(images or 50))
+        photos = [Photo(f"hanok {i}", fit(image, resolution), text, "") for i, (image, text) in drawn]
+        say(summary(photos, "drawn photos of a hanok"))
+        return photos
+    photos, unreadable = read_until(images, photo_files(Path(folder)), resolution, say)
+    if len(photos) < (images or 1):
+        asked = f"--images {images}, but " if images else ""
+        raise ValueError(
+            f"{asked}{folder} has {len(photos)} readable photos (and {unreadable} unreadable); "
+            f"{'lower --images or ' if photos else ''}add photos"
+        )
+    say(summary(photos, f"photos from {folder}") + (f"; {unreadable} unreadable" if unreadable else ""))
+    return photos
+
+
+def read_until(images: int | None, files: list[Path], resolution: int, say: Say) -> tuple[list[Photo], int]:
+    """The first `images` that can be read, and how many could not be."""
+    photos, unreadable = [], 0
+    for path in files:
+        if len(photos) == images:
+            break
+        try:
+            photos.append(load_photo(path, resolution))
+        except ValueError as e:
+            say(f"Skipped, going on with the others: {e}")
+            unreadable += 1
+    return photos, unreadable
+
+
+def photo_files(folder: Path) -> list[Path]:
+    """The picture files in a folder, in a fixed, nested order: the first 5 are among the first 50.
+
+    Sorted by a hash of the name: shuffled, yet the same however the folder is listed, and adding or removing
+    one leaves the others in order. NFC, because a Mac writes Korean names in another normal form.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"--data {folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+    files = [f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
+    if not files:
+        kinds = " ".join(sorted(SUFFIXES))
+        raise ValueError(f"--data {folder}: no pictures in it ({kinds}); its subfolders are not searched")
+    return sorted(files, key=lambda f: name_hash(f.name))
+
+
+def name_hash(name: str) -> bytes:
+    return hashlib.sha256(unicodedata.normalize("NFC", name).encode("utf-8", "surrogateescape")).digest()
+
+
+def load_photo(path: Path, resolution: int) -> Photo:
+    """A picture file and the NAME.txt beside it."""
+    image, note = read_photo(path)
+    small = "enlarged" if min(image.size) < resolution else ""
+    beside = path.with_suffix(".txt")
+    caption, how = read_caption(beside) if beside.is_file() else ("", "")
+    return Photo(path.name, fit(image, resolution), caption or None, listed(note, small, how))
+
+
+def summary(photos: list[Photo], what: str) -> str:
+    """One line: how many, how many with captions, and for each thing done how often and first to which."""
+    done: dict[str, list[str]] = {}
+    for photo in photos:
+        for note in filter(None, photo.changed.split(", ")):
+            done.setdefault(note, []).append(photo.name)
+    captioned = sum(photo.caption is not None for photo in photos)
+    line = f"{len(photos)} {what}, {captioned} with captions"
+    for note, names in done.items():
+        line += f"; {len(names)} {note} ({names[0]!r}{', ...' if names[1:] else ''})"
+    return line
+
+
+# --------------------------------------------------------------------------------------------------- captions
+
+
+def literal(phrase: str) -> str:
+    """The regular expression for a phrase: whole words, where it begins or ends with a letter."""
+    phrase = phrase.strip()
+    left = r"(?<!\w)" if re.match(r"\w", phrase) else ""
+    right = r"(?!\w)" if re.search(r"\w\Z", phrase) else ""
+    return left + r"\s+".join(map(re.escape, phrase.split())) + right
+
+
+def prepare_captions(
+    photos: list[Photo], token: str, replace: str, caption: str, say: Say = print
+) -> list[str]:
+    """A prompt per photo: its caption with the phrase `replace` become the pseudo word; else `caption`."""
+    pattern = re.compile(literal(replace) or "(?!)", re.IGNORECASE)  # no phrase: match nothing at all
+    swapped = [p.caption and pattern.subn(lambda _: token, p.caption) for p in photos]  # (text, count), None
+    own, default = [s for s in swapped if s], caption.replace("{token}", token)
+    if own and replace:
+        counts = [count for _, count in own if count]
+        say(f"{replace!r} became {token!r} {sum(counts)} times, in {len(counts)} of {len(own)} captions")
+    if len(own) < len(photos):
+        say(f"{len(photos) - len(own)} of {len(photos)} photos have no caption: {default!r} is used")
+    check_word([text for text, _ in own] or [default], token, say)
+    return [s[0] if s else default for s in swapped]
+
+
+def check_word(captions: list[str], token: str, say: Say) -> None:
+    """Refuse to train a word that no caption contains; mention it where some do not."""
+    without = [text for text in captions if not contains(text, token)]
+    if len(without) == len(captions):
+        raise ValueError(
+            f"no caption contains {token!r}, for example {captions[0]!r}; give the phrase that means your "
+            "subject with --replace, or the word that is in them with --token, or put {token} into --caption"
+        )
+    if without:
+        say(f"{len(without)} of {len(captions)} captions lack {token!r}, for example {without[0]!r}")
+
+
+# ---------------------------------------------------------------------------------------------------- latents
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """RGB picture -> (3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
+
+
+class Shots:
+    """Photos encoded once. `shots[batch]` -> latents (B, 4, h, w) float32, prompts [B]."""
+
+    def __init__(self, vae, images: list[Image.Image], prompts: list[str], flip: bool = False, device="cpu"):
+        assert len(images) == len(prompts) > 0, f"{len(images)} images, {len(prompts)} prompts"
+        self.prompts, self.flip, self.device = list(prompts), flip, device
+        ways = [images, [ImageOps.mirror(image) for image in images]] if flip else [images]
+        encoded = [encode(vae, way) for way in ways]
+        self.mean, self.std = (torch.stack(t).to(device) for t in zip(*encoded))  # (1 or 2, N, 4, h, w)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, batch) -> tuple[Tensor, list[str]]:
+        index = batch.pick(len(self))  # (B,) the photo in each slot
+        mirrored = (batch.uniform("flip") < 0.5).long() if self.flip else torch.zeros_like(index)
+        noise = batch.normal("latent", tuple(self.mean.shape[2:])).to(self.device)  # (B, 4, h, w)
+        at = mirrored.to(self.device), index.to(self.device)
+        return self.mean[at] + self.std[at] * noise, [self.prompts[i] for i in index.tolist()]
+
+
+@torch.no_grad()
+def encode(vae, images: list[Image.Image], chunk: int = 4) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents, each (N, 4, h, w) float32, computed in the VAE's dtype."""
+    weight = next(vae.parameters())
+    parts = []
+    for i in tqdm(range(0, len(images), chunk), "encoding photos", leave=False, disable=None):
+        pictures = torch.stack([to_tensor(image) for image in images[i : i + chunk]])
+        parts.append([t.float() for t in vae.encode(pictures.to(weight))])
+    mean, std = (torch.cat(t) for t in zip(*parts))
+    return mean, std

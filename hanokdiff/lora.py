@@ -1,0 +1,201 @@
+"""LoRA: low-rank adaptation (Hu et al. 2021, arXiv:2106.09685, equation 3).
+
+    y = W x + scale * up(down(x)),     scale = alpha / rank,     down: in -> rank,  up: rank -> out
+
+W is frozen; `up` starts at zero, so step 0 is exactly the base model.  The file format is kohya's: every tool reads it.
+"""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from hanokdiff import checkpoint
+from hanokdiff.run import stream
+
+# What each choice of --targets adds, by the end of the module's name in the UNet.
+TARGETS = {
+    "attention": ("to_q", "to_k", "to_v", "to_out.0"),
+    "ff": ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
+    "conv": ("conv1", "conv2", "time_emb_proj", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
+}
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
+REFUSED = {"hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "lora_mid": "a Tucker-decomposed LoCon",
+           ".diff": "full weight differences", "oft_": "OFT", "bundle_emb": "a LoRA with bundled embeddings"}  # fmt: skip
+
+
+class LoRA(nn.Module):
+    """A Linear or Conv2d (or a LoRA around one) with a low-rank side path. `strength` scales the side path."""
+
+    def __init__(self, base: nn.Module, rank: int, alpha: float, strength: float = 1.0):
+        super().__init__()
+        self.base, self.rank, self.alpha, self.strength = base, rank, alpha, strength
+        w = innermost(base).weight
+        self.down = nn.Parameter(torch.empty(rank, *w.shape[1:], device=w.device))
+        self.up = nn.Parameter(torch.zeros(w.shape[0], rank, *[1] * (w.dim() - 2), device=w.device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        down, up = self.down.to(x.dtype), (self.up * (self.strength * self.alpha / self.rank)).to(x.dtype)
+        if down.dim() == 2:
+            return self.base(x) + F.linear(F.linear(x, down), up)
+        conv = innermost(self.base)
+        return self.base(x) + F.conv2d(F.conv2d(x, down, None, conv.stride, conv.padding), up)
+
+    def delta(self) -> Tensor:
+        """What this adds to the weight, in fp32 and in its shape."""
+        w = innermost(self.base).weight
+        up_down = self.up.flatten(1).float() @ self.down.flatten(1).float()
+        return (self.strength * self.alpha / self.rank) * up_down.view(w.shape)
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    while isinstance(module, LoRA):
+        module = module.base
+    return module
+
+
+def layers(sd) -> dict[str, tuple[nn.Module, str]]:
+    """kohya name -> (network, path) of every Linear and Conv2d of UNet and text encoder, wrapped or not."""
+    out = {}
+    for prefix, network in (("lora_unet_", sd.unet), ("lora_te_text_model_", sd.text.encoder)):
+        for path, module in network.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                path = path.split(".base")[0]  # inside LoRAs already there
+                out[prefix + path.replace(".", "_")] = (network, path)
+    return out
+
+
+def _wrap(network: nn.Module, path: str, rank: int, alpha: float, strength: float = 1.0) -> LoRA:
+    parent, _, name = path.rpartition(".")
+    parent = network.get_submodule(parent)
+    lora = LoRA(getattr(parent, name), rank, alpha, strength)
+    setattr(parent, name, lora)
+    return lora
+
+
+def insert(sd, rank: int, alpha: float, targets: str = "attention", text_rank: int = 0, seed: int = 0) -> dict[str, LoRA]:
+    """Put fresh LoRAs into the model: kohya name -> LoRA. `targets` is "attention", "attention+ff" or with "+conv"."""
+    ends = sum((TARGETS[t] for t in targets.split("+")), ())
+    out = {}
+    for name, (network, path) in layers(sd).items():
+        text = network is sd.text.encoder
+        r = text_rank if text else rank
+        if not r or not path.endswith(tuple("." + e for e in (TEXT_TARGETS if text else ends))):
+            continue
+        lora = out[name] = _wrap(network, path, r, alpha * r / rank)
+        bound = 1 / math.sqrt(lora.down[0].numel())  # kaiming_uniform(a=sqrt 5), as nn.Linear and kohya
+        with torch.no_grad():
+            lora.down.copy_((torch.rand(lora.down.shape, generator=stream(seed, "lora", name)) * 2 - 1) * bound)
+    return out
+
+
+def remove(sd, loras: dict[str, LoRA]) -> None:
+    """Take these LoRAs out; the model is what it was, to the bit."""
+    places = layers(sd)
+    for name, lora in loras.items():
+        network, path = places[name]
+        parent, _, child = path.rpartition(".")
+        holder, current = network.get_submodule(parent), getattr(network.get_submodule(parent), child)
+        if current is lora:
+            setattr(holder, child, lora.base)
+            continue
+        while current.base is not lora:
+            current = current.base
+        current.base = lora.base
+
+
+# ------------------------------------------------------------------------------------------------------- the file
+
+
+def write(path: Path, loras: dict[str, LoRA], metadata: dict[str, str], dtype: torch.dtype = torch.float32) -> None:
+    """kohya's layout: NAME.lora_down.weight, NAME.lora_up.weight, NAME.alpha (0-d), with ss_* metadata."""
+    tensors = {}
+    for name, lora in loras.items():
+        tensors[f"{name}.lora_down.weight"] = lora.down.detach().cpu().to(dtype).contiguous()
+        tensors[f"{name}.lora_up.weight"] = lora.up.detach().cpu().to(dtype).contiguous()
+        tensors[f"{name}.alpha"] = torch.tensor(float(lora.alpha)).to(dtype)
+    checkpoint.write_tensors(tensors, path, {**metadata, **_hashes(tensors, metadata)})
+
+
+def _hashes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:
+    """kohya's two hashes, by which the WebUI knows a file: of the bytes after the header, ss_ metadata only."""
+    raw = save(tensors, {k: v for k, v in metadata.items() if k.startswith("ss_")})
+    body = raw[8 + int.from_bytes(raw[:8], "little") :]
+    legacy = hashlib.sha256(raw[0x100000:0x110000]).hexdigest()[:8]
+    return {"sshs_model_hash": hashlib.sha256(body).hexdigest(), "sshs_legacy_hash": legacy}
+
+
+def describe(sd, loras: dict[str, LoRA], *, rank, alpha, token, lr, steps, images, batch_size, seed, name) -> dict[str, str]:
+    """The file's metadata: kohya's names, so that other tools show them, and the pseudo word under our own."""
+    text_lr = lr if any(n.startswith("lora_te") for n in loras) else 0.0
+    v2, v = sd.text.encoder.config.hidden_size == 1024, sd.schedule.prediction_type == "v_prediction"
+    side = sd.resolution
+    meta = {
+        "hanokdiff_token": token, "ss_network_module": "networks.lora", "ss_network_dim": rank,
+        "ss_network_alpha": float(alpha), "ss_network_args": json.dumps({}), "ss_v2": v2,
+        "ss_base_model_version": ("sd_v2" if v2 else "sd_v1") + ("_v" if v else ""), "ss_sd_model_name": sd.name,
+        "ss_output_name": name, "ss_learning_rate": lr, "ss_unet_lr": lr, "ss_text_encoder_lr": text_lr,
+        "ss_num_train_images": images, "ss_num_reg_images": 0, "ss_steps": steps, "ss_batch_size_per_device": batch_size,
+        "ss_resolution": f"({side}, {side})", "ss_seed": seed, "ss_optimizer": "torch.optim.adamw.AdamW",
+    }  # fmt: skip
+    return {k: str(v) for k, v in meta.items()}
+
+
+def read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """A kohya file: {name: {"down", "up", "alpha"}} and its metadata. Other kinds are named and refused."""
+    if not Path(path).is_file():
+        raise ValueError(f"no LoRA file at {path}")
+    try:
+        with safe_open(path, "pt") as f:
+            metadata, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path} is not a readable .safetensors file ({e}); it is damaged or of another kind") from None
+    kinds = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
+    out: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        for mark, kind in REFUSED.items():
+            if mark in key:
+                raise ValueError(f"{path} holds {kind} (tensor {key}), which hanokdiff does not apply; only plain LoRA")
+        name, _, rest = key.partition(".")
+        if rest not in kinds:
+            raise ValueError(f"{path}: tensor {key} is not of a LoRA in kohya's layout (NAME.lora_down.weight ...)")
+        out.setdefault(name, {})[kinds[rest]] = tensor
+    half = [n for n, t in out.items() if not {"down", "up"} <= t.keys()]
+    if not out or half:
+        what = f"{half[0]} has no lora_down or lora_up" if half else "there are no tensors in it"
+        raise ValueError(f"{path} is not a complete LoRA: {what}")
+    return out, metadata
+
+
+def load(sd, path: Path, strength: float = 1.0, say=print) -> tuple[dict[str, LoRA], dict[str, str]]:
+    """Apply a file to the model: all of it, or none with an error. Returns the LoRAs (for `remove`) and the metadata."""
+    wanted, metadata = read(path)
+    places = layers(sd)
+    lost = [n for n in wanted if n not in places]
+    if lost:
+        raise ValueError(f"{path}: {len(wanted) - len(lost)} of {len(wanted)} modules matched {sd.name}, {len(lost)} left "
+                         f"over (such as {lost[0]}); it was made for another architecture")  # fmt: skip
+    for name, t in wanted.items():  # look at everything before anything is touched
+        network, p = places[name]
+        w = innermost(network.get_submodule(p)).weight
+        if t["down"].shape[1:].numel() != w[0].numel() or t["up"].shape[0] != w.shape[0]:
+            made = f"{t['down'][0].numel()} -> {t['up'].shape[0]}"
+            raise ValueError(f"{path}: {name} goes {made}, but in {sd.name} that layer goes {w[0].numel()} -> "
+                             f"{w.shape[0]}; the LoRA was made for another architecture")  # fmt: skip
+    out = {}
+    for name, t in wanted.items():
+        rank = t["down"].shape[0]  # a missing alpha means alpha = rank, in every reader
+        lora = out[name] = _wrap(*places[name], rank, float(t.get("alpha", torch.tensor(float(rank)))), strength)
+        with torch.no_grad():
+            lora.down.copy_(t["down"].reshape(lora.down.shape))
+            lora.up.copy_(t["up"].reshape(lora.up.shape))
+        lora.requires_grad_(False)
+    if say:
+        say(f"LoRA {path}: all {len(out)} modules matched, strength {strength:g}")
+    return out, metadata

@@ -1,0 +1,254 @@
+"""The chores of training, behind an iterator: order, rate, micro-batches, clipping, log, preview, save, resume.
+
+    run = Run(out, learns, steps=400, batch_size=8, lr=1e-3, save=..., preview=...)
+    for batch in run:                                    # one micro-batch
+        run.update(losses)                               # (B,) losses of its slots
+
+Randomness is a function of (seed, step, slot), never of a stream that is used up.  So a resumed run needs no generator
+state and is bit-exact, a preview cannot disturb the training, any split into micro-batches sees the same numbers, and
+two methods with one seed see the same photos, timesteps and noise.
+"""
+
+import hashlib
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from hanokdiff import checkpoint
+
+
+def stream(*key) -> torch.Generator:
+    """A CPU generator that depends on the key and on nothing else. Hashed: a sum of seed and step would collide."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some slots of one step's global batch; the source of everything random about them. B = len(slots)."""
+
+    seed: int
+    step: int
+    slots: range
+    size: int  # of the global batch
+
+    def pick(self, n: int) -> Tensor:
+        """Which of n photos lies in each slot (B,): every epoch a new permutation, every photo once."""
+        out = []
+        for slot in self.slots:
+            epoch, place = divmod(self.step * self.size + slot, n)
+            out.append(torch.randperm(n, generator=stream(self.seed, "epoch", epoch, n))[place])
+        return torch.stack(out)
+
+    def uniform(self, what: str) -> Tensor:
+        """One number in [0, 1) per slot (B,)."""
+        return torch.cat([torch.rand(1, generator=stream(self.seed, self.step, s, what)) for s in self.slots])
+
+    def integers(self, what: str, high: int) -> Tensor:
+        """One whole number below `high` per slot (B,)."""
+        return torch.cat([torch.randint(high, (1,), generator=stream(self.seed, self.step, s, what)) for s in self.slots])
+
+    def normal(self, what: str, shape) -> Tensor:
+        """Standard normal numbers (B, *shape)."""
+        return torch.stack([torch.randn(*shape, generator=stream(self.seed, self.step, s, what)) for s in self.slots])
+
+
+class Run:
+    """Iterate over micro-batches; call `update` with the loss of each.
+
+    out            the run's folder: config.json, log.jsonl, previews/, state/, and what `save` writes
+    learns         name -> parameter, all that is trained
+    save           writes the artefact to a path; called at the end and, with the step in its name, every `save_every`
+    artefact       the artefact's file name, such as "lora.safetensors"
+    preview        draws a picture of the present state (or None); called every `preview_every` steps
+    config         what the run was started with: stored in config.json, compared on resume
+    """
+
+    CLIP = 1.0  # gradient norm
+    LOG_EVERY = 10
+
+    def __init__(
+        self, out: Path, learns: dict[str, nn.Parameter], *, steps: int, batch_size: int, lr: float, save: Callable,
+        artefact: str, config: dict, micro_batch: int = 0, seed: int = 0, weight_decay: float = 0.01,
+        save_every: int = 0, preview: Callable | None = None, preview_every: int = 0, resume: bool = False,
+    ):  # fmt: skip
+        self.out, self.learns, self.steps, self.batch_size, self.lr = out, learns, steps, batch_size, lr
+        self.micro_batch, self.seed = micro_batch or batch_size, seed
+        self.save, self.save_every, self.artefact = save, save_every, artefact
+        self.preview, self.preview_every, self.config = preview, preview_every, config
+        self.parameters = list(learns.values())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr, weight_decay=weight_decay, fused=True)
+        self.step, self.seconds, self.lowered = 0, 0.0, 1.0
+        device = self.parameters[0].device
+        self.loss, self.norm, self.bad = (torch.zeros((), device=device) for _ in range(3))
+        self.interrupted = False
+        out.mkdir(parents=True, exist_ok=True)
+        if resume:
+            self._load_state()
+        else:
+            checkpoint.write_json(out / "config.json", config)
+            (out / "log.jsonl").unlink(missing_ok=True)
+
+    # ---------------------------------------------------------------------------------------------- the iterator
+
+    def __iter__(self) -> Iterator[Batch]:
+        old = {s: signal.signal(s, self._interrupt) for s in (signal.SIGINT, signal.SIGTERM)} if _main_thread() else {}
+        self.bar = tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True, mininterval=0.5)
+        self.clock = time.perf_counter()
+        try:
+            while self.step < self.steps:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.rate(self.step)
+                for first in range(0, self.batch_size, self.micro_batch):
+                    slots = range(first, min(first + self.micro_batch, self.batch_size))
+                    self.share, self.pending = len(slots) / self.batch_size, True
+                    yield Batch(self.seed, self.step, slots, self.batch_size)
+                    assert not self.pending, "run.update(loss) was not called for a batch"
+                self._finish_step()
+            self._finish()
+        finally:
+            self.bar.close()
+            for s, handler in old.items():
+                signal.signal(s, handler)
+
+    def update(self, loss: Tensor) -> None:
+        """Add a micro-batch's gradients, weighted by its share of the batch: losses (B,), or their mean."""
+        loss = loss.mean() * self.share
+        loss.backward()
+        self.loss += loss.detach()
+        self.pending = False
+
+    def rate(self, step: int) -> float:
+        """Warm up over a tenth of the steps (at most 100), stay, and fall to zero over the last fifth."""
+        warm, cool = max(1, min(100, self.steps // 10)), max(1, self.steps // 5)
+        return self.lr * self.lowered * min(1.0, (step + 1) / warm, (self.steps - step) / cool)
+
+    def _finish_step(self) -> None:
+        """Clip and step. A gradient that is not finite skips the update on the device; nobody waits for the answer."""
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        bad = (~torch.isfinite(norm)).float()
+        self.optimizer.grad_scale = torch.where(bad > 0, 1.0, norm.clamp(min=self.CLIP) / self.CLIP)
+        self.optimizer.found_inf = bad
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.bad += bad
+        self.norm += torch.nan_to_num(norm)
+        self.step += 1
+        self.bar.update()
+        last = self.step == self.steps
+        if self.step % self.LOG_EVERY == 0 or last:
+            self._log()
+        if self.save_every and self.step % self.save_every == 0 and not last:
+            self.save(self.out / f"{Path(self.artefact).stem}-{self.step:06d}{Path(self.artefact).suffix}")
+            self.save_state()
+        if self.preview and self.preview_every and (self.step % self.preview_every == 0 or last):
+            self._preview()
+        if self.interrupted and not last:
+            self.save_state()
+            self.bar.close()
+            print(f"stopped at step {self.step} of {self.steps}; go on with --resume {self.out}")
+            raise SystemExit(130)
+
+    def _log(self) -> None:
+        """The one place where the host waits for the device: every 10 steps."""
+        count = (self.step - 1) % self.LOG_EVERY + 1
+        loss, bad = self.loss.item() / count, int(self.bad.item())
+        now = time.perf_counter()
+        self.seconds, self.clock = self.seconds + now - self.clock, now
+        row = {"step": self.step, "loss": round(loss, 6), "grad_norm": round(self.norm.item() / count, 5),
+               "lr": self.rate(self.step - 1), "skipped": bad, "seconds": round(self.seconds, 3)}  # fmt: skip
+        with open(self.out / "log.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+        self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        for total in (self.loss, self.norm, self.bad):
+            total.zero_()
+        if bad > count // 2:
+            self._diverged()
+
+    def _preview(self) -> None:
+        folder = self.out / "previews"
+        folder.mkdir(exist_ok=True)
+        self.preview().save(folder / f"{self.step:06d}.png")
+        self.clock = time.perf_counter()  # previews are not training time
+
+    def _diverged(self) -> None:
+        """Most updates since the last look were not finite: go back once, at half the rate; then stop."""
+        if self.lowered < 1 or not self._state_file.exists():
+            raise ValueError(f"the loss is no longer finite at step {self.step}; the last good state and files are in "
+                             f"{self.out}; start again with a lower --lr than {self.lr}")  # fmt: skip
+        lowered = self.lowered / 2
+        self._load_state()
+        self.lowered = lowered
+        tqdm.write(f"not finite: back to step {self.step}, at half the learning rate")
+        self.bar.n = self.step
+
+    def _finish(self) -> None:
+        self.save(self.out / self.artefact)
+        self._state_file.unlink(missing_ok=True)
+        print(f"{self.seconds:.1f} s of training, {self.steps / max(self.seconds, 1e-9):.1f} steps/s; "
+              f"wrote {self.out / self.artefact}")  # fmt: skip
+
+    def _interrupt(self, *_) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+
+    # --------------------------------------------------------------------------------------------------- its state
+
+    @property
+    def _state_file(self) -> Path:
+        return self.out / "state" / "last.pt"
+
+    def save_state(self) -> None:
+        """Everything a resumed run needs: what learns, the optimiser, the step. Written aside, synced, renamed."""
+        self._state_file.parent.mkdir(exist_ok=True)
+        if self.step % self.LOG_EVERY:
+            pending = [self.loss.item(), self.norm.item(), self.bad.item()]
+        else:
+            pending = [0.0, 0.0, 0.0]
+        state = {"step": self.step, "seconds": self.seconds, "lowered": self.lowered, "pending": pending,
+                 "learns": {k: p.detach() for k, p in self.learns.items()},
+                 "optimizer": self.optimizer.state_dict()}  # fmt: skip
+        aside = self._state_file.with_suffix(".part")
+        torch.save(state, aside)
+        checkpoint.sync_rename(aside, self._state_file)
+
+    def _load_state(self) -> None:
+        if not self._state_file.exists():
+            if (self.out / self.artefact).exists():
+                raise ValueError(f"{self.out} holds a finished run ({self.artefact}): there is nothing to resume")
+            print(f"{self.out} holds no saved state yet; starting from step 0")
+            (self.out / "log.jsonl").unlink(missing_ok=True)
+            return
+        try:
+            state = torch.load(self._state_file, map_location=self.parameters[0].device, weights_only=True)
+        except (RuntimeError, EOFError, OSError) as e:
+            raise ValueError(f"{self._state_file} cannot be read ({e}); start again without --resume") from None
+        if state["learns"].keys() != self.learns.keys():
+            raise ValueError(f"{self._state_file} belongs to other options than {self.out / 'config.json'} says")
+        with torch.no_grad():
+            for name, p in self.learns.items():
+                p.copy_(state["learns"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds, self.lowered = state["step"], state["seconds"], state["lowered"]
+        for total, value in zip((self.loss, self.norm, self.bad), state["pending"], strict=True):
+            total.fill_(value)
+        log = self.out / "log.jsonl"
+        if log.exists():  # lines after the saved step will be written again
+            rows = [r for r in log.read_text(encoding="utf-8").splitlines() if r.endswith("}")]
+            rows = [r for r in rows if json.loads(r)["step"] <= self.step]
+            log.write_text("".join(r + "\n" for r in rows), encoding="utf-8")
+        print(f"going on from step {self.step} of {self.steps}")
+
+
+def _main_thread() -> bool:
+    import threading
+
+    return threading.current_thread() is threading.main_thread()

@@ -1,0 +1,81 @@
+"""LoRA: teach Stable Diffusion a subject by a low-rank change of its attention layers.
+
+    W' = W + (alpha / rank) up down          Hu et al. 2021, arXiv:2106.09685, equation 3
+    L  = || eps - eps_theta(x_t, t, words) ||^2 over the photos, only `down` and `up` learn
+
+    python train_lora.py                                          the embedded hanok, half a minute on a laptop
+    python train_lora.py --model MODEL --data PHOTOS --token sks  your photos on a real checkpoint
+
+Writes runs/lora/lora.safetensors (kohya's format: the WebUI, ComfyUI and diffusers read it), log.jsonl, previews/.
+Then:  python sample.py "*, fire" "* in the fire" --lora runs/lora/lora.safetensors
+Read next: hanokdiff/lora.py (the layer), hanokdiff/loss.py (the loss), hanokdiff/run.py (the chores).
+"""
+
+import sys
+
+from hanokdiff import cli, data, lora, loss, model
+from hanokdiff.run import Run
+
+DEFAULTS = {
+    "tiny": dict(steps=300, batch_size=8, lr=2e-3, rank=8, alpha=None, min_snr=5.0, save_every=100, preview_every=150),
+    "sd": dict(steps=1500, batch_size=4, lr=1e-4, rank=8, alpha=None, min_snr=0.0, save_every=500, preview_every=500),
+}
+
+
+def options():
+    parser, method = cli.training_parser(__doc__, DEFAULTS)
+    method("--rank", "rank of the change", type=int)
+    method("--alpha", "strength: the change is scaled by alpha / rank (default: the rank)", type=float)
+    method("--targets", "what is changed in the UNet", default="attention",
+           choices=("attention", "attention+ff", "attention+ff+conv"))  # fmt: skip
+    method("--text-rank", "rank of the change of the text encoder, 0 for none", type=int, default=0)
+    return parser
+
+
+@cli.polite
+def main(argv=None):
+    args = options().parse(argv)
+    args.alpha = args.rank if args.alpha is None else args.alpha
+    cli.check_training(args)
+    out = args.resume or cli.new_folder(args.out, "lora", "lora.safetensors")
+
+    # 1. The base model, frozen
+    sd = model.load(args.model, args.device, args.dtype)
+    sd.text.word, sd.text.literal_tokens = args.token, args.literal_tokens
+
+    # 2. What learns
+    loras = lora.insert(sd, args.rank, args.alpha, args.targets, args.text_rank, args.seed)
+    learns = {f"{name}.{part}": getattr(m, part) for name, m in loras.items() for part in ("down", "up")}
+    print(f"learns: {len(loras)} LoRAs of rank {args.rank}, {sum(p.numel() for p in learns.values()):,} numbers")
+
+    # 3. The data
+    photos = data.load_photos(args.data, args.resolution or sd.resolution, args.images)
+    captions = data.prepare_captions(photos, args.token, args.replace, args.caption)
+    shots = data.Shots(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
+    if not args.text_rank:
+        sd.text.remember(captions)  # a frozen encoder says the same every time
+
+    # 4. The run
+    def save(path):
+        lora.write(path, loras, lora.describe(sd, loras, rank=args.rank, alpha=args.alpha, token=args.token, lr=args.lr,
+                   steps=args.steps, images=len(photos), batch_size=args.batch_size, seed=args.seed, name=path.stem))  # fmt: skip
+
+    def preview():
+        prompts = [args.token, f"{args.token} in the snow", f"{args.token} at night", f"{args.token} with trees"]
+        return model.grid(sd.draw(prompts, range(4)), 4)
+
+    run = Run(
+        out, learns, steps=args.steps, batch_size=args.batch_size, micro_batch=args.micro_batch, lr=args.lr,
+        seed=args.seed, save=save, artefact="lora.safetensors", save_every=args.save_every, preview=preview,
+        preview_every=args.preview_every, config=cli.config(args), resume=args.resume is not None,
+    )  # fmt: skip
+
+    # 5. The method
+    for batch in run:
+        latents, prompts = shots[batch]                          # (B, 4, h, w), [B]
+        context = sd.text(prompts)                               # (B, 77, D)
+        run.update(loss.denoising(sd, latents, context, batch, args.min_snr))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
