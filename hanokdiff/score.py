@@ -1,0 +1,259 @@
+"""Scores: how well a picture fits a text, what it is recognised as, what it resembles, and how sure we are.
+
+    CLIP-T     cosine of a picture and a text, on three published scales (Hessel et al. 2021, CLIPScore)
+    presence   which of several texts fits a picture best (Radford et al. 2021, zero-shot)
+    nearest    cosine to the most similar of other pictures: identity, or memorisation
+    intervals  Student's t for means, Wilson's for shares
+
+Shapes:  N pictures, M texts, d the width of CLIP's common space; an embedding is a float32 row of length 1.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+import hanokdiff
+from hanokdiff.tiny import world
+
+TINY = Path(hanokdiff.__file__).parent / "tiny" / "clip"
+EXAMPLE = "openai/clip-vit-base-patch32"  # what CLIPScore is published with
+BATCH = 64  # pictures or texts that go through the model at once
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, of all its CLIPs
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+# ---------------------------------------------------------------------------------------------- embeddings
+
+
+class Clip:
+    """A CLIP model: the embedded one, a folder (config.json, weights, vocab.json, merges.txt) or a hub id."""
+
+    def __init__(self, model: str | Path = TINY, device: str = "cpu"):
+        self.name, self.device = str(model), open_device(device)
+        self.model, self.tokenizer, (self.mean, self.std) = open_model(model)
+        self.model = self.model.float().eval().requires_grad_(False).to(self.device)
+        self.size = self.model.config.vision_config.image_size  # pixels per side
+        self.length = self.model.config.text_config.max_position_embeddings  # tokens, start and end included
+
+    @torch.inference_mode()
+    def images(self, images: Iterable[Image.Image]) -> Tensor:
+        """(N, d) of N pictures of any size. A generator is fine: no more than a batch is held at a time."""
+        images, rows = iter(images), [torch.empty(0, self.model.config.projection_dim)]
+        while batch := list(islice(images, BATCH)):
+            pixels = torch.stack(
+                [preprocess(i, self.size, self.mean, self.std) for i in batch]
+            )  # (B, 3, s, s)
+            pooled = self.model.vision_model(pixel_values=pixels.to(self.device)).pooler_output
+            rows.append(F.normalize(self.model.visual_projection(pooled), dim=-1).cpu())
+        return torch.cat(rows)
+
+    @torch.inference_mode()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """(M, d) of M texts. Too long a text is cut, as CLIPScore does (truncate=True); how many is told."""
+        ids = [self.tokenizer(t).input_ids for t in texts]  # ragged: start, words, end
+        if cut := sum(len(row) > self.length for row in ids):
+            print(
+                f"note: {cut} of {len(ids)} texts cut to {self.length} tokens, all that CLIP reads",
+                file=sys.stderr,
+            )
+        ids = [row if len(row) <= self.length else row[: self.length - 1] + row[-1:] for row in ids]
+        rows = [torch.empty(0, self.model.config.projection_dim)]
+        return torch.cat(rows + [self._texts(ids[i : i + BATCH]) for i in range(0, len(ids), BATCH)])
+
+    def _texts(self, ids: list[list[int]]) -> Tensor:
+        ends = torch.tensor([len(row) - 1 for row in ids])  # (B,)
+        longest = int(ends.max()) + 1
+        padded = torch.tensor([row + row[-1:] * (longest - len(row)) for row in ids])  # (B, L)
+        states = self.model.text_model(input_ids=padded.to(self.device)).last_hidden_state  # (B, L, width)
+        # Pooled at the end token by position: transformers guesses it from an id in the config, which goes
+        # wrong with a small vocabulary. Attention looks back only, so the padding behind it has no effect.
+        pooled = states[torch.arange(len(ids)), ends]  # (B, width)
+        return F.normalize(self.model.text_projection(pooled), dim=-1).cpu()
+
+
+def preprocess(
+    image: Image.Image, size: int, mean: Sequence[float] = MEAN, std: Sequence[float] = STD
+) -> Tensor:
+    """(3, size, size) as OpenAI's CLIP makes it: short side to size, Pillow's bicubic, then the centre."""
+    image = image.convert("RGB")
+    w, h = image.size
+    w, h = (size, int(size * h / w)) if w <= h else (int(size * w / h), size)
+    image = image.resize((w, h), Image.Resampling.BICUBIC)
+    left, top = round((w - size) / 2), round((h - size) / 2)  # rounds a half to even, as torchvision does
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
+    return torch.from_numpy((pixels - np.float32(mean)) / np.float32(std)).permute(2, 0, 1)
+
+
+def open_device(device: str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as e:  # unknown name or no driver; not built in
+        raise ValueError(f"device {device} cannot be used here ({first_line(e)}); use cpu") from None
+
+
+def open_model(model: str | Path):
+    """(CLIPModel, tokenizer, (mean, std)). A folder that exists comes first, then the hub."""
+    folder = Path(model).expanduser()
+    local = folder.is_dir()
+    if not local and (isinstance(model, Path) or model.startswith(("/", ".", "~")) or model.count("/") > 1):
+        raise ValueError(
+            f"there is no CLIP folder {model}; give one that exists, or a hub id such as {EXAMPLE}"
+        )
+    from transformers import CLIPModel, CLIPTokenizer  # here, because the import takes seconds
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # else a table of loaded keys, and advice on long texts
+    if local:
+        logging.disable_progress_bar()
+    source, only = (str(folder), {"local_files_only": True}) if local else (str(model), {})
+    try:
+        clip, info = CLIPModel.from_pretrained(source, output_loading_info=True, **only)
+        tokenizer = CLIPTokenizer.from_pretrained(source, **only)
+        colours = mean_std(source, **only)
+    except Exception as e:  # noqa: BLE001  (OSError, JSON, safetensors, KeyError: for the user all are one)
+        raise ValueError(cannot_open(model, local, e)) from None
+    bad = sorted({str(k) for kind in ("missing_keys", "mismatched_keys") for k in info[kind]})
+    if bad:  # transformers would leave them random, and score with them
+        raise ValueError(f"{model} is no whole CLIP model: {len(bad)} tensors missing or misshapen, as "
+                         f"{bad[0]}; give a complete one, such as {EXAMPLE}")  # fmt: skip
+    words, rows = len(tokenizer), clip.config.text_config.vocab_size
+    if words > rows:
+        raise ValueError(
+            f"{model}: its tokenizer knows {words} words, its model {rows}; give files that belong together"
+        )
+    return clip, tokenizer, colours
+
+
+def cannot_open(model, local: bool, error: Exception) -> str:
+    if local:
+        return (f"the CLIP folder {model} cannot be opened ({first_line(error)}); it needs config.json, "
+                "model.safetensors, vocab.json and merges.txt")  # fmt: skip
+    return (f"{model} is neither a folder here nor a CLIP model that could be fetched from the Hugging Face "
+            f"hub ({first_line(error)}); go online once, or give --clip a folder")  # fmt: skip
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def mean_std(source: str, **only) -> tuple[tuple, tuple]:
+    """Of the pixels, from preprocessor_config.json where the model has one."""
+    from transformers.utils import cached_file
+
+    try:
+        config = json.loads(Path(cached_file(source, "preprocessor_config.json", **only)).read_text("utf-8"))
+    except OSError:
+        config = {}
+    return tuple(config.get("image_mean", MEAN)), tuple(config.get("image_std", STD))
+
+
+# -------------------------------------------------------------------------------------------------- scores
+
+
+@dataclass(frozen=True)
+class Scale:
+    """One way to publish a cosine: what is put before the text, and what is made of the cosine (N,)."""
+
+    prefix: str
+    of: Callable[[Tensor], Tensor]
+    formula: str
+
+
+SCALES = {
+    "cosine": Scale("", lambda c: c, "cos(picture, text), nothing added"),
+    "clipscore": Scale(
+        "A photo depicts ", lambda c: 2.5 * c.clamp(min=0),
+        '2.5 * max(cos, 0), text prefixed with "A photo depicts " (Hessel et al. 2021, jmhessel/clipscore)',
+    ),
+    "x100": Scale(  # torchmetrics takes the max after the mean; the same unless some cosine is negative
+        "", lambda c: 100 * c.clamp(min=0), "100 * max(cos, 0), no prefix (torchmetrics)",
+    ),
+}  # fmt: skip
+
+
+def clip_t(images: Tensor, texts: Tensor) -> Tensor:
+    """(N,) cosines of picture i (N, d) with text i (N, d), or with the one text (1, d)."""
+    return (images * texts).sum(-1)
+
+
+def scores(clip: Clip, images: Tensor, texts: Sequence[str]) -> dict[str, Tensor]:
+    """Of each scale (N,) values: picture i of `images` (N, d) with texts[i]. Each text is read once."""
+    unique = list(dict.fromkeys(texts))
+    row = torch.tensor([unique.index(t) for t in texts])  # (N,)
+    embedded = {p: clip.texts([p + t for t in unique]) for p in {s.prefix: 0 for s in SCALES.values()}}
+    return {name: s.of(clip_t(images, embedded[s.prefix][row])) for name, s in SCALES.items()}
+
+
+def presence(images: Tensor, choices: Tensor) -> Tensor:
+    """(N,) "recognised as": for each picture (N, d) the index of the choice (M, d) that fits it best."""
+    return (images @ choices.T).argmax(-1)
+
+
+def nearest(a: Tensor, b: Tensor) -> Tensor:
+    """(N,) cosines of each row of a (N, d) with the most similar row of b (M, d), e.g. training photos."""
+    return (a @ b.T).amax(-1)
+
+
+def kinds() -> dict[str, str]:
+    """Label to prompt of every kind of building in the tiny world, for `presence`."""
+    return {k: f"a {k}" for k in world.KINDS}
+
+
+def conditions() -> dict[str, str]:
+    """Label to prompt of every condition in the tiny world."""
+    return {
+        "none": "a building in the daytime", "fire": "a building on fire",
+        "campfire": "a building beside a campfire", "smoke": "smoke rising from a building",
+        "snow": "a building in the snow", "night": "a building at night",
+        "flood": "a flood around a building",
+    }  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------- intervals
+
+
+def mean_interval(values: Sequence[float] | Tensor, confidence: float = 0.95) -> tuple[float, float, float]:
+    """(mean, low, high), the interval Student's t over the values; of one value low and high are nan."""
+    v = np.asarray(values, dtype=np.float64)
+    if not len(v):
+        raise ValueError("the mean of 0 values does not exist; score at least 1")
+    if len(v) == 1:
+        return float(v[0]), math.nan, math.nan
+    half = t_quantile(len(v) - 1, confidence) * v.std(ddof=1) / math.sqrt(len(v))
+    return float(v.mean()), float(v.mean() - half), float(v.mean() + half)
+
+
+@lru_cache
+def t_quantile(freedom: int, confidence: float = 0.95) -> float:
+    """The t with P(|T| < t) = confidence.
+
+    With t = sqrt(freedom) tan(angle) the density is cos(angle)^(freedom - 1) on a quarter circle.
+    """
+    angle = np.linspace(0, math.pi / 2, 200_001)
+    density = np.cos(angle) ** (freedom - 1)
+    p = np.append(0, np.cumsum(density[1:] + density[:-1]))  # trapezoids
+    inside = p <= confidence * p[-1] * (1 + 1e-3)  # beyond, p is flat, and np.interp wants it to rise
+    return math.sqrt(freedom) * math.tan(np.interp(confidence * p[-1], p[inside], angle[inside]))
+
+
+def share_interval(k: int, n: int, confidence: float = 0.95) -> tuple[float, float, float]:
+    """(share, low, high) of k in n: Wilson 1927, which stays within 0 and 1 and is honest at both ends."""
+    if not 0 <= k <= n or n == 0:
+        raise ValueError(f"{k} of {n} is no share; n must be at least 1, and k from 0 to n")
+    z, p = NormalDist().inv_cdf((1 + confidence) / 2), k / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    # at k = 0 and k = n one end is p itself, but for rounding
+    low, high = ((middle + s * half) / (1 + z * z / n) for s in (-1, 1))
+    return p, 0.0 if k == 0 else low, 1.0 if k == n else high
