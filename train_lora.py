@@ -42,6 +42,7 @@ def main(argv=None):
     # 1. The base model, frozen
     sd = model.load(args.model, args.device, args.dtype)
     sd.text.word, sd.text.literal_tokens = args.token, args.literal_tokens
+    args.resolution = cli.check_resolution(args.resolution, sd)
 
     # 2. What learns
     loras = lora.insert(sd, args.rank, args.alpha, args.targets, args.text_rank, args.seed)
@@ -49,7 +50,8 @@ def main(argv=None):
     print(f"learns: {len(loras)} LoRAs of rank {args.rank}, {sum(p.numel() for p in learns.values()):,} numbers")
 
     # 3. The data
-    photos = data.load_photos(args.data, args.resolution or sd.resolution, args.images)
+    photos = data.load_photos(args.data, args.resolution, args.images)
+    args.images = len(photos)
     captions = data.prepare_captions(photos, args.token, args.replace, args.caption)
     shots = data.Shots(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
     if not args.text_rank:
@@ -57,8 +59,7 @@ def main(argv=None):
 
     # 4. The run
     def save(path):
-        lora.write(path, loras, lora.describe(sd, loras, rank=args.rank, alpha=args.alpha, token=args.token, lr=args.lr,
-                   steps=args.steps, images=len(photos), batch_size=args.batch_size, seed=args.seed, name=path.stem))  # fmt: skip
+        lora.write(path, loras, lora.metadata(sd, name=path.stem, **vars(args)))
 
     def preview():
         prompts = [args.token, f"{args.token} in the snow", f"{args.token} at night", f"{args.token} with trees"]
@@ -67,7 +68,7 @@ def main(argv=None):
     run = Run(
         out, learns, steps=args.steps, batch_size=args.batch_size, micro_batch=args.micro_batch, lr=args.lr,
         seed=args.seed, save=save, artefact="lora.safetensors", save_every=args.save_every, preview=preview,
-        preview_every=args.preview_every, config=cli.config(args), resume=args.resume is not None,
+        preview_every=args.preview_every, config=cli.config(args, shots), resume=args.resume is not None,
     )  # fmt: skip
 
     # 5. The method

@@ -164,4 +164,6 @@ def save_folder(folder: Path, unet, vae, encoder, tokenizer, schedule, dtype: to
 
 
 def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    sync_rename(aside, path)

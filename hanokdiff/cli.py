@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from hanokdiff import checkpoint
+from hanokdiff import checkpoint, model
 
 
 def polite(main: Callable) -> Callable:
@@ -55,6 +55,8 @@ class Parser(argparse.ArgumentParser):
             given = [k for k, v in vars(args).items() if k not in ("resume", "device") and v != self.get_default(k)]
             if given:
                 raise ValueError(f"--resume goes on with the run's own options; leave out --{given[0].replace('_', '-')}")
+            if not (args.resume / "config.json").is_file():
+                raise ValueError(f"--resume {args.resume}: no run was started there (it has no config.json)")
             config = checkpoint.read_json(args.resume / "config.json")
             known = {k: v for k, v in config.items() if hasattr(args, k) and k not in ("resume", "device")}
             args = argparse.Namespace(**{**vars(args), **known, "out": args.resume})
@@ -133,7 +135,14 @@ def free_folder(wanted: Path) -> Path:
     return out
 
 
-def config(args: argparse.Namespace) -> dict:
-    """The options as they go into config.json."""
+def config(args: argparse.Namespace, shots) -> dict:
+    """The options as they go into config.json, and a hash of the photos and captions."""
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    return {k: v for k, v in plain.items() if k not in ("resume", "out")}
+    return {**{k: v for k, v in plain.items() if k not in ("resume", "out")}, "photos": shots.hash}
+
+
+def check_resolution(resolution: int | None, sd) -> int:
+    """The side in pixels to train at: the named one if the model can take it, else the model's own."""
+    if resolution is not None:
+        model.check_size((resolution, resolution), sd.vae.config.factor)
+    return resolution or sd.resolution

@@ -235,6 +235,10 @@ class Shots:
     def __init__(self, vae, images: list[Image.Image], prompts: list[str], flip: bool = False, device="cpu"):
         assert len(images) == len(prompts) > 0, f"{len(images)} images, {len(prompts)} prompts"
         self.prompts, self.flip, self.device = list(prompts), flip, device
+        seen = hashlib.sha256(repr(self.prompts).encode())
+        for image in images:
+            seen.update(image.tobytes())
+        self.hash = seen.hexdigest()[:16]  # to notice, on resume, that photos or captions have changed
         ways = [images, [ImageOps.mirror(image) for image in images]] if flip else [images]
         encoded = [encode(vae, way) for way in ways]
         self.mean, self.std = (torch.stack(t).to(device) for t in zip(*encoded))  # (1 or 2, N, 4, h, w)

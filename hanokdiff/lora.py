@@ -131,18 +131,17 @@ def _hashes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, s
     return {"sshs_model_hash": hashlib.sha256(body).hexdigest(), "sshs_legacy_hash": legacy}
 
 
-def describe(sd, loras: dict[str, LoRA], *, rank, alpha, token, lr, steps, images, batch_size, seed, name) -> dict[str, str]:
-    """The file's metadata: kohya's names, so that other tools show them, and the pseudo word under our own."""
-    text_lr = lr if any(n.startswith("lora_te") for n in loras) else 0.0
+def metadata(sd, *, name: str, images: int, token: str, rank: int, alpha: float, text_rank: int, lr: float, steps: int,
+             batch_size: int, resolution: int, seed: int, **_) -> dict[str, str]:  # fmt: skip
+    """The file's metadata in kohya's names, so that other tools show them, and the pseudo word under ours."""
     v2, v = sd.text.encoder.config.hidden_size == 1024, sd.schedule.prediction_type == "v_prediction"
-    side = sd.resolution
     meta = {
         "hanokdiff_token": token, "ss_network_module": "networks.lora", "ss_network_dim": rank,
         "ss_network_alpha": float(alpha), "ss_network_args": json.dumps({}), "ss_v2": v2,
         "ss_base_model_version": ("sd_v2" if v2 else "sd_v1") + ("_v" if v else ""), "ss_sd_model_name": sd.name,
-        "ss_output_name": name, "ss_learning_rate": lr, "ss_unet_lr": lr, "ss_text_encoder_lr": text_lr,
+        "ss_output_name": name, "ss_learning_rate": lr, "ss_unet_lr": lr, "ss_text_encoder_lr": lr if text_rank else None,
         "ss_num_train_images": images, "ss_num_reg_images": 0, "ss_steps": steps, "ss_batch_size_per_device": batch_size,
-        "ss_resolution": f"({side}, {side})", "ss_seed": seed, "ss_optimizer": "torch.optim.adamw.AdamW",
+        "ss_resolution": f"({resolution}, {resolution})", "ss_seed": seed, "ss_optimizer": "torch.optim.adamw.AdamW",
     }  # fmt: skip
     return {k: str(v) for k, v in meta.items()}
 

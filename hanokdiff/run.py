@@ -91,6 +91,7 @@ class Run:
         self.interrupted = False
         out.mkdir(parents=True, exist_ok=True)
         if resume:
+            self._check_config()
             self._load_state()
         else:
             checkpoint.write_json(out / "config.json", config)
@@ -192,6 +193,7 @@ class Run:
     def _finish(self) -> None:
         self.save(self.out / self.artefact)
         self._state_file.unlink(missing_ok=True)
+        self.bar.close()
         print(f"{self.seconds:.1f} s of training, {self.steps / max(self.seconds, 1e-9):.1f} steps/s; "
               f"wrote {self.out / self.artefact}")  # fmt: skip
 
@@ -209,16 +211,20 @@ class Run:
     def save_state(self) -> None:
         """Everything a resumed run needs: what learns, the optimiser, the step. Written aside, synced, renamed."""
         self._state_file.parent.mkdir(exist_ok=True)
-        if self.step % self.LOG_EVERY:
-            pending = [self.loss.item(), self.norm.item(), self.bad.item()]
-        else:
-            pending = [0.0, 0.0, 0.0]
-        state = {"step": self.step, "seconds": self.seconds, "lowered": self.lowered, "pending": pending,
+        state = {"step": self.step, "seconds": self.seconds, "lowered": self.lowered,
+                 "pending": [t.item() for t in (self.loss, self.norm, self.bad)],
                  "learns": {k: p.detach() for k, p in self.learns.items()},
                  "optimizer": self.optimizer.state_dict()}  # fmt: skip
         aside = self._state_file.with_suffix(".part")
         torch.save(state, aside)
         checkpoint.sync_rename(aside, self._state_file)
+
+    def _check_config(self) -> None:
+        before = checkpoint.read_json(self.out / "config.json")
+        for key, value in json.loads(json.dumps(self.config)).items():
+            if key != "device" and before.get(key) != value:
+                raise ValueError(f"{self.out}: {key} was {before.get(key)} and is now {value}: another run cannot go on "
+                                 "from there; start a new one without --resume")  # fmt: skip
 
     def _load_state(self) -> None:
         if not self._state_file.exists():

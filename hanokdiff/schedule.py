@@ -41,7 +41,7 @@ class Schedule:
     def from_json(cls, c: dict) -> "Schedule":
         for k in ("trained_betas", "rescale_betas_zero_snr"):
             if c.get(k):
-                raise ValueError(f"scheduler_config.json sets {k}, which is not supported: choose a model without it")
+                raise ValueError(f"scheduler_config.json sets {k}: not supported, choose a model without it")
         return cls(**{k: c[k] for k, f in cls.__dataclass_fields__.items() if f.init and c.get(k) is not None})
 
     def to_json(self) -> dict:

@@ -1,0 +1,145 @@
+"""Tiny models with random weights in the real topology, written to disk by diffusers and transformers.
+
+So the loader is tested on files that an independent library wrote, and every parity test starts from them.
+Norms, biases and whatever those libraries initialise with zeros or ones get random values too.
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any import that reads it: tests never touch the network
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+START, END = "<|startoftext|>", "<|endoftext|>"
+SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
+                steps_offset=1, set_alpha_to_one=False, clip_sample=False)  # fmt: skip
+COMMON = dict(
+    sample_size=8, in_channels=4, out_channels=4, layers_per_block=2, cross_attention_dim=48,
+    down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+)  # fmt: skip
+UNETS = {
+    "sd1": dict(COMMON, block_out_channels=(32, 64, 64, 64), attention_head_dim=8, norm_num_groups=16),
+    "sd2": dict(COMMON, block_out_channels=(64, 64, 128, 128), attention_head_dim=[1, 1, 2, 2],
+                norm_num_groups=32, use_linear_projection=True, upcast_attention=True),
+}  # fmt: skip
+VAE = dict(
+    block_out_channels=(16, 32, 32, 32), layers_per_block=2, latent_channels=4, norm_num_groups=8,
+    sample_size=64, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+)  # fmt: skip
+PAIRS = {  # ours -> diffusers' class and what it is told beyond the published scheduler_config.json
+    "ddim": ("DDIMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_karras": ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+}
+MERGES = [("f", "i"), ("r", "e</w>"), ("fi", "re</w>"), ("r", "n</w>"), ("b", "a"), ("ba", "rn</w>"),
+          ("k", "s</w>"), ("s", "ks</w>"), ("*", ",</w>"), ("*", ".</w>"), ("*", ")</w>")]  # fmt: skip
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: full-size models; deselect with -m 'not slow'")
+
+
+def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
+    """Normal noise in every tensor, at a scale that keeps activations about 1."""
+    g = torch.Generator().manual_seed(seed)
+    for name, p in module.named_parameters():
+        noise = torch.randn(p.shape, generator=g)
+        if p.dim() > 1:
+            value = noise * (0.5 if "embedding.weight" in name else (p.numel() / p.shape[0]) ** -0.5)
+        else:
+            value = 0.1 * noise + (name.endswith("weight"))
+        p.data.copy_(value)
+    return module.eval().requires_grad_(False)
+
+
+def byte_letters() -> list[str]:
+    """One printable letter per byte, as in GPT-2's and CLIP's vocabularies."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
+
+
+def write_tokenizer(folder: Path, pad: str) -> None:
+    """CLIP's format: bytes, bytes that end a word, merges, the two specials last."""
+    letters = byte_letters()
+    symbols = [*letters, *(x + "</w>" for x in letters), *("".join(m) for m in MERGES), START, END]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({s: i for i, s in enumerate(symbols)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, MERGES), ""]))
+    special = dict(bos_token=START, eos_token=END, unk_token=END, pad_token=pad)
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+    extra = dict(tokenizer_class="CLIPTokenizer", model_max_length=77, do_lower_case=True, errors="replace")
+    (folder / "tokenizer_config.json").write_text(json.dumps({**special, **extra}))
+
+
+def make(folder: Path, flavour: str) -> SimpleNamespace:
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    write_tokenizer(folder.parent / f"{flavour}-tokenizer", pad=END if flavour == "sd1" else "!")
+    tokenizer = CLIPTokenizer.from_pretrained(folder.parent / f"{flavour}-tokenizer")
+    n, prediction = len(tokenizer), "epsilon" if flavour == "sd1" else "v_prediction"
+    text = CLIPTextConfig(
+        vocab_size=n, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        hidden_act="quick_gelu" if flavour == "sd1" else "gelu", bos_token_id=n - 2, eos_token_id=n - 1,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    pipeline = StableDiffusionPipeline(
+        vae=randomise(AutoencoderKL(**VAE), 1),
+        text_encoder=randomise(CLIPTextModel(text), 2),
+        tokenizer=tokenizer,
+        unet=randomise(UNet2DConditionModel(**UNETS[flavour]), 3),
+        scheduler=DDIMScheduler(**SCHEDULE, prediction_type=prediction),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(folder)
+    return SimpleNamespace(folder=folder, pipeline=pipeline, flavour=flavour)
+
+
+@pytest.fixture(scope="session")
+def sd1(tmp_path_factory):
+    """A folder with a tiny SD 1.x (epsilon, quick_gelu), and the pipeline that wrote it."""
+    return make(tmp_path_factory.mktemp("models") / "sd1", "sd1")
+
+
+@pytest.fixture(scope="session")
+def sd2(tmp_path_factory):
+    """A tiny SD 2.1: v prediction, gelu, linear projections, 64-channel heads, padding with "!"."""
+    return make(tmp_path_factory.mktemp("models") / "sd2", "sd2")
+
+
+@pytest.fixture(params=["sd1", "sd2"])
+def reference(request):
+    """Each of the two in turn."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def load():
+    """Open a folder as hanokdiff does; every folder once."""
+    from hanokdiff import model
+
+    opened = {}
+
+    def open_(made):
+        if made.folder not in opened:
+            opened[made.folder] = model.load(str(made.folder), device="cpu", say=None)
+        return opened[made.folder]
+
+    return open_
+
+
+def difference(a, b) -> float:
+    assert a.shape == b.shape, (a.shape, b.shape)
+    assert torch.isfinite(a).all() and b.abs().max() > 1e-2, "a vacuous comparison"
+    return (a - b).abs().max().item()

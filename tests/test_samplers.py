@@ -1,0 +1,231 @@
+"""Schedule and samplers against diffusers' schedulers, which are the reference, roundings included."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import PAIRS, SCHEDULE, difference
+
+from hanokdiff.model import StableDiffusion
+from hanokdiff.samplers import SAMPLERS, levels, sample
+from hanokdiff.schedule import Schedule
+
+PREDICTIONS = ("epsilon", "v_prediction")
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+
+def scheduler(name: str, **more):
+    import diffusers
+
+    kind, own = PAIRS[name]
+    return getattr(diffusers, kind).from_config({**SCHEDULE, **own, **more})
+
+
+# ----------------------------------------------------------------------------------------------- the schedule
+
+
+def test_alpha_bar_and_sigma_are_the_published_ones():
+    s = Schedule()
+    assert s.alpha_bar.shape == (1000,)
+    assert s.alpha_bar[0].item() == pytest.approx(0.99914998, abs=1e-8)
+    assert s.alpha_bar[999].item() == pytest.approx(0.00466010, abs=1e-8)
+    sigma = ((1 - s.alpha_bar) / s.alpha_bar).sqrt()
+    assert sigma[0].item() == pytest.approx(0.0291675, abs=1e-6)
+    assert sigma[999].item() == pytest.approx(14.614643, abs=1e-5)
+    assert torch.equal(s.alpha_bar, scheduler("ddim").alphas_cumprod)
+
+
+@pytest.mark.parametrize("beta", ["scaled_linear", "linear"])
+def test_noise_and_targets_equal_diffusers(beta):
+    from diffusers import DDPMScheduler
+
+    theirs = DDPMScheduler.from_config({**SCHEDULE, "beta_schedule": beta})
+    g = torch.Generator().manual_seed(0)
+    x_0, eps = torch.randn(5, 4, 8, 8, generator=g), torch.randn(5, 4, 8, 8, generator=g)
+    t = torch.tensor([0, 1, 500, 998, 999])
+    plain, v = Schedule(beta_schedule=beta), Schedule(beta_schedule=beta, prediction_type="v_prediction")
+    assert difference(plain.add_noise(x_0, eps, t), theirs.add_noise(x_0, eps, t)) <= 1e-6
+    assert plain.target(x_0, eps, t) is eps
+    assert difference(v.target(x_0, eps, t), theirs.get_velocity(x_0, eps, t)) <= 1e-6
+    a = theirs.alphas_cumprod[t]
+    assert difference(plain.snr(t), a / (1 - a)) <= 1e-3
+    assert (plain.snr(t).diff() < 0).all()
+
+
+def test_schedule_round_trip_and_bad_values():
+    s = Schedule(beta_end=0.013, prediction_type="v_prediction", timestep_spacing="trailing")
+    assert Schedule.from_json({**s.to_json(), "skip_prk_steps": True, "trained_betas": None}) == s
+    assert Schedule.from_json({}) == Schedule()
+    with pytest.raises(ValueError, match='"cosine" is not known.*scaled_linear'):
+        Schedule(beta_schedule="cosine")
+    with pytest.raises(ValueError, match='"sample" is not known.*epsilon, v_prediction'):
+        Schedule(prediction_type="sample")
+
+
+# ---------------------------------------------------------------------------------------------- the timesteps
+
+
+@pytest.mark.parametrize("spacing", [None, "leading", "linspace", "trailing"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_timesteps_equal_diffusers(name, spacing):
+    """For every number of steps from 1 to 60, and some large ones."""
+    s = Schedule(timestep_spacing=spacing)
+    theirs = scheduler(name, **({"timestep_spacing": spacing} if spacing else {}))
+    for steps in [*range(1, 61), 99, 100, 150, 333, 500]:
+        theirs.set_timesteps(steps)
+        sigmas, ts = levels(name, s, steps)
+        assert len(ts) == steps and len(sigmas) == steps + 1
+        expected = theirs.timesteps.numpy()
+        if np.issubdtype(expected.dtype, np.integer):
+            assert ts == expected.tolist(), steps
+        else:
+            np.testing.assert_allclose(ts, expected, rtol=1e-5, atol=2e-2, err_msg=str(steps))
+        if name != "ddim":
+            np.testing.assert_allclose(sigmas, theirs.sigmas.numpy(), rtol=2e-5, err_msg=str(steps))
+
+
+def test_the_lists_of_20_steps():
+    """As published: what the WebUI and the papers print."""
+    assert levels("ddim", Schedule(), 20)[1] == [*range(951, 0, -50)]
+    ts = levels("dpmpp_2m", Schedule(), 20)[1]
+    assert ts[:2] == [999, 949] and ts[-1] == 50
+    karras = levels("dpmpp_2m_karras", Schedule(), 20)[0]
+    np.testing.assert_allclose(karras[:3], [14.61464, 11.72537, 9.34021], atol=1e-5)
+    np.testing.assert_allclose(karras[-3:], [0.04848, 0.02917, 0], atol=1e-5)
+    assert levels("ddim", Schedule(), 20)[0][-1] == pytest.approx(0.0291675, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_levels_fall(name):
+    for steps in (1, 2, 7, 20, 100):
+        sigmas, ts = levels(name, Schedule(), steps)
+        assert all(a > b for a, b in zip(sigmas, sigmas[1:], strict=False)) and all(0 <= t <= 999 for t in ts)
+
+
+def test_bad_values():
+    with pytest.raises(ValueError, match='"plms" is not known; choose one of ddim, euler'):
+        levels("plms", Schedule(), 20)
+    for steps in (0, -3, 1001):
+        with pytest.raises(ValueError, match=f"steps is {steps}, but must be between 1 and 1000"):
+            levels("ddim", Schedule(), steps)
+    with pytest.raises(ValueError, match='"odd" is not known.*leading, linspace, trailing'):
+        levels("ddim", Schedule(timestep_spacing="odd"), 20)
+
+
+# ------------------------------------------------------------------------------------------------ the latents
+
+
+def network(x, t, context=None):
+    """A smooth nonlinear stand-in for the UNet: every value depends on its neighbours and on t."""
+    phase = torch.as_tensor(t, dtype=torch.float32).view(-1, 1, 1, 1) / 300
+    return torch.tanh(1.3 * x + 0.5 * x.roll(1, -1) * torch.cos(phase)) * (0.6 + 0.3 * torch.sin(phase)) + 0.1
+
+
+def streams():
+    return [torch.Generator().manual_seed(s) for s in (11, 12)]
+
+
+def theirs_final(s, steps: int, net=network, context=None):
+    generators = streams()
+
+    def noise():
+        return torch.stack([torch.randn(4, 8, 8, generator=g) for g in generators])
+
+    s.set_timesteps(steps)
+    x = noise() * s.init_noise_sigma
+    for t in s.timesteps:
+        out = net(s.scale_model_input(x, t), t.expand(2), context)
+        more = {"generator": generators} if "Ancestral" in type(s).__name__ else {}
+        x = s.step(out, t, x, **more).prev_sample
+    return x
+
+
+def ours_final(name: str, schedule: Schedule, steps: int, net=network, context=None):
+    generators = streams()
+    sd = StableDiffusion(net, None, None, schedule, torch.device("cpu"), torch.float32)
+
+    def noise():
+        return torch.stack([torch.randn(4, 8, 8, generator=g) for g in generators])
+
+    seen = list(sample(name, sd.denoiser(context, None, 1), noise, schedule, steps))
+    assert len(seen) == steps
+    return seen[-1]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10, 20, 30, 47])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name", PAIRS)
+def test_final_latent_equals_diffusers(name, prediction, steps):
+    ours = ours_final(name, Schedule(prediction_type=prediction), steps)
+    assert difference(ours, theirs_final(scheduler(name, prediction_type=prediction), steps)) <= 1e-4
+    assert ours.std() > 0.1 or steps == 1  # one step on linspace starts at t = 0, there and here
+
+
+def comparable(name: str, spacing: str, steps: int) -> bool:
+    """diffusers' DDIM always steps down by 1000 // n, even where the time that it asks the network at next is
+    another, and so tells it a wrong noise level; we go to where we ask next."""
+    return name != "ddim" or spacing == "leading" or (spacing == "trailing" and 1000 % steps == 0)
+
+
+SPACED = [(n, s, k) for n in PAIRS for s in ("leading", "linspace", "trailing") for k in (10, 20, 30)]
+
+
+@pytest.mark.parametrize("name, spacing, steps", [case for case in SPACED if comparable(*case)])
+def test_spacings(name, spacing, steps):
+    ours = ours_final(name, Schedule(timestep_spacing=spacing), steps)
+    theirs = theirs_final(scheduler(name, timestep_spacing=spacing), steps)
+    assert difference(ours, theirs) <= 1e-4
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_final_latent_with_the_unet(sd1, load, name):
+    context = torch.randn(2, 77, 48, generator=torch.Generator().manual_seed(5))
+    unet = sd1.pipeline.unet
+
+    with torch.inference_mode():
+        theirs = theirs_final(scheduler(name), 10, lambda x, t, c: unet(x, t, c).sample, context)
+        ours = ours_final(name, Schedule(), 10, load(sd1).unet, context)
+    assert difference(ours, theirs) <= 1e-4
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("steps", [10, 20, 30])
+def test_euler_a_karras_is_k_diffusions(prediction, steps):
+    """diffusers has no Karras spacing for it: the textbook formula, written out."""
+    a = Schedule().alpha_bar.double()
+    table = ((1 - a) / a).sqrt()
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    sigmas = (table[-1] ** (1 / 7) + ramp * (table[0] ** (1 / 7) - table[-1] ** (1 / 7))) ** 7
+    sigmas = [*sigmas.tolist(), 0.0]
+    generators = streams()
+    x = torch.stack([torch.randn(4, 8, 8, generator=g) for g in generators]).double() * sigmas[0]
+    for sigma, after in zip(sigmas, sigmas[1:], strict=False):
+        t = np.interp(math.log(sigma), table.log().numpy(), np.arange(1000))
+        scale = math.sqrt(sigma**2 + 1)
+        out = network((x / scale).float(), torch.tensor(t)).double()
+        clean = x - sigma * out if prediction == "epsilon" else x / scale**2 - out * sigma / scale
+        up = min(after, math.sqrt(after**2 * (sigma**2 - after**2) / sigma**2))
+        x = x + (x - clean) / sigma * (math.sqrt(after**2 - up**2) - sigma)
+        if after > 0:
+            x = x + up * torch.stack([torch.randn(4, 8, 8, generator=g) for g in generators])
+    ours = ours_final("euler_a_karras", Schedule(prediction_type=prediction), steps)
+    assert difference(ours, x.float()) <= 1e-4
+
+
+def test_samplers_differ():
+    """Each goes its own way: none is another under a second name."""
+    ends = {name: ours_final(name, Schedule(), 10) for name in SAMPLERS}
+    for a in ends:
+        for b in ends:
+            assert a == b or (ends[a] - ends[b]).abs().max() > 1e-3, (a, b)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("steps", [5, 20])
+def test_arrives_where_the_network_points(name, steps):
+    """A network that always says the same picture: every sampler ends there. DDIM leaves sigma 0.029."""
+    g = torch.Generator().manual_seed(1)
+    clean = torch.randn(2, 4, 8, 8, generator=g)
+    *_, x = sample(name, lambda *_: clean, lambda: torch.randn(2, 4, 8, 8, generator=g), Schedule(), steps)
+    assert (x - clean).abs().max() < (0.2 if name == "ddim" else 1e-4)
