@@ -10,6 +10,7 @@ Read next: hanokdiff/samplers.py (the step), hanokdiff/model.py (guidance), hano
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def options():
     what.add_argument("--device", help="default: the first GPU, else the CPU")
     what.add_argument("--dtype", default="auto", help="auto, fp32, bf16 or fp16 (default: auto)")
     how.add_argument("--negative", default="", help="what to move away from")
-    how.add_argument("--sampler", default=samplers.DEFAULT, help=f"{', '.join(samplers.SAMPLERS)} (default: %(default)s)")
+    names = ", ".join(samplers.SAMPLERS)
+    how.add_argument("--sampler", default=samplers.DEFAULT, help=f"{names} (default: %(default)s)")
     how.add_argument("--steps", type=int, default=20, help="default: 20")
     how.add_argument("--cfg", type=float, help="guidance; 1 is none (default: 7.5, tiny 4)")
     how.add_argument("--size", help="WIDTHxHEIGHT in pixels (default: the model's own)")
@@ -66,8 +68,11 @@ def check(args) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, but must be at least 1")
-    if args.seed < 0:
-        raise ValueError(f"--seed is {args.seed}, but must be 0 or more")
+    if not 0 <= args.seed < 2**63:
+        raise ValueError(f"--seed is {args.seed}, but must be between 0 and {2**63 - 1}")
+    for name, value in [("--cfg", args.cfg or 0.0), *((f"--lora {p}", s) for p, s in map(parse_scale, args.lora))]:
+        if not math.isfinite(value):
+            raise ValueError(f"{name} is {value}, but must be a finite number")
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file; name a folder")
 

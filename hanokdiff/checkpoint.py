@@ -41,7 +41,7 @@ def find(model: str) -> Path:
         return Path(snapshot_download(model, allow_patterns=wanted))
     except Exception as e:  # offline, unknown id, no permission: the hub has a class for each
         reason = str(e).strip().split("\n")[0]
-        raise ValueError(f'no folder "{model}" here, and the hub did not give it ({reason}); name a local folder') from None
+        raise ValueError(f'no folder "{model}" here, nor from the hub ({reason}); name a local folder') from None
 
 
 def read_json(path: Path) -> dict:
@@ -111,13 +111,14 @@ def load_part(folder: Path, part: str, network: type, config: type) -> nn.Module
         with torch.device("meta"):
             module = network(config.from_json(c))
     except (AttributeError, KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{folder / part / 'config.json'} does not describe a Stable Diffusion {part} ({e!r})") from None
+        file = folder / part / "config.json"
+        raise ValueError(f"{file} does not describe a Stable Diffusion {part} ({e!r})") from None
     file = weights_file(folder / part, PARTS[part])
     return fill(module, plain_names(read_tensors(file)), file)
 
 
 def load_tokenizer(folder: Path):
-    """The library's CLIP tokenizer: vocab.json and merges.txt, or the tokenizer.json alone that transformers 5 writes."""
+    """The library's CLIP tokenizer: vocab.json and merges.txt, or the tokenizer.json that transformers 5 writes."""
     for name in ("vocab.json", "merges.txt"):
         if not (folder / name).is_file() and not (folder / "tokenizer.json").is_file():
             raise ValueError(f"{folder / name} is missing: not a complete model folder in the diffusers layout")

@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import math
 import os
 import sys
 import warnings
@@ -54,7 +55,8 @@ class Parser(argparse.ArgumentParser):
         if args.resume is not None:
             given = [k for k, v in vars(args).items() if k not in ("resume", "device") and v != self.get_default(k)]
             if given:
-                raise ValueError(f"--resume goes on with the run's own options; leave out --{given[0].replace('_', '-')}")
+                option = given[0].replace("_", "-")
+                raise ValueError(f"--resume goes on with the run's own options; leave out --{option}")
             if not (args.resume / "config.json").is_file():
                 raise ValueError(f"--resume {args.resume}: no run was started there (it has no config.json)")
             config = checkpoint.read_json(args.resume / "config.json")
@@ -73,12 +75,12 @@ def training_parser(doc: str, defaults: dict[str, dict]) -> tuple[Parser, Callab
     data, train, out = (p.add_argument_group(g) for g in ("model and data", "training", "output"))
     o = p.option
     o(data, "--model", '"tiny", a diffusers folder or a hub id', default="tiny")
-    o(data, "--data", "folder of photos, captions beside them as NAME.txt (default with tiny: the drawn hanok)", type=Path)
+    o(data, "--data", "folder of photos, captions beside as NAME.txt (default with tiny: the drawn hanok)", type=Path)
     o(data, "--images", "the first N photos of one fixed, nested order", type=int)
     o(data, "--token", "the pseudo word", default="*")
     o(data, "--replace", "what in the captions becomes the pseudo word, any case", default="a building with a roof")
     o(data, "--caption", "caption of photos without one", default="a photo of {token}")
-    o(data, "--literal-tokens", "leave the pseudo word to the tokenizer, which fuses *, (to compare)", action="store_true")
+    o(data, "--literal-tokens", "leave the pseudo word to the tokenizer, which fuses *,", action="store_true")
     o(data, "--resolution", "side in pixels (default: the model's own)", type=int)
     o(data, "--flip", "mirror every other photo", action="store_true", default=False)
     o(train, "--steps", "optimiser steps", type=int)
@@ -101,6 +103,9 @@ POSITIVE = ("steps", "batch_size", "lr", "rank", "alpha")
 
 def check_training(args) -> None:
     """Refuse numbers that make no sense, before anything is loaded or written."""
+    for key, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{key.replace('_', '-')} is {value}, but must be a finite number")
     for key in POSITIVE:
         if hasattr(args, key) and not getattr(args, key) > 0:
             raise ValueError(f"--{key.replace('_', '-')} is {getattr(args, key)}, but must be greater than 0")
@@ -110,7 +115,7 @@ def check_training(args) -> None:
     if not args.token.strip():
         raise ValueError('--token is empty; name the pseudo word, such as "*" or "sks"')
     if args.model != "tiny" and args.data is None:
-        raise ValueError(f"--model {args.model} needs --data FOLDER: the drawn hanok are 64x64 pictures for the tiny model")
+        raise ValueError(f"--model {args.model} needs --data FOLDER: the drawn hanok are 64x64, for the tiny model")
 
 
 def new_folder(out: Path | None, method: str, artefact: str) -> Path:

@@ -27,7 +27,8 @@ TARGETS = {
 }
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 REFUSED = {"hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "lora_mid": "a Tucker-decomposed LoCon",
-           ".diff": "full weight differences", "oft_": "OFT", "bundle_emb": "a LoRA with bundled embeddings"}  # fmt: skip
+           ".diff": "full weight differences", "oft_": "OFT",
+           "bundle_emb": "a LoRA with bundled embeddings"}  # fmt: skip
 
 
 class LoRA(nn.Module):
@@ -79,7 +80,9 @@ def _wrap(network: nn.Module, path: str, rank: int, alpha: float, strength: floa
     return lora
 
 
-def insert(sd, rank: int, alpha: float, targets: str = "attention", text_rank: int = 0, seed: int = 0) -> dict[str, LoRA]:
+def insert(
+    sd, rank: int, alpha: float, targets: str = "attention", text_rank: int = 0, seed: int = 0
+) -> dict[str, LoRA]:
     """Put fresh LoRAs into the model: kohya name -> LoRA. `targets` is "attention", "attention+ff" or with "+conv"."""
     ends = sum((TARGETS[t] for t in targets.split("+")), ())
     out = {}
@@ -139,9 +142,10 @@ def metadata(sd, *, name: str, images: int, token: str, rank: int, alpha: float,
         "hanokdiff_token": token, "ss_network_module": "networks.lora", "ss_network_dim": rank,
         "ss_network_alpha": float(alpha), "ss_network_args": json.dumps({}), "ss_v2": v2,
         "ss_base_model_version": ("sd_v2" if v2 else "sd_v1") + ("_v" if v else ""), "ss_sd_model_name": sd.name,
-        "ss_output_name": name, "ss_learning_rate": lr, "ss_unet_lr": lr, "ss_text_encoder_lr": lr if text_rank else None,
-        "ss_num_train_images": images, "ss_num_reg_images": 0, "ss_steps": steps, "ss_batch_size_per_device": batch_size,
-        "ss_resolution": f"({resolution}, {resolution})", "ss_seed": seed, "ss_optimizer": "torch.optim.adamw.AdamW",
+        "ss_output_name": name, "ss_learning_rate": lr, "ss_unet_lr": lr,
+        "ss_text_encoder_lr": lr if text_rank else None, "ss_num_train_images": images, "ss_num_reg_images": 0,
+        "ss_steps": steps, "ss_batch_size_per_device": batch_size, "ss_resolution": f"({resolution}, {resolution})",
+        "ss_seed": seed, "ss_optimizer": "torch.optim.adamw.AdamW",
     }  # fmt: skip
     return {k: str(v) for k, v in meta.items()}
 
@@ -154,7 +158,7 @@ def read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
         with safe_open(path, "pt") as f:
             metadata, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path} is not a readable .safetensors file ({e}); it is damaged or of another kind") from None
+        raise ValueError(f"{path} is not a readable .safetensors file ({e}); damaged, or of another kind") from None
     kinds = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
     out: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -169,17 +173,24 @@ def read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
     if not out or half:
         what = f"{half[0]} has no lora_down or lora_up" if half else "there are no tensors in it"
         raise ValueError(f"{path} is not a complete LoRA: {what}")
+    for name, t in out.items():
+        down, up = t["down"], t["up"]
+        if min(down.dim(), up.dim()) < 2 or not 0 < down.shape[0] == up.shape[1]:
+            raise ValueError(f"{path}: {name} has lora_down {tuple(down.shape)} and lora_up {tuple(up.shape)}, which "
+                             "share no rank; the file is damaged or of another kind")  # fmt: skip
+        if not all(torch.isfinite(x).all() for x in t.values()):
+            raise ValueError(f"{path}: {name} has a value that is not finite; take an earlier file of that training")
     return out, metadata
 
 
 def load(sd, path: Path, strength: float = 1.0, say=print) -> tuple[dict[str, LoRA], dict[str, str]]:
-    """Apply a file to the model: all of it, or none with an error. Returns the LoRAs (for `remove`) and the metadata."""
+    """Apply a file to the model: all of it, or none with an error. Returns the LoRAs, for `remove`, and metadata."""
     wanted, metadata = read(path)
     places = layers(sd)
     lost = [n for n in wanted if n not in places]
     if lost:
-        raise ValueError(f"{path}: {len(wanted) - len(lost)} of {len(wanted)} modules matched {sd.name}, {len(lost)} left "
-                         f"over (such as {lost[0]}); it was made for another architecture")  # fmt: skip
+        raise ValueError(f"{path}: {len(wanted) - len(lost)} of {len(wanted)} modules matched {sd.name}, {len(lost)} "
+                         f"left over (such as {lost[0]}); it was made for another architecture")  # fmt: skip
     for name, t in wanted.items():  # look at everything before anything is touched
         network, p = places[name]
         w = innermost(network.get_submodule(p)).weight

@@ -37,7 +37,10 @@ def choose(device: str | None = None, dtype: str = "auto") -> tuple[torch.device
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as e:
-        raise ValueError(f'device "{device}" cannot be used ({str(e).splitlines()[0]}); try cpu, or leave it out') from None
+        reason = str(e).splitlines()[0]
+        raise ValueError(f'device "{device}" cannot be used ({reason}); try cpu, or leave it out') from None
+    if chosen.type == "cpu" and sys.platform == "linux":
+        keep_memory()
     why = "named" if device else ("the first GPU" if chosen.type == "cuda" else "no CUDA device here")
     if dtype != "auto":
         return chosen, DTYPES[dtype], f"{chosen} ({why}), {dtype} (named)"
@@ -45,8 +48,6 @@ def choose(device: str | None = None, dtype: str = "auto") -> tuple[torch.device
         if torch.cuda.is_bf16_supported():
             return chosen, torch.bfloat16, f"{chosen} ({why}), bf16 (fp32's range at half the memory)"
         return chosen, torch.float32, f"{chosen} ({why}), fp32 (this card has no bf16)"
-    if sys.platform == "linux" and chosen.type == "cpu":
-        keep_memory()
     return chosen, torch.float32, f"{chosen} ({why}), fp32 (fastest and exact there)"
 
 

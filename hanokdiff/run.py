@@ -53,7 +53,8 @@ class Batch:
 
     def integers(self, what: str, high: int) -> Tensor:
         """One whole number below `high` per slot (B,)."""
-        return torch.cat([torch.randint(high, (1,), generator=stream(self.seed, self.step, s, what)) for s in self.slots])
+        streams = [stream(self.seed, self.step, s, what) for s in self.slots]
+        return torch.cat([torch.randint(high, (1,), generator=g) for g in streams])
 
     def normal(self, what: str, shape) -> Tensor:
         """Standard normal numbers (B, *shape)."""
@@ -87,7 +88,8 @@ class Run:
         self.optimizer = torch.optim.AdamW(self.parameters, lr, weight_decay=weight_decay, fused=True)
         self.step, self.seconds, self.lowered = 0, 0.0, 1.0
         device = self.parameters[0].device
-        self.loss, self.norm, self.bad = (torch.zeros((), device=device) for _ in range(3))
+        self.loss, self.norm, self.bad = (torch.zeros((), device=device) for _ in range(3))  # since the last log point
+        self.step_loss = torch.zeros((), device=device)
         self.interrupted = False
         out.mkdir(parents=True, exist_ok=True)
         if resume:
@@ -123,7 +125,7 @@ class Run:
         """Add a micro-batch's gradients, weighted by its share of the batch: losses (B,), or their mean."""
         loss = loss.mean() * self.share
         loss.backward()
-        self.loss += loss.detach()
+        self.step_loss += loss.detach()
         self.pending = False
 
     def rate(self, step: int) -> float:
@@ -132,21 +134,23 @@ class Run:
         return self.lr * self.lowered * min(1.0, (step + 1) / warm, (self.steps - step) / cool)
 
     def _finish_step(self) -> None:
-        """Clip and step. A gradient that is not finite skips the update on the device; nobody waits for the answer."""
+        """Clip and step. A loss or gradient that is not finite skips the update, on the device: nobody waits for it."""
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        bad = (~torch.isfinite(norm)).float()
+        bad = (~torch.isfinite(norm + self.step_loss)).float()
         self.optimizer.grad_scale = torch.where(bad > 0, 1.0, norm.clamp(min=self.CLIP) / self.CLIP)
         self.optimizer.found_inf = bad
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.bad += bad
-        self.norm += torch.nan_to_num(norm)
+        self.loss += torch.where(bad > 0, 0.0, self.step_loss)
+        self.norm += torch.where(bad > 0, 0.0, norm)
+        self.step_loss.zero_()
         self.step += 1
         self.bar.update()
         last = self.step == self.steps
         if self.step % self.LOG_EVERY == 0 or last:
             self._log()
-        if self.save_every and self.step % self.save_every == 0 and not last:
+        if self.save_every and self.step % self.save_every == 0 and not last and not bad.item():
             self.save(self.out / f"{Path(self.artefact).stem}-{self.step:06d}{Path(self.artefact).suffix}")
             self.save_state()
         if self.preview and self.preview_every and (self.step % self.preview_every == 0 or last):
@@ -160,30 +164,33 @@ class Run:
     def _log(self) -> None:
         """The one place where the host waits for the device: every 10 steps."""
         count = (self.step - 1) % self.LOG_EVERY + 1
-        loss, bad = self.loss.item() / count, int(self.bad.item())
+        bad = int(self.bad.item())
+        good = max(1, count - bad)
+        loss = self.loss.item() / good if bad < count else None
         now = time.perf_counter()
         self.seconds, self.clock = self.seconds + now - self.clock, now
-        row = {"step": self.step, "loss": round(loss, 6), "grad_norm": round(self.norm.item() / count, 5),
+        row = {"step": self.step, "loss": loss and round(loss, 6), "grad_norm": round(self.norm.item() / good, 5),
                "lr": self.rate(self.step - 1), "skipped": bad, "seconds": round(self.seconds, 3)}  # fmt: skip
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
-        self.bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        self.bar.set_postfix(loss="not finite" if loss is None else f"{loss:.4f}", refresh=False)
         for total in (self.loss, self.norm, self.bad):
             total.zero_()
         if bad > count // 2:
             self._diverged()
 
     def _preview(self) -> None:
-        folder = self.out / "previews"
+        start, folder = time.perf_counter(), self.out / "previews"
         folder.mkdir(exist_ok=True)
         self.preview().save(folder / f"{self.step:06d}.png")
-        self.clock = time.perf_counter()  # previews are not training time
+        self.clock += time.perf_counter() - start  # previews are not training time
 
     def _diverged(self) -> None:
         """Most updates since the last look were not finite: go back once, at half the rate; then stop."""
         if self.lowered < 1 or not self._state_file.exists():
-            raise ValueError(f"the loss is no longer finite at step {self.step}; the last good state and files are in "
-                             f"{self.out}; start again with a lower --lr than {self.lr}")  # fmt: skip
+            kept = f"the last good state is in {self.out}" if self._state_file.exists() else "nothing was saved before"
+            raise ValueError(f"the loss is no longer finite at step {self.step}; {kept}; start again with a lower --lr "
+                             f"than {self.lr}")  # fmt: skip
         lowered = self.lowered / 2
         self._load_state()
         self.lowered = lowered
@@ -223,8 +230,8 @@ class Run:
         before = checkpoint.read_json(self.out / "config.json")
         for key, value in json.loads(json.dumps(self.config)).items():
             if key != "device" and before.get(key) != value:
-                raise ValueError(f"{self.out}: {key} was {before.get(key)} and is now {value}: another run cannot go on "
-                                 "from there; start a new one without --resume")  # fmt: skip
+                raise ValueError(f"{self.out}: {key} was {before.get(key)} and is now {value}: another run cannot go "
+                                 "on from there; start a new one without --resume")  # fmt: skip
 
     def _load_state(self) -> None:
         if not self._state_file.exists():
@@ -235,8 +242,9 @@ class Run:
             return
         try:
             state = torch.load(self._state_file, map_location=self.parameters[0].device, weights_only=True)
-        except (RuntimeError, EOFError, OSError) as e:
-            raise ValueError(f"{self._state_file} cannot be read ({e}); start again without --resume") from None
+        except Exception as e:  # torch has an exception for each kind of damage
+            reason = str(e).split("\n")[0] or type(e).__name__
+            raise ValueError(f"{self._state_file} cannot be read ({reason}); start again without --resume") from None
         if state["learns"].keys() != self.learns.keys():
             raise ValueError(f"{self._state_file} belongs to other options than {self.out / 'config.json'} says")
         with torch.no_grad():

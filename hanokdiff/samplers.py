@@ -3,7 +3,7 @@
 All of them solve the same equation in the picture scaled up so that only the noise level sigma changes
 (Karras et al. 2022, arXiv:2206.00364, section 2):
 
-    dx / dsigma = (x - D(x, sigma)) / sigma,     x = x_t / sqrt(alpha_bar_t),     sigma = sqrt((1 - alpha_bar_t) / alpha_bar_t)
+    dx / dsigma = (x - D(x, sigma)) / sigma,   x = x_t / sqrt(alpha_bar_t),   sigma = sqrt(1 / alpha_bar_t - 1)
 
 where D, the `denoise` function below, guesses the clean picture.  They differ in the sigmas visited and in the step
 taken.  DDIM without noise *is* the Euler step (Song et al. 2020, equation 14, in these coordinates).  Timesteps and
@@ -117,7 +117,7 @@ def levels(name: str, schedule: Schedule, steps: int) -> tuple[list[float], list
     return [*sigmas.tolist(), 0.0 if s.to_zero else float(table[0])], ts.tolist()
 
 
-def sample(name: str, denoise: Denoise, noise: Callable[[], Tensor], schedule: Schedule, steps: int) -> Iterator[Tensor]:
+def sample(name: str, denoise: Denoise, noise: Callable, schedule: Schedule, steps: int) -> Iterator[Tensor]:
     """Yield the latents (B, 4, h, w) after each of `steps` steps; the last are the result.
 
     `noise()` returns standard normal numbers (B, 4, h, w): first the start, then what an ancestral sampler adds.

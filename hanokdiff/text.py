@@ -60,10 +60,12 @@ class SelfAttention(nn.Module):
     def __init__(self, c: TextConfig):
         super().__init__()
         self.heads = c.num_attention_heads
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(c.hidden_size, c.hidden_size) for _ in range(4))
+        width = c.hidden_size
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        q, k, v = (a.unflatten(-1, (self.heads, -1)).transpose(1, 2) for a in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)      # (B, heads, T, D / heads)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
@@ -179,4 +181,5 @@ class Text:
         """Say so when a prompt does not use what was learnt."""
         for prompt in prompts:
             if self.word and not contains(prompt, self.word):
-                warnings.warn(f'the prompt "{prompt}" does not contain "{self.word}", the word that was learnt', stacklevel=2)
+                message = f'the prompt "{prompt}" does not contain "{self.word}", the word that was learnt'
+                warnings.warn(message, stacklevel=2)

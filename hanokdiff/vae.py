@@ -134,11 +134,11 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     def __init__(self, c: VAEConfig):
         super().__init__()
-        chans, n = c.block_out_channels[::-1], len(c.block_out_channels)
+        chans, n, layers = c.block_out_channels[::-1], len(c.block_out_channels), c.layers_per_block + 1
         self.conv_in = nn.Conv2d(c.latent_channels, chans[0], 3, padding=1)
         self.mid_block = Middle(chans[0], c.norm_num_groups)
         self.up_blocks = nn.ModuleList(
-            Level(chans[max(i - 1, 0)], chans[i], c.layers_per_block + 1, c.norm_num_groups, "up" if i < n - 1 else None)
+            Level(chans[max(i - 1, 0)], chans[i], layers, c.norm_num_groups, "up" if i < n - 1 else None)
             for i in range(n)
         )
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, chans[-1], EPS)
@@ -160,7 +160,7 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(d, d, 1)
 
     def encode(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, 3, H, W) in [-1, 1] -> mean and standard deviation of the latents, each (B, 4, h, w), scaled for the UNet."""
+        """(B, 3, H, W) in [-1, 1] -> mean and std of the latents, each (B, 4, h, w), scaled for the UNet."""
         mean, log_var = self.quant_conv(self.encoder(pictures)).chunk(2, dim=1)
         std = torch.exp(0.5 * log_var.clamp(-30, 20))
         return mean * self.config.scaling_factor, std * self.config.scaling_factor

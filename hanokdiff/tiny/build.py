@@ -108,7 +108,8 @@ class Training:
             checkpoint.sync_rename(aside, self.file)
             mean = torch.stack(self.losses).mean().item()
             self.losses = []
-            print(f"step {self.step}/{self.steps} loss {mean:.4f} {report()} {time.time() - self.start:.0f} s", flush=True)
+            took = time.time() - self.start
+            print(f"step {self.step}/{self.steps} loss {mean:.4f} {report()} {took:.0f} s", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------- autoencoder
@@ -227,7 +228,7 @@ def base(args) -> None:
     """Text encoder and UNet together, from nothing: eps prediction on cached latents (Ho et al. 2020, algorithm 1).
 
     min-SNR 5 weights, stratified timesteps, one caption in ten dropped (for guidance), averaged weights kept."""
-    steps, batch = args.steps or 14_000, 32
+    steps, batch = args.steps or 11_000, 32
     write_tokenizer(args.out / "sd" / "tokenizer")
     vae = checkpoint.load_part(args.out / "sd", "vae", VAE, VAEConfig).float().to(args.device)
     data, scenes = drawings("base", args.images or 80_000, world.BASE_KINDS)
@@ -290,7 +291,7 @@ def clip(args) -> None:
     A caption that is also true of another picture of the batch is no counter-example there, and is left out."""
     from transformers import CLIPConfig, CLIPModel
 
-    steps, batch = args.steps or 3_000, 128
+    steps, batch = args.steps or 2_000, 128
     tokenizer = checkpoint.load_tokenizer(args.out / "sd" / "tokenizer")
     data, scenes = drawings(f"clip {args.seed}", args.images or 60_000, world.KINDS)
     torch.manual_seed(args.seed)
@@ -348,14 +349,14 @@ def disturb(x: Tensor, r: Random) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------- check
 
 
-def recognise(clip_, pictures, scenes) -> tuple[list[str], list[str]]:
+def recognise(judge, pictures) -> tuple[list[str], list[str]]:
     """What the CLIP sees: (kinds, conditions), each the argmax over all that the world has."""
     from hanokdiff import score
 
-    seen = clip_.images(pictures)
+    seen = judge.images(pictures)
     out = []
     for prompts in (score.kinds(), score.conditions()):
-        best = score.presence(seen, clip_.texts(list(prompts.values())))
+        best = score.presence(seen, judge.texts(list(prompts.values())))
         out.append([list(prompts)[i] for i in best])
     return tuple(out)
 
@@ -369,7 +370,7 @@ def check(args) -> None:
     held_out, scenes = drawings("test", args.images or 1_000, world.KINDS)
     print(f"autoencoder: {psnr(sd.vae, held_out[:512]):.2f} dB on held-out drawings")
     pictures = [world.draw(s) for s in scenes]
-    kinds, conditions = recognise(judge, pictures, scenes)
+    kinds, conditions = recognise(judge, pictures)
     right = [k == s.kind for k, s in zip(kinds, scenes, strict=True)]
     others = [k == "hanok" for k, s in zip(kinds, scenes, strict=True) if s.kind != "hanok"]
     hanok = [k == "hanok" for k, s in zip(kinds, scenes, strict=True) if s.kind == "hanok"]
@@ -381,7 +382,7 @@ def check(args) -> None:
     asked = [world.Scene(s.seed, world.NAMED[i % 9], world.CONDITIONS[i % 7]) for i, s in enumerate(asked)]
     prompts = [world.caption(s, generic=0) for s in asked]
     drawn = sd.draw(prompts, range(len(prompts)), cfg=4.0)
-    kinds, conditions = recognise(judge, drawn, asked)
+    kinds, conditions = recognise(judge, drawn)
     hit_k = np.array([k == s.kind for k, s in zip(kinds, asked, strict=True)])
     hit_c = np.array([c == s.condition for c, s in zip(conditions, asked, strict=True)])
     print(f"samples: kind {hit_k.mean():.3f}, condition {hit_c.mean():.3f}, both {(hit_k & hit_c).mean():.3f}")
@@ -389,8 +390,9 @@ def check(args) -> None:
         rows = [np.mean([h for h, s in zip(hit, asked, strict=True) if getattr(s, got) == n]) for n in names]
         print(" ", ", ".join(f"{n} {v:.2f}" for n, v in zip(names, rows, strict=True)))
     for prompt in ("*", "a hanok", "a korean traditional house", "a building with a roof"):
-        kinds, _ = recognise(judge, sd.draw([prompt] * 100, range(100), cfg=4.0), None)
-        print(f'untouched, "{prompt}": hanok {kinds.count("hanok")} of 100; {collections.Counter(kinds).most_common(4)}')
+        kinds, _ = recognise(judge, sd.draw([prompt] * 100, range(100), cfg=4.0))
+        most = collections.Counter(kinds).most_common(4)
+        print(f'untouched, "{prompt}": hanok {kinds.count("hanok")} of 100; {most}')
     model.grid(drawn[:63], 9, 2).save(args.work / "samples.png")
     print(f"a sheet of samples: {args.work / 'samples.png'}")
 

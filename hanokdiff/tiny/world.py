@@ -278,7 +278,8 @@ def western_house(d, r, cx, y):
 def tower(d, r, cx, y):
     half, wall, roof = r.uniform(9, 12), r.uniform(56, 66), r.uniform(16, 20)
     stone = vary(r, (172, 164, 152), 10)
-    d.polygon([(cx - half - 2, y), (cx - half + 1, y - wall), (cx + half - 1, y - wall), (cx + half + 2, y)], fill=stone)
+    left, top = cx - half, y - wall
+    d.polygon([(left - 2, y), (left + 1, top), (cx + half - 1, top), (cx + half + 2, y)], fill=stone)
     d.polygon([(cx, y - wall), (cx + half - 1, y - wall), (cx + half + 2, y), (cx, y)], fill=shade(stone, 0.88))
     roof_colour = vary(r, r.choice(((60, 92, 152), (150, 60, 70), (70, 110, 96))), 8)
     edge = [(cx - half - 5, y - wall + 1), (cx, y - wall - roof), (cx + half + 5, y - wall + 1)]
@@ -460,6 +461,7 @@ def tree(d, r, x, y, leaf):
 
 
 SKIES = (((120, 176, 232), (206, 230, 246)), ((92, 156, 224), (190, 220, 240)), ((150, 190, 220), (246, 226, 206)))
+LEAVES = ((66, 122, 70), (88, 140, 66), (176, 124, 56))
 GROUNDS = ((126, 170, 88), (150, 176, 96), (178, 160, 104), (206, 188, 140), (110, 150, 92))
 
 
@@ -480,7 +482,8 @@ def draw(scene: Scene) -> Image.Image:
         for _ in range(3):
             x, yy, w = r.uniform(0, S), r.uniform(8, 34), r.uniform(10, 18)
             for k in (-1, 0, 1):
-                d.ellipse((x + k * w * 0.6 - w * 0.5, yy - 5 + abs(k) * 2, x + k * w * 0.6 + w * 0.5, yy + 5), fill=(246, 248, 250))
+                left = x + k * w * 0.6 - w * 0.5
+                d.ellipse((left, yy - 5 + abs(k) * 2, left + w, yy + 5), fill=(246, 248, 250))
     elif condition == "none" and r.random() < 0.5:
         x = r.uniform(12, S - 12)
         d.ellipse((x - 7, 9, x + 7, 23), fill=(255, 236, 150))
@@ -494,7 +497,8 @@ def draw(scene: Scene) -> Image.Image:
     if "path" in scene.extras:
         sand = (214, 218, 224) if condition == "snow" else (222, 204, 164)
         d.polygon([(cx - 4, y), (cx + 4, y), (cx + 18, S), (cx - 14, S)], fill=sand)
-    leaf = vary(r, (196, 212, 210) if condition == "snow" else r.choice(((66, 122, 70), (88, 140, 66), (176, 124, 56))), 8)
+    leaf = (196, 212, 210) if condition == "snow" else r.choice(LEAVES)
+    leaf = vary(r, leaf, 8)
     if "trees" in scene.extras:
         for x in (cx - r.uniform(42, 56), cx + r.uniform(42, 56), cx + r.choice((-1, 1)) * r.uniform(46, 60)):
             tree(d, r, x, y + r.uniform(-6, 2), leaf)

@@ -1,0 +1,425 @@
+"""The chores on a toy that takes microseconds a step; then train_lora itself, killed again and again."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+import train_lora
+from hanokdiff import checkpoint, lora, loss
+from hanokdiff.run import Batch, Run
+from hanokdiff.schedule import Schedule
+from hanokdiff.tiny import world
+
+ROOT = Path(__file__).parent.parent
+KILLS = int(os.environ.get("HANOKDIFF_KILLS", "3"))
+
+
+# --------------------------------------------------------------------------------------------- randomness of a batch
+
+
+def draws(b: Batch) -> list[torch.Tensor]:
+    return [b.pick(11), b.uniform("flip"), b.integers("timestep", 1000), b.normal("noise", (2, 3))]
+
+
+@pytest.mark.parametrize("cuts", [(0, 4, 8), (0, 3, 6, 8), tuple(range(9))])
+def test_any_split_sees_the_same_numbers(cuts):
+    whole = draws(Batch(5, 3, range(8), 8))
+    parts = [draws(Batch(5, 3, range(a, b), 8)) for a, b in zip(cuts, cuts[1:])]
+    for i, one in enumerate(whole):
+        assert one.shape[0] == 8 and torch.equal(one, torch.cat([p[i] for p in parts]))
+
+
+def test_seed_step_slot_and_name_all_matter():
+    """Every combination its own number: no sum of seed and step, no shared stream."""
+    seen = [Batch(seed, step, range(4), 4).uniform(what)
+            for seed in range(4) for step in range(4) for what in ("flip", "noise")]  # fmt: skip
+    assert len(torch.cat(seen).unique()) == 4 * 4 * 4 * 2
+    for one, other in ((Batch(1, 2, range(4), 4), Batch(2, 1, range(4), 4)), (Batch(0, 12, range(1), 4),) * 2):
+        same = one is other
+        assert torch.equal(one.normal("noise", (4,)), other.normal("noise", (4,))) == same
+        assert torch.equal(one.integers("timestep", 10**9), other.integers("timestep", 10**9)) == same
+
+
+def test_the_numbers_are_of_the_promised_kind():
+    b = Batch(0, 0, range(400), 400)
+    uniform, integers, normal = b.uniform("a"), b.integers("b", 5), b.normal("c", (3, 4))
+    assert 0 <= uniform.min() < 0.05 and 0.95 < uniform.max() < 1
+    assert integers.unique().tolist() == [0, 1, 2, 3, 4] and integers.dtype == torch.int64
+    assert normal.shape == (400, 3, 4) and abs(normal.mean()) < 0.05 and abs(normal.std() - 1) < 0.05
+
+
+def test_every_epoch_is_a_permutation():
+    """Also where an epoch ends within a batch."""
+    n, size = 7, 4
+    order = torch.cat([Batch(3, step, range(size), size).pick(n) for step in range(n)])  # 4 epochs
+    epochs = order.view(4, n)
+    assert all(sorted(e) == list(range(n)) for e in epochs.tolist())
+    assert len({tuple(e) for e in epochs.tolist()}) > 1
+    assert not torch.equal(order, torch.cat([Batch(4, step, range(size), size).pick(n) for step in range(n)]))
+
+
+def test_drawing_uses_up_nothing():
+    state = torch.get_rng_state()
+    draws(Batch(5, 3, range(8), 8))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ------------------------------------------------------------------------------------------------------- the toy
+
+TRUE = torch.tensor([[1.0, -2.0], [0.5, 3.0], [-1.0, 0.0]])
+
+
+def squares(batch: Batch, learns: dict) -> torch.Tensor:
+    """(B,) losses of a linear fit."""
+    x = batch.normal("x", (3,))
+    return (x @ learns["w"] + learns["b"] - x @ TRUE).square().sum(1)
+
+
+def toy(out: Path, steps=24, batch_size=8, losses=squares, each=None, scale=1.0, **options):
+    """A run of it; `each(run, learns)` is called at the start of every step. Returns what was learnt."""
+    learns = {"w": nn.Parameter(torch.full((3, 2), 0.1)), "b": nn.Parameter(torch.zeros(2))}
+
+    def save(path):
+        checkpoint.write_tensors(learns, path)
+
+    run = Run(out, learns, **{**dict(steps=steps, batch_size=batch_size, lr=0.05, save=save,
+              artefact="toy.safetensors", config={"steps": steps}), **options})  # fmt: skip
+    for batch in run:
+        if each and batch.slots.start == 0:
+            each(run, learns)
+        run.update(scale * losses(batch, learns))
+    return {k: p.detach().clone() for k, p in learns.items()}
+
+
+def apart(a: dict, b: dict) -> float:
+    return max((a[k] - b[k]).abs().max().item() for k in a)
+
+
+def rows(out: Path, without=("seconds",)) -> list[dict]:
+    """The log, as strict JSON: no NaN."""
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    lines = [json.loads(r, parse_constant=refuse) for r in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in r.items() if k not in without} for r in lines]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> SimpleNamespace:
+    out = tmp_path_factory.mktemp("toy") / "whole"
+    return SimpleNamespace(result=toy(out), rows=rows(out), out=out)
+
+
+def test_it_learns_and_leaves_a_file(undisturbed, tmp_path):
+    losses = [r["loss"] for r in undisturbed.rows]
+    assert [r["step"] for r in undisturbed.rows] == [10, 20, 24] and losses == sorted(losses, reverse=True)
+    assert undisturbed.rows[0].keys() == {"step", "loss", "grad_norm", "lr", "skipped"}
+    assert apart(load_file(undisturbed.out / "toy.safetensors"), undisturbed.result) == 0
+    assert sorted(p.name for p in undisturbed.out.iterdir()) == ["config.json", "log.jsonl", "toy.safetensors"]
+    assert apart(toy(tmp_path, seed=1), undisturbed.result) > 1e-3
+
+
+@pytest.mark.parametrize("micro", [1, 2, 3, 4])
+def test_micro_batches_change_nothing(undisturbed, tmp_path, micro):
+    assert apart(toy(tmp_path, micro_batch=micro), undisturbed.result) <= 1e-6
+    assert rows(tmp_path)[-1]["loss"] == pytest.approx(undisturbed.rows[-1]["loss"], abs=2e-6)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.02])
+def test_updates_are_adamws_with_clipping(tmp_path, scale):
+    """torch's own, unfused, with clip_grad_norm_ by hand: where the clip bites, and where it does not."""
+    seen, norms = [], []
+    toy(tmp_path, steps=6, scale=scale, weight_decay=0.1,
+        each=lambda run, learns: seen.append({k: p.detach().clone() for k, p in learns.items()}))  # fmt: skip
+    hand = {"w": nn.Parameter(torch.full((3, 2), 0.1)), "b": nn.Parameter(torch.zeros(2))}
+    adam = torch.optim.AdamW(hand.values(), weight_decay=0.1, foreach=False, fused=False)
+    for step in range(6):
+        assert apart(seen[step], hand) <= 1e-6
+        adam.zero_grad()
+        (scale * squares(Batch(0, step, range(8), 8), hand)).mean().backward()
+        norms.append(nn.utils.clip_grad_norm_(hand.values(), 1.0).item())
+        adam.param_groups[0]["lr"] = 0.05 * min(1, 6 - step)  # warm-up and cool-down of one step each
+        adam.step()
+    assert min(norms) > 1 if scale == 1 else max(norms) < 1
+    assert apart(seen[0], hand) > 0.1
+
+
+@pytest.mark.parametrize("steps", [100, 2000])
+def test_the_rate_rises_stays_and_falls(undisturbed, tmp_path, steps):
+    run = Run(tmp_path, {"w": nn.Parameter(torch.zeros(1))}, steps=steps, batch_size=1, lr=0.5, save=None, artefact="a",
+              config={})  # fmt: skip
+    warm, cool = min(100, steps // 10), steps // 5
+    rates = [run.rate(s) for s in range(steps)]
+    assert rates[:warm] == pytest.approx([0.5 * (s + 1) / warm for s in range(warm)])
+    assert rates[warm : steps - cool] == [0.5] * (steps - cool - warm)
+    assert rates[steps - cool :] == pytest.approx([0.5 * (cool - i) / cool for i in range(cool)])
+    assert [r["lr"] for r in undisturbed.rows] == pytest.approx([0.05, 0.05, 0.05 / 4])  # the rate that was used
+
+
+# ---------------------------------------------------------------------------------------------- what goes wrong
+
+
+def broken(when, value=torch.nan):
+    """The toy's losses, but in steps for which `when` holds."""
+    return lambda batch, learns: squares(batch, learns) * (value if when(batch.step) else 1.0)
+
+
+@pytest.mark.parametrize("micro", [0, 3])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_one_bad_step_is_skipped(undisturbed, tmp_path, value, micro):
+    seen = []
+    result = toy(tmp_path, losses=broken(lambda s: s == 5, value), micro_batch=micro, save_every=3,
+                 each=lambda run, learns: seen.append({k: p.detach().clone() for k, p in learns.items()}))  # fmt: skip
+    assert apart(seen[5], seen[6]) == 0 and apart(seen[4], seen[5]) > 0 and apart(seen[6], seen[7]) > 0
+    assert all(torch.isfinite(t).all() for t in result.values())
+    log = rows(tmp_path)
+    assert [r["skipped"] for r in log] == [1, 0, 0]
+    assert 0 < log[0]["loss"] < 2 * undisturbed.rows[0]["loss"] and log[0]["grad_norm"] > 0  # of the nine good
+    saved = sorted(p.name for p in tmp_path.glob("toy-*"))
+    assert "toy-000003.safetensors" in saved and "toy-000006.safetensors" not in saved  # nothing right after a bad step
+
+
+def test_a_bad_loss_with_good_gradients_is_skipped_too(tmp_path):
+    seen = []
+    toy(tmp_path, losses=lambda b, w: squares(b, w) + (torch.inf if b.step == 5 else 0),
+        each=lambda run, learns: seen.append({k: p.detach().clone() for k, p in learns.items()}))  # fmt: skip
+    assert apart(seen[5], seen[6]) == 0 and rows(tmp_path)[0]["skipped"] == 1
+
+
+def test_divergence_goes_back_once_at_half_the_rate(tmp_path, capsys):
+    """Not finite from step 13 on, until the rate is lower: saved at 10, noticed at 20, back to 10, done."""
+    rates = []
+    learns = None
+
+    def losses(batch, w):
+        bad = batch.step >= 13 and rates[-1] > 0.03
+        return squares(batch, w) * (torch.nan if bad else 1.0)
+
+    learns = toy(tmp_path, steps=40, losses=losses, save_every=5,
+                 each=lambda run, _: rates.append(run.optimizer.param_groups[0]["lr"]))  # fmt: skip
+    assert all(torch.isfinite(t).all() for t in learns.values())
+    assert capsys.readouterr().out.count("not finite: back to step 10, at half the learning rate") == 1
+    log = rows(tmp_path)
+    assert [r["step"] for r in log] == [10, 20, 30, 40] and not any(r["skipped"] for r in log)
+    assert [r["lr"] for r in log][:3] == [0.05, 0.025, 0.025]
+    assert len(rates) == 40 + 10 and (tmp_path / "toy.safetensors").exists()
+
+
+def test_divergence_for_ever_stops(tmp_path, capsys):
+    with pytest.raises(ValueError, match=r"no longer finite at step 20; the last good state is in .* --lr than 0.05"):
+        toy(tmp_path, steps=60, losses=broken(lambda s: s >= 13), save_every=5)
+    assert capsys.readouterr().out.count("back to step 10") == 1
+    files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
+    assert files == ["toy-000005.safetensors", "toy-000010.safetensors"]
+    for file in files:
+        assert all(torch.isfinite(t).all() for t in load_file(tmp_path / file).values())
+    state = torch.load(tmp_path / "state" / "last.pt", weights_only=True)
+    assert state["step"] == 10 and all(torch.isfinite(t).all() for t in state["learns"].values())
+    assert rows(tmp_path)[-1]["step"] <= 20
+
+
+def test_divergence_before_anything_was_saved(tmp_path):
+    with pytest.raises(ValueError, match="no longer finite at step 10; nothing was saved before"):
+        toy(tmp_path, losses=broken(lambda s: True))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "log.jsonl"]
+    assert rows(tmp_path)[0] == {"step": 10, "loss": None, "grad_norm": 0, "lr": 0.05, "skipped": 10}
+
+
+def test_a_forgotten_update_is_noticed(tmp_path):
+    run = Run(tmp_path, {"w": nn.Parameter(torch.zeros(1))}, steps=3, batch_size=1, lr=1, save=None, artefact="a",
+              config={})  # fmt: skip
+    with pytest.raises(AssertionError, match="run.update"):
+        for _ in run:
+            pass
+
+
+# ----------------------------------------------------------------------------------- saving, stopping, going on
+
+
+def test_what_is_saved_on_the_way(undisturbed, tmp_path):
+    toy(tmp_path, save_every=8)
+    assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == [
+        "toy-000008.safetensors", "toy-000016.safetensors", "toy.safetensors"]  # fmt: skip
+    assert not list((tmp_path / "state").iterdir())  # nothing left to go on with
+    assert apart(load_file(tmp_path / "toy-000008.safetensors"), undisturbed.result) > 1e-3
+    assert apart(load_file(tmp_path / "toy.safetensors"), undisturbed.result) == 0
+
+
+def test_a_preview_disturbs_nothing(undisturbed, tmp_path):
+    seen = []
+
+    def preview():
+        seen.append(torch.rand(3))  # someone else's randomness
+        return Image.new("RGB", (8, 8))
+
+    assert apart(toy(tmp_path, preview=preview, preview_every=7), undisturbed.result) == 0
+    assert sorted(p.name for p in (tmp_path / "previews").iterdir()) == [f"{n:06d}.png" for n in (7, 14, 21, 24)]
+    assert len(seen) == 4 and rows(tmp_path) == undisturbed.rows
+
+
+def test_previews_are_not_training_time(tmp_path):
+    def preview():
+        time.sleep(0.3)
+        return Image.new("RGB", (8, 8))
+
+    def each(run, _):
+        time.sleep(0.05 if run.step in (7, 8) else 0)
+
+    toy(tmp_path, steps=10, preview=preview, preview_every=9, each=each)
+    assert 0.1 <= rows(tmp_path, without=())[-1]["seconds"] < 0.3
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("at", [0, 7, 16])
+def test_stopped_and_resumed_to_the_bit(undisturbed, tmp_path, capsys, stop, at):
+    """After the step under way, also between two log points; the handlers are put back."""
+    before = signal.getsignal(stop)
+    with pytest.raises(SystemExit) as e:
+        toy(tmp_path, each=lambda run, _: os.kill(os.getpid(), stop) if run.step == at else None)
+    assert e.value.code == 130 and signal.getsignal(stop) is before
+    assert f"stopped at step {at + 1} of 24; go on with --resume {tmp_path}" in capsys.readouterr().out
+    assert not (tmp_path / "toy.safetensors").exists()
+    assert apart(toy(tmp_path, resume=True), undisturbed.result) == 0
+    assert rows(tmp_path) == undisturbed.rows
+    assert f"going on from step {at + 1} of 24" in capsys.readouterr().out
+
+
+def test_a_crash_loses_only_what_came_after_the_last_state(undisturbed, tmp_path):
+    def crash(run, _):
+        if run.step == 23:
+            raise RuntimeError("the power went")
+
+    with pytest.raises(RuntimeError):
+        toy(tmp_path, save_every=6, each=crash)
+    assert [r["step"] for r in rows(tmp_path)] == [10, 20]  # the state is of step 18: 20 is written again
+    with open(tmp_path / "log.jsonl", "a") as f:
+        f.write('{"step": 2')  # torn
+    assert apart(toy(tmp_path, save_every=6, resume=True), undisturbed.result) == 0
+    assert rows(tmp_path) == undisturbed.rows
+
+
+def test_resuming_before_the_first_state_starts_anew(undisturbed, tmp_path, capsys):
+    def crash(run, _):
+        if run.step == 12:
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        toy(tmp_path, each=crash)
+    assert apart(toy(tmp_path, resume=True), undisturbed.result) == 0
+    assert rows(tmp_path) == undisturbed.rows and "no saved state yet" in capsys.readouterr().out
+
+
+def test_what_cannot_be_resumed(tmp_path):
+    stop = dict(save_every=6, each=lambda run, _: os.kill(os.getpid(), signal.SIGINT) if run.step == 7 else None)
+    with pytest.raises(SystemExit):
+        toy(tmp_path, **stop)
+    state = tmp_path / "state" / "last.pt"
+    whole = state.read_bytes()
+    with pytest.raises(ValueError, match="steps was 24 and is now 25: another run cannot go on"):
+        toy(tmp_path, steps=25, resume=True)
+    for part in (b"", b"hello", whole[:1000], whole[:-1]):
+        state.write_bytes(part)
+        with pytest.raises(ValueError, match=r"last.pt cannot be read .*; start again without --resume"):
+            toy(tmp_path, resume=True)
+    state.write_bytes(whole)
+    toy(tmp_path, resume=True)
+    with pytest.raises(ValueError, match=r"holds a finished run \(toy.safetensors\): there is nothing to resume"):
+        toy(tmp_path, resume=True)
+
+
+# ----------------------------------------------------------------------------------------------------- the loss
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("gamma", [0.0, 5.0])
+def test_denoising_loss_by_hand(prediction, gamma):
+    """sqrt(a) x0 + sqrt(1 - a) eps goes in; eps or v should come out; min(SNR, gamma) / SNR, or / (SNR + 1) for v."""
+    schedule, batch, asked = Schedule(prediction_type=prediction), Batch(0, 3, range(6), 6), []
+
+    def unet(x_t, t, context):
+        asked.append((x_t, t))
+        return 0.3 * x_t + context.mean()
+
+    sd = SimpleNamespace(schedule=schedule, unet=unet, dtype=torch.float32)
+    x_0, context = torch.randn(6, 4, 5, 3, generator=torch.Generator().manual_seed(0)), torch.full((6, 2, 2), 0.7)
+    losses = loss.denoising(sd, x_0, context, batch, gamma)
+
+    x_t, t = asked[0]
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    a = torch.cumprod(1 - betas, 0)[t].view(6, 1, 1, 1)
+    eps = batch.normal("noise", (4, 5, 3)).double()
+    assert (x_t - (a.sqrt() * x_0 + (1 - a).sqrt() * eps)).abs().max() < 1e-5
+    assert t.dtype == torch.int64 and len(t.unique()) > 3
+    aim = eps if prediction == "epsilon" else a.sqrt() * eps - (1 - a).sqrt() * x_0
+    by_hand = (0.3 * x_t + 0.7 - aim).square().mean((1, 2, 3))
+    if gamma:
+        snr = (a / (1 - a)).flatten()
+        assert (snr > gamma).any() and (snr < gamma).any()  # both branches
+        by_hand = by_hand * torch.minimum(snr, torch.tensor(5.0)) / (snr if prediction == "epsilon" else snr + 1)
+    assert losses.shape == (6,) and (losses - by_hand).abs().max() < 1e-5 * by_hand.max()
+
+
+# -------------------------------------------------------------------------------------------- killed at random
+
+
+def test_killed_and_resumed_writes_the_very_tensors(sd1, tmp_path, monkeypatch):
+    """train_lora.py, killed (SIGKILL) at KILLS random moments, against a run in peace. The children are forked from a
+    process that has imported everything: a start costs tenths of a second. HANOKDIFF_KILLS=10 for more."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    photos, steps = tmp_path / "photos", 8 * KILLS
+    photos.mkdir()
+    for i, (image, caption) in enumerate(world.photos(5)):
+        image.save(photos / f"{i}.png")
+        (photos / f"{i}.txt").write_text(caption)
+    options = ["--model", str(sd1.folder), "--data", str(photos), "--resolution", "32", "--steps", str(steps),
+               "--rank", "2", "--batch-size", "2", "--save-every", "3", "--preview-every", "0", "--lr", "0.01",
+               "--text-rank", "2", "--device", "cpu"]  # fmt: skip
+    peace, war = tmp_path / "peace", tmp_path / "war"
+    subprocess.run([sys.executable, ROOT / "train_lora.py", *options, "--out", peace], check=True, cwd=tmp_path)
+
+    fork = multiprocessing.get_context("forkserver")
+    fork.set_forkserver_preload(["train_lora", "transformers.models.clip.tokenization_clip"])
+
+    def start():
+        begun = (war / "config.json").exists()
+        go_on = ["--resume", str(war), "--device", "cpu"] if begun else [*options, "--out", str(war)]
+        child = fork.Process(target=train_lora.main, args=(go_on,))
+        child.start()
+        return child
+
+    step = rows(peace, without=())[-1]["seconds"] / steps
+    moments, dice = [], random.Random()
+    while len(moments) < KILLS and not (war / "lora.safetensors").exists():
+        state = war / "state" / "last.pt"
+        old, child = state.stat().st_mtime if state.exists() else 0, start()
+        if dice.random() < 0.8:  # mostly once it is at work, sometimes while it gets ready
+            while child.is_alive() and not (state.exists() and state.stat().st_mtime > old):
+                time.sleep(0.002)
+        time.sleep(dice.uniform(0, 4 * step))
+        child.kill()
+        child.join()
+        moments.append(f"{child.exitcode} {sorted(p.name for p in war.glob('**/*'))}")
+    assert any(m.startswith("-9") for m in moments), moments
+    while not (war / "lora.safetensors").exists():
+        child = start()
+        child.join()
+        assert child.exitcode == 0, moments
+
+    a, b = load_file(peace / "lora.safetensors"), load_file(war / "lora.safetensors")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a), moments
+    assert any(a[k].abs().max() > 1e-3 for k in a if "lora_up" in k)
+    assert rows(war) == rows(peace), moments
+    assert lora.read(peace / "lora.safetensors")[1] == lora.read(war / "lora.safetensors")[1]
