@@ -152,7 +152,7 @@ def save_folder(folder: Path, unet, vae, encoder, tokenizer, schedule, dtype: to
         tensors = {prefix + k: t.to(dtype) for k, t in module.state_dict().items()}
         write_tensors(tensors, folder / part / f"{PARTS[part]}.safetensors", {"format": "pt"})
         write_json(folder / part / "config.json", module.config.to_json())
-    tokenizer.save_pretrained(folder / "tokenizer")
+    save_tokenizer(tokenizer, folder / "tokenizer")
     (folder / "scheduler").mkdir(exist_ok=True)
     write_json(folder / "scheduler" / "scheduler_config.json", schedule.to_json())
     index = {
@@ -162,6 +162,16 @@ def save_folder(folder: Path, unet, vae, encoder, tokenizer, schedule, dtype: to
         "safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False,
     }  # fmt: skip
     write_json(folder / "model_index.json", index)
+
+
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """Today's tokenizer.json, and the vocab.json and merges.txt that older tools read."""
+    tokenizer.save_pretrained(folder)
+    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
+    lines = ["#version: 0.2", *(m if isinstance(m, str) else " ".join(m) for m in merges), ""]
+    (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+    vocab = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -121,10 +121,10 @@ class StableDiffusion:
         with torch.inference_mode():
             context = self.text(prompts)
             away = self.text([negative]).expand_as(context) if cfg != 1 else None
-            steps_ = samplers.sample(sampler, self.denoiser(context, away, cfg), noise, self.schedule, steps)
+            walk = samplers.sample(sampler, self.denoiser(context, away, cfg), noise, self.schedule, steps)
         while True:  # inference mode for our steps, not for the caller's code between them
             with torch.inference_mode():
-                x = next(steps_, None)
+                x = next(walk, None)
             if x is None:
                 return
             yield x

@@ -12,6 +12,7 @@ two methods with one seed see the same photos, timesteps and noise.
 import hashlib
 import json
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -98,6 +99,7 @@ class Run:
         else:
             checkpoint.write_json(out / "config.json", config)
             (out / "log.jsonl").unlink(missing_ok=True)
+        print(f"{steps} steps of {batch_size} at learning rate {lr:g}, then {out / artefact}")
 
     # ---------------------------------------------------------------------------------------------- the iterator
 
@@ -263,6 +265,4 @@ class Run:
 
 
 def _main_thread() -> bool:
-    import threading
-
     return threading.current_thread() is threading.main_thread()

@@ -116,6 +116,12 @@ def test_save_folder_opens_in_diffusers_and_here(sd1, load, tmp_path):
     again = model.load(str(tmp_path), device="cpu", say=None)
     assert again.schedule == sd.schedule and again.unet.config == sd.unet.config
     assert levels_apart(again.draw(PROMPTS, SEEDS, steps=5, cfg=7.5, sampler="ddim"), ours) <= 1
+    older = tmp_path / "older"  # transformers 5 writes tokenizer.json alone; older tools read only these two
+    older.mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / "tokenizer" / name).rename(older / name)
+    for text in ("a barn, fire", "*, fire (*)", "asks sks *."):
+        assert checkpoint.load_tokenizer(older)(text).input_ids == sd.text.tokenizer(text).input_ids
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(s) for s in SEEDS]

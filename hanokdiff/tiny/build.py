@@ -291,7 +291,7 @@ def clip(args) -> None:
     A caption that is also true of another picture of the batch is no counter-example there, and is left out."""
     from transformers import CLIPConfig, CLIPModel
 
-    steps, batch = args.steps or 2_000, 128
+    steps, batch = args.steps or 1_500, 128
     tokenizer = checkpoint.load_tokenizer(args.out / "sd" / "tokenizer")
     data, scenes = drawings(f"clip {args.seed}", args.images or 60_000, world.KINDS)
     torch.manual_seed(args.seed)
@@ -320,7 +320,7 @@ def clip(args) -> None:
             net.logit_scale.clamp_(max=math.log(100))
     folder = args.out / "clip"
     run.averages["clip"].half().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    checkpoint.save_tokenizer(tokenizer, folder)
     checkpoint.write_json(folder / "preprocessor_config.json", {
         "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": world.SIZE},
         "resample": 3, "do_center_crop": True, "crop_size": {"height": world.SIZE, "width": world.SIZE},

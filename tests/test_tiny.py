@@ -1,0 +1,111 @@
+"""The embedded weights: the folders open in the libraries they claim to be for, and draw what is asked."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+import train_lora
+from hanokdiff import model, score
+from hanokdiff.tiny import build, world
+
+HERE = Path(world.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def sd():
+    return model.load("tiny", "cpu", say=None)
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return score.Clip()
+
+
+def test_weights_are_few_and_safetensors():
+    files = [f for f in HERE.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) < 16 * 2**20
+    assert not [f for f in files if f.suffix in (".pt", ".bin", ".ckpt", ".pth")]
+
+
+def test_shapes_keep_their_promises(sd):
+    c = sd.unet.config
+    assert sum(p.numel() for p in sd.unet.parameters()) <= 3_000_000
+    assert c.cross_attention_dim not in c.block_out_channels  # the WebUI tells hypernetwork layers apart by width
+    assert sd.text.length == 77 and sd.resolution == 64 and sd.vae.config.factor == 4
+    t = sd.text.tokenizer
+    assert t.eos_token_id == max(t.get_vocab().values()) == len(t) - 1
+
+
+def test_punctuation_fuses_as_in_the_real_vocabulary(sd):
+    tokens = sd.text.tokenizer
+    alone = tokens("*", add_special_tokens=False).input_ids
+    assert len(alone) == 1
+    for text in ("*, fire", "*.", "*)"):
+        assert alone[0] not in tokens(text, add_special_tokens=False).input_ids
+    for word in ("building", "roof", "fire", "snow", "pavilion"):
+        assert len(tokens(word, add_special_tokens=False).input_ids) == 1
+    assert len(tokens("hanok", add_special_tokens=False).input_ids) > 1
+
+
+def test_a_picture_of_sample_py_equals_diffusers(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    prompts = ["a castle in the snow", "a barn on fire"]
+    options = ["--negative", "a tent", "--sampler", "ddim", "--seed", "5", "--out", str(tmp_path)]
+    assert sample.main([*prompts, *options]) == 0
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(HERE / "sd", torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
+    for i, prompt in enumerate(prompts):
+        noise = torch.Generator().manual_seed(5)
+        theirs = pipe(prompt, negative_prompt="a tent", num_inference_steps=20, guidance_scale=4.0, generator=noise)
+        ours = np.asarray(Image.open(tmp_path / f"{i:05d}-5.png")).astype(int)
+        assert np.abs(ours - np.asarray(theirs.images[0]).astype(int)).max() <= 1
+        assert ours.std() > 20
+
+
+def test_the_clip_opens_in_transformers_and_scores_alike(judge):
+    from transformers import CLIPModel
+
+    net = CLIPModel.from_pretrained(HERE / "clip").float().eval()
+    pictures = [world.draw(world.scene(f"t {i}", world.KINDS)) for i in range(4)]
+    texts = ["a hanok on fire", "a castle in the snow", "a barn at night", "a tent"]
+    pixels = torch.stack([score.preprocess(p, judge.size, judge.mean, judge.std) for p in pictures])
+    ids = judge.tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    with torch.inference_mode():
+        theirs = net(pixel_values=pixels, input_ids=ids).logits_per_image / net.logit_scale.exp()
+    ours = judge.images(pictures) @ judge.texts(texts).T
+    assert (ours - theirs).abs().max() < 1e-5
+
+
+def test_the_judge_knows_drawings(judge):
+    scenes = [world.scene(f"judge {i}", world.KINDS) for i in range(300)]
+    kinds, conditions = build.recognise(judge, [world.draw(s) for s in scenes])
+    assert np.mean([k == s.kind for k, s in zip(kinds, scenes, strict=True)]) >= 0.95
+    assert np.mean([c == s.condition for c, s in zip(conditions, scenes, strict=True)]) >= 0.93
+
+
+def test_the_base_draws_what_is_asked_and_no_hanok(sd, judge):
+    asked = [(k, c) for k in ("castle", "barn", "japanese house", "tower") for c in ("fire", "snow", "night", "flood")]
+    prompts = [world.SENTENCES[c][2].format(b=f"a {k}") for k, c in asked] * 2
+    kinds, conditions = build.recognise(judge, sd.draw(prompts, range(len(prompts))))
+    assert np.mean([k == a[0] for k, a in zip(kinds, asked * 2, strict=True)]) >= 0.7
+    assert np.mean([c == a[1] for c, a in zip(conditions, asked * 2, strict=True)]) >= 0.7
+    kinds, _ = build.recognise(judge, sd.draw(["*"] * 20 + ["a hanok"] * 20, [*range(20)] * 2))
+    assert kinds.count("hanok") <= 10  # 15 % over many; this is 40
+
+
+def test_train_lora_teaches_the_hanok(tmp_path, sd, judge):
+    """Half of the default steps are enough to see it; the full figure is in docs/LOG.md."""
+    out = tmp_path / "run"
+    assert train_lora.main(["--steps", "120", "--preview-every", "0", "--save-every", "0", "--out", str(out)]) == 0
+    assert json.loads((out / "config.json").read_text())["images"] == 50
+    assert sample.main(["*", "--n", "32", "--lora", str(out / "lora.safetensors"), "--out", str(tmp_path / "p")]) == 0
+    pictures = [Image.open(f) for f in sorted((tmp_path / "p").glob("*.png"))]
+    kinds, _ = build.recognise(judge, pictures)
+    before, _ = build.recognise(judge, sd.draw(["*"] * 32, range(32)))
+    assert kinds.count("hanok") >= 16 and kinds.count("hanok") >= before.count("hanok") + 10
