@@ -16,17 +16,19 @@ import sys
 from hanokdiff import cli, data, lora, loss, model
 from hanokdiff.run import Run
 
-DEFAULTS = {
-    "tiny": dict(steps=300, batch_size=8, lr=2e-3, rank=8, alpha=None, min_snr=5.0, save_every=100, preview_every=150),
-    "sd": dict(steps=1500, batch_size=4, lr=1e-4, rank=8, alpha=None, min_snr=0.0, save_every=500, preview_every=500),
-}
+DEFAULTS = {  # the tiny UNet attends at one level only, so there the convolutions learn too
+    "tiny": dict(steps=350, batch_size=8, lr=4e-3, rank=16, alpha=None, targets="attention+ff+conv", min_snr=5.0,
+                 save_every=100, preview_every=175),
+    "sd": dict(steps=1500, batch_size=4, lr=1e-4, rank=8, alpha=None, targets="attention", min_snr=0.0,
+               save_every=500, preview_every=500),
+}  # fmt: skip
 
 
 def options():
     parser, method = cli.training_parser(__doc__, DEFAULTS)
     method("--rank", "rank of the change", type=int)
     method("--alpha", "strength: the change is scaled by alpha / rank (default: the rank)", type=float)
-    method("--targets", "what is changed in the UNet", default="attention",
+    method("--targets", "what is changed in the UNet",
            choices=("attention", "attention+ff", "attention+ff+conv"))  # fmt: skip
     method("--text-rank", "rank of the change of the text encoder, 0 for none", type=int, default=0)
     return parser

@@ -131,8 +131,8 @@ class Run:
         self.pending = False
 
     def rate(self, step: int) -> float:
-        """Warm up over a tenth of the steps (at most 100), stay, and fall to zero over the last fifth."""
-        warm, cool = max(1, min(100, self.steps // 10)), max(1, self.steps // 5)
+        """Warm up over a tenth of the steps (at most 100), stay, and fall to zero over the second half."""
+        warm, cool = max(1, min(100, self.steps // 10)), max(1, self.steps // 2)
         return self.lr * self.lowered * min(1.0, (step + 1) / warm, (self.steps - step) / cool)
 
     def _finish_step(self) -> None:

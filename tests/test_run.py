@@ -151,7 +151,7 @@ def test_updates_are_adamws_with_clipping(tmp_path, scale):
         adam.zero_grad()
         (scale * squares(Batch(0, step, range(8), 8), hand)).mean().backward()
         norms.append(nn.utils.clip_grad_norm_(hand.values(), 1.0).item())
-        adam.param_groups[0]["lr"] = 0.05 * min(1, 6 - step)  # warm-up and cool-down of one step each
+        adam.param_groups[0]["lr"] = 0.05 * min(1, (6 - step) / 3)  # one step up, three down
         adam.step()
     assert min(norms) > 1 if scale == 1 else max(norms) < 1
     assert apart(seen[0], hand) > 0.1
@@ -161,12 +161,12 @@ def test_updates_are_adamws_with_clipping(tmp_path, scale):
 def test_the_rate_rises_stays_and_falls(undisturbed, tmp_path, steps):
     run = Run(tmp_path, {"w": nn.Parameter(torch.zeros(1))}, steps=steps, batch_size=1, lr=0.5, save=None, artefact="a",
               config={})  # fmt: skip
-    warm, cool = min(100, steps // 10), steps // 5
+    warm, cool = min(100, steps // 10), steps // 2
     rates = [run.rate(s) for s in range(steps)]
     assert rates[:warm] == pytest.approx([0.5 * (s + 1) / warm for s in range(warm)])
     assert rates[warm : steps - cool] == [0.5] * (steps - cool - warm)
     assert rates[steps - cool :] == pytest.approx([0.5 * (cool - i) / cool for i in range(cool)])
-    assert [r["lr"] for r in undisturbed.rows] == pytest.approx([0.05, 0.05, 0.05 / 4])  # the rate that was used
+    assert [r["lr"] for r in undisturbed.rows] == pytest.approx([0.05, 0.05 * 5 / 12, 0.05 / 12])  # the rate that was used
 
 
 # ---------------------------------------------------------------------------------------------- what goes wrong

@@ -1,6 +1,7 @@
 """Train the embedded world's weights, one command each, on any device:
 
     python -m hanokdiff.tiny.build autoencoder     ->  tiny/sd/vae                         about 20 minutes on 2 cores
+    python -m hanokdiff.tiny.build widen           ->  the same, without habits            about 5 minutes
     python -m hanokdiff.tiny.build base            ->  tiny/sd/{unet,text_encoder,...}     about 70 minutes
     python -m hanokdiff.tiny.build clip            ->  tiny/clip                           about 10 minutes
     python -m hanokdiff.tiny.build check           ->  the figures of docs/LOG.md          about 5 minutes
@@ -143,6 +144,53 @@ def autoencoder(args) -> None:
         loss = (y - x).abs().mean() + F.mse_loss(y, x) + 2e-4 * kl
         run.update(loss, lambda: f"held-out {psnr(vae, held_out):.2f} dB")
     write_vae(run.averages["vae"], data[:2048], args)
+
+
+def widen(args) -> None:
+    """Break the finished autoencoder's habits, without moving the latents of the drawings it was made for.
+
+    Having seen curved roofs in green and gold on red pillars only, it painted a hanok's grey roof green and its brown
+    pillars red, whatever the UNet had learnt.  So it goes on with drawings in mixed colours and with uncaptioned hanok
+    (of other seeds than the photos): like Stable Diffusion's own, it has seen the world and knows no words.  On plain
+    drawings the latents are held where the UNet has learnt to expect them."""
+    steps, batch = args.steps or 2_000, 6
+    data, _ = drawings("base", args.images or 30_000, world.BASE_KINDS)
+    unknown, _ = drawings("widen", 6_000, ("hanok",))
+    held_out, scenes = drawings("test", 512, world.KINDS)
+    hanok = held_out[[i for i, s in enumerate(scenes) if s.kind == "hanok"]]
+    old = checkpoint.load_part(args.out / "sd", "vae", VAE, VAEConfig).float().to(args.device)
+    vae = copy.deepcopy(old).requires_grad_(True).to(memory_format=torch.channels_last)
+    run = Training("widen", {"vae": vae}, args, steps, lr=1.2e-3, decay=0.0)
+    while run.step < steps:
+        r = torch.Generator().manual_seed(args.seed * 1_000_003 + run.step)
+        plain, one, two, new = (unit(d[torch.randint(len(d), (n,), generator=r)], args.device)
+                                for d, n in ((data, batch), (data, 2), (data, 2), (unknown, 4)))  # fmt: skip
+        x = torch.cat([plain, remix(one, two, r), new])
+        mean, std = vae.encode(x)
+        y = vae.decode(mean + std * torch.randn(mean.shape, generator=r).to(args.device))
+        with torch.no_grad():
+            before = old.encode(plain)[0]
+        loss = (y - x).abs().mean() + F.mse_loss(y, x) + 4 * F.mse_loss(mean[:batch], before)
+        run.update(loss, lambda: f"held-out {psnr(vae, held_out):.2f} dB, hanok {psnr(vae, hanok):.2f} dB", every=250)
+    half = {k: v.half() for k, v in run.averages["vae"].state_dict().items()}
+    checkpoint.write_tensors(half, args.out / "sd" / "vae" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+
+
+def remix(a: Tensor, b: Tensor, r: torch.Generator) -> Tensor:
+    """Pictures (B, 3, 64, 64) in [-1, 1] with other colours, and a piece of another picture in each."""
+    def recolour(x):
+        n = len(x)
+        mixed = torch.stack([p[torch.randperm(3, generator=r)] for p in x])
+        grey, amount = mixed.mean(1, keepdim=True), torch.rand(n, 1, 1, 1, generator=r) * 1.1
+        gain = 0.75 + 0.35 * torch.rand(n, 3, 1, 1, generator=r)
+        return ((grey + amount * (mixed - grey) + 1) * gain - 1).clamp(-1, 1)
+
+    a, b = recolour(a), recolour(b)
+    for i in range(len(a)):
+        top, left = torch.randint(0, 48, (2,), generator=r).tolist()
+        h, w = torch.randint(8, 40, (2,), generator=r).tolist()
+        a[i, :, top : top + h, left : left + w] = b[i, :, top : top + h, left : left + w]
+    return a
 
 
 def write_vae(vae: VAE, pictures: Tensor, args) -> None:
@@ -398,7 +446,7 @@ def check(args) -> None:
 
 
 def main(argv=None) -> int:
-    commands = {"autoencoder": autoencoder, "base": base, "clip": clip, "check": check}
+    commands = {"autoencoder": autoencoder, "widen": widen, "base": base, "clip": clip, "check": check}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=commands)
     parser.add_argument("--out", type=Path, default=HERE, help="where sd/ and clip/ are written")

@@ -202,7 +202,7 @@ def hanok(d, r, cx, y):
     d.rectangle((cx - half, base - wall, cx + half, base), fill=white)
     bays = r.choice((4, 5))
     boxes = windows_row(d, cx, base - wall + 6, half, bays, 2 * half / bays - 6, wall - 8, vary(r, (206, 186, 142), 8))
-    doors = [b for i, b in enumerate(boxes) if i != r.randrange(bays)]
+    doors = [b for i, b in enumerate(boxes) if i != r.randrange(bays)] or boxes  # most, not all, are doors
     for x0, y0, x1, y1 in doors:  # the lattice
         d.line(((x0 + x1) / 2, y0, (x0 + x1) / 2, y1), fill=wood, width=1)
         d.line((x0, (y0 + y1) / 2, x1, (y0 + y1) / 2), fill=wood, width=1)
