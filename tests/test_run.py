@@ -166,7 +166,8 @@ def test_the_rate_rises_stays_and_falls(undisturbed, tmp_path, steps):
     assert rates[:warm] == pytest.approx([0.5 * (s + 1) / warm for s in range(warm)])
     assert rates[warm : steps - cool] == [0.5] * (steps - cool - warm)
     assert rates[steps - cool :] == pytest.approx([0.5 * (cool - i) / cool for i in range(cool)])
-    assert [r["lr"] for r in undisturbed.rows] == pytest.approx([0.05, 0.05 * 5 / 12, 0.05 / 12])  # the rate that was used
+    # the rate that was used
+    assert [r["lr"] for r in undisturbed.rows] == pytest.approx([0.05, 0.05 * 5 / 12, 0.05 / 12])
 
 
 # ---------------------------------------------------------------------------------------------- what goes wrong
@@ -214,7 +215,7 @@ def test_divergence_goes_back_once_at_half_the_rate(tmp_path, capsys):
     assert capsys.readouterr().out.count("not finite: back to step 10, at half the learning rate") == 1
     log = rows(tmp_path)
     assert [r["step"] for r in log] == [10, 20, 30, 40] and not any(r["skipped"] for r in log)
-    assert [r["lr"] for r in log][:3] == [0.05, 0.025, 0.025]
+    assert [r["lr"] for r in log][:3] == pytest.approx([0.05, 0.025, 0.025 * 11 / 20])
     assert len(rates) == 40 + 10 and (tmp_path / "toy.safetensors").exists()
 
 

@@ -193,7 +193,7 @@ def test_help_tells_both_columns_of_defaults(capsys):
     with pytest.raises(SystemExit):
         train_lora.main(["--help"])
     words = " ".join(capsys.readouterr().out.split())
-    assert "(default: tiny 0.002, SD 0.0001)" in words and "rank of the change (default: 8)" in words
+    assert "(default: tiny 0.004, SD 0.0001)" in words and "rank of the change (default: tiny 16, SD 8)" in words
 
 
 # --------------------------------------------------------------------------------------------------- resuming
