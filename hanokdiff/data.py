@@ -18,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from hanokdiff.text import contains
+from hanokdiff.text import contains, word_pattern
 from hanokdiff.tiny import world
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
@@ -148,7 +148,8 @@ def photo_files(folder: Path) -> list[Path]:
     one leaves the others in order. NFC, because a Mac writes Korean names in another normal form.
     """
     if not folder.is_dir():
-        raise ValueError(f"--data {folder}: {'not a folder' if folder.exists() else 'no such folder'}")
+        what = "not a folder" if folder.exists() else "no such folder"
+        raise ValueError(f"--data {folder}: {what}; name one that holds photos")
     files = [f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
     if not files:
         kinds = " ".join(sorted(SUFFIXES))
@@ -185,19 +186,11 @@ def summary(photos: list[Photo], what: str) -> str:
 # --------------------------------------------------------------------------------------------------- captions
 
 
-def literal(phrase: str) -> str:
-    """The regular expression for a phrase: whole words, where it begins or ends with a letter."""
-    phrase = phrase.strip()
-    left = r"(?<!\w)" if re.match(r"\w", phrase) else ""
-    right = r"(?!\w)" if re.search(r"\w\Z", phrase) else ""
-    return left + r"\s+".join(map(re.escape, phrase.split())) + right
-
-
 def prepare_captions(
     photos: list[Photo], token: str, replace: str, caption: str, say: Say = print
 ) -> list[str]:
     """A prompt per photo: its caption with the phrase `replace` become the pseudo word; else `caption`."""
-    pattern = re.compile(literal(replace) or "(?!)", re.IGNORECASE)  # no phrase: match nothing at all
+    pattern = word_pattern(replace) if replace.strip() else re.compile("(?!)")  # no phrase: match nothing at all
     swapped = [p.caption and pattern.subn(lambda _: token, p.caption) for p in photos]  # (text, count), None
     own, default = [s for s in swapped if s], caption.replace("{token}", token)
     if own and replace:

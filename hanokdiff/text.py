@@ -122,10 +122,11 @@ class TextEncoder(nn.Module):
 
 def word_pattern(word: str) -> re.Pattern:
     """Finds a pseudo word as literal text; one that starts or ends with a letter only at a word's boundary there, so
-    that "sks" is not found in "asks", while "*" is found in "(*)" and "*,"."""
+    that "sks" is not found in "asks", while "*" is found in "(*)" and "*,". Any case, any white space between words."""
+    word = word.strip()
     before = r"(?<!\w)" if re.match(r"\w", word) else ""
     after = r"(?!\w)" if re.search(r"\w$", word) else ""
-    return re.compile(before + re.escape(word) + after, re.IGNORECASE)
+    return re.compile(before + r"\s+".join(map(re.escape, word.split())) + after, re.IGNORECASE)
 
 
 def contains(text: str, word: str) -> bool:
