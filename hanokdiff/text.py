@@ -1,10 +1,10 @@
 """Words to context: the library's CLIP tokenizer, our own CLIP text encoder (Radford et al. 2021, arXiv:2103.00020).
 
-The pseudo word is cut out of the text before the tokenizer sees it.  CLIP's tokenizer fuses runs of punctuation: in
+A pseudo word is cut out of the text before the tokenizer sees it.  CLIP's tokenizer fuses runs of punctuation: in
 "*, fire" it sees one symbol "*,", which is not the "*" that was trained, and the prompt silently loses its subject.
 Here the word is found as literal text and given its own ids, in training and in sampling alike.
 
-Shapes:  B prompts;  T = 77 positions;  D the width (768 in SD 1.x, 1024 in SD 2.x).
+Shapes:  B prompts;  T = 77 positions;  D the width (768 in SD 1.x, 1024 in SD 2.x);  k chunks of a long prompt.
 """
 
 import re
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from hanokdiff import prompt as language
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,10 @@ class TextEncoder(nn.Module):
         self.encoder = Encoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, clip_skip: int = 1) -> Tensor:
+        """`clip_skip` n leaves the last n - 1 layers out, as the WebUI counts (diffusers: n - 1); the norm stays."""
         x = self.embeddings(ids)
-        for layer in self.encoder.layers:
+        for layer in self.encoder.layers[: len(self.encoder.layers) + 1 - clip_skip]:
             x = layer(x)
         return self.final_layer_norm(x)
 
@@ -129,51 +132,138 @@ def word_pattern(word: str) -> re.Pattern:
     return re.compile(before + r"\s+".join(map(re.escape, word.split())) + after, re.IGNORECASE)
 
 
+def same(word: str) -> str:
+    """One spelling of all those that are found as the same word."""
+    return " ".join(word.lower().split())
+
+
 def contains(text: str, word: str) -> bool:
     return bool(word_pattern(word).search(text))
 
 
-class Text:
-    """Prompts in, context out:  text(["a barn on fire", "*, fire"]) -> (B, 77, D) on the encoder's device.
+MARK = "\ue000"  # in a text, chr(MARK + i) stands for the i-th pseudo word: private characters, in nobody's prompt
 
-    word            the pseudo word, cut out before the tokenizer; None: there is none
-    literal_tokens  do not cut it out, so that "*," is one symbol as in other tools (to compare)
+
+class Text:
+    """Texts in, context out, on the encoder's device.
+
+        text(["a barn on fire", "*, fire"])             (B, 77, D)      captions: plain, cut at 75 tokens with a warning
+        text.prompts(["a barn, (fire:1.3)", long])      (B, 77 k, D)    prompts: emphasis, BREAK, any length
+
+    words           pseudo word -> its token ids, cut out before the tokenizer (`add_word`)
+    literal_tokens  do not cut them out, so that "*," is one symbol as in other tools (to compare)
+    clip_skip       leave out the last n - 1 layers
     """
 
-    def __init__(self, encoder: TextEncoder, tokenizer, word: str | None = None, literal_tokens: bool = False):
-        self.encoder, self.tokenizer, self.word, self.literal_tokens = encoder, tokenizer, word, literal_tokens
+    def __init__(self, encoder: TextEncoder, tokenizer, literal_tokens: bool = False, clip_skip: int = 1):
+        self.encoder, self.tokenizer = encoder, tokenizer
+        self.literal_tokens, self.clip_skip = literal_tokens, clip_skip
         self.length = encoder.config.max_position_embeddings
+        self.words: dict[str, list[int]] = {}
         self._told, self._known = set(), {}
 
-    def ids(self, prompt: str) -> list[int]:
-        """The 77 token ids of one prompt: begin, at most 75 words, end, padding."""
-        parts, own = [prompt], []
-        if self.word and not self.literal_tokens:
-            parts, own = word_pattern(self.word).split(prompt), self._tokens(self.word)
-        ids = self._tokens(parts[0])
-        for part in parts[1:]:
-            ids += own + self._tokens(part)
-        room, t = self.length - 2, self.tokenizer
-        if len(ids) > room and prompt not in self._told:
-            self._told.add(prompt)
-            lost = t.decode(ids[room:])
-            warnings.warn(f'prompt of {len(ids)} tokens cut at {room}; lost: "{lost}"', stacklevel=2)
-        ids = [t.bos_token_id, *ids[:room], t.eos_token_id]
-        return ids + [t.pad_token_id] * (self.length - len(ids))
+    def add_word(self, word: str, ids: list[int] | None = None) -> list[int]:
+        """Make this a pseudo word, with ids of its own beyond the vocabulary or, by default, those it has alone."""
+        ids = ids or self._tokens(word)
+        if not word.strip() or not ids:
+            raise ValueError(f'"{word}" has no token in this vocabulary; choose another pseudo word')
+        others = {w: own for w, own in self.words.items() if same(w) != same(word)}  # the last one given has the word
+        self.words = dict(sorted({**others, word: ids}.items(), key=lambda item: -len(item[0])))  # longest first
+        self._known.clear()
+        return ids
+
+    def skip(self, clip_skip: int) -> None:
+        """Leave out the last clip_skip - 1 layers. SD 2's encoder was trained without its last one and has no more."""
+        layers = self.encoder.config.num_hidden_layers
+        if not 1 <= clip_skip <= layers:
+            raise ValueError(f"clip skip is {clip_skip}, but the text encoder has {layers} layers: 1 to {layers}")
+        if clip_skip > 1 and self.encoder.config.hidden_size == 1024:
+            warnings.warn("clip skip has no effect on SD 2, whose last layer is always left out", stacklevel=2)
+            clip_skip = 1
+        self.clip_skip = clip_skip
+        self._known.clear()
+
+    # ----------------------------------------------------------------------------------------------- text to ids
 
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids if text.strip() else []
 
-    def __call__(self, prompts: list[str]) -> Tensor:
-        if all(p in self._known for p in prompts):
-            return torch.stack([self._known[p] for p in prompts])
+    def _mark(self, text: str) -> str:
+        """Every pseudo word in the text becomes its private character."""
+        if not self.literal_tokens:
+            for i, word in enumerate(self.words):
+                text = word_pattern(word).sub(chr(ord(MARK) + i), text)
+        return text
+
+    def _units(self, marked: str) -> list[list[int]]:
+        """The ids of a marked text, token by token; those of a pseudo word stay together."""
+        words, out = list(self.words.values()), []
+        for part in re.split("([\ue000-\uf8ff])", marked):
+            known = part and 0 <= ord(part[0]) - ord(MARK) < len(words)
+            out += [words[ord(part) - ord(MARK)]] if known else [[i] for i in self._tokens(part)]
+        return self._by_ids(out) if self.literal_tokens else out
+
+    def _by_ids(self, units: list[list[int]]) -> list[list[int]]:
+        """What other tools do: find a pseudo word by the ids that it has alone. In "*," there are none of them."""
+        for word, ids in self.words.items():
+            alone, i = [[i] for i in self._tokens(word)], 0
+            while i + len(alone) <= len(units):
+                if units[i : i + len(alone)] == alone:
+                    units[i : i + len(alone)] = [ids]
+                i += 1
+        return units
+
+    def ids(self, text: str) -> list[int]:
+        """The 77 token ids of a caption: begin, at most 75 words, end, padding."""
+        ids = sum(self._units(self._mark(text)), [])
+        room = self.length - 2
+        if len(ids) > room and text not in self._told:
+            self._told.add(text)
+            lost = self.tokenizer.decode([i for i in ids[room:] if i < len(self.tokenizer)])
+            warnings.warn(f'prompt of {len(ids)} tokens cut at {room}; lost: "{lost}"', stacklevel=2)
+        return self._wrap(ids[:room])
+
+    def _wrap(self, ids: list[int]) -> list[int]:
+        t = self.tokenizer
+        return [t.bos_token_id, *ids, t.eos_token_id] + [t.pad_token_id] * (self.length - len(ids) - 2)
+
+    def chunks(self, prompt: str) -> list[tuple[list[int], list[float]]]:
+        """A prompt as chunks of at most 75 ids with their weights."""
+        units: list = []
+        for piece in language.parse(self._mark(prompt)):
+            units += [(u, piece[1]) for u in self._units(self._mark(piece[0]))] if piece else [None]  # such as \[V\]
+        return language.chunks(units, self.length - 2, self._tokens(",")[0])
+
+    # -------------------------------------------------------------------------------------------- ids to context
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        if all(p in self._known for p in texts):
+            return torch.stack([self._known[p] for p in texts])
+        return self._encode([self.ids(p) for p in texts])
+
+    def _encode(self, ids: list[list[int]]) -> Tensor:
         device = self.encoder.final_layer_norm.weight.device
-        return self.encoder(torch.tensor([self.ids(p) for p in prompts], device=device))
+        return self.encoder(torch.tensor(ids, device=device), self.clip_skip)
+
+    def prompts(self, prompts: list[str]) -> Tensor:
+        """Context of prompts with emphasis: weights multiply the encoder's output, then each chunk gets its mean back
+        (the WebUI's rule). Shorter prompts are filled with the chunk of the empty prompt."""
+        cut = [self.chunks(p) for p in prompts]
+        k = max(map(len, cut))
+        rows = [chunk for chunks in cut for chunk in chunks + [([], [])] * (k - len(chunks))]
+        z = self._encode([self._wrap(ids) for ids, _ in rows])                  # (B k, 77, D)
+        if any(w != 1 for _, weights in rows for w in weights):
+            weights = [[1.0, *w] + [1.0] * (self.length - 1 - len(w)) for _, w in rows]
+            weighted = z * torch.tensor(weights).to(z)[..., None]
+            before, after = (a.float().mean((1, 2), keepdim=True) for a in (z, weighted))
+            plain = torch.tensor([all(x == 1 for x in w) for _, w in rows], device=z.device)[:, None, None]
+            z = torch.where(plain, z, weighted * (before / after).to(z.dtype))
+        return z.unflatten(0, (len(prompts), k)).flatten(1, 2)                  # (B, 77 k, D)
 
     @torch.no_grad()
-    def remember(self, prompts: list[str]) -> None:
-        """Encode these prompts now and give the same context from then on: right while the encoder is frozen."""
-        distinct = sorted(set(prompts) - self._known.keys())
+    def remember(self, texts: list[str]) -> None:
+        """Encode these captions now and give the same context from then on: right while the encoder is frozen."""
+        distinct = sorted(set(texts) - self._known.keys())
         for k in range(0, len(distinct), 32):
             part = distinct[k : k + 32]
             self._known.update(zip(part, self(part), strict=True))
@@ -181,6 +271,7 @@ class Text:
     def warn_without_word(self, prompts: list[str]) -> None:
         """Say so when a prompt does not use what was learnt."""
         for prompt in prompts:
-            if self.word and not contains(prompt, self.word):
-                message = f'the prompt "{prompt}" does not contain "{self.word}", the word that was learnt'
+            if self.words and not any(contains(prompt, word) for word in self.words):
+                learnt = " or ".join(f'"{w}"' for w in self.words)
+                message = f'the prompt "{prompt}" does not contain {learnt}, the word that was learnt'
                 warnings.warn(message, stacklevel=2)

@@ -113,7 +113,7 @@ def test_star_is_cut_out(sd1, text, prompt, plain):
     tokenizer = sd1.pipeline.tokenizer
     star = tokenizer("*", add_special_tokens=False).input_ids
     expected = sum((tokenizer(p, add_special_tokens=False).input_ids for p in plain), [])
-    text.word = "*"
+    text.add_word("*")
     ids = text.ids(prompt)
     assert len(star) == 1 and ids[1 : ids.index(524)] == expected
     assert ids.count(star[0]) == plain.count("*")
@@ -123,7 +123,8 @@ def test_star_is_cut_out(sd1, text, prompt, plain):
 def test_literal_tokens_fuse(sd1, text, prompt):
     """What other tools do: the library's own ids, in which "*" is lost."""
     star = sd1.pipeline.tokenizer("*", add_special_tokens=False).input_ids[0]
-    text.word, text.literal_tokens = "*", True
+    text.add_word("*")
+    text.literal_tokens = True
     assert text.ids(prompt) == padded(sd1.pipeline.tokenizer, prompt)
     assert star not in text.ids(prompt)
 
@@ -132,7 +133,7 @@ def test_a_word_of_letters_only_at_its_boundaries(sd1, text):
     """The tiny vocabulary ends "asks" in the very token of "sks", as BPE may: it must not be taken for it."""
     tokenizer = sd1.pipeline.tokenizer
     sks = tokenizer("sks", add_special_tokens=False).input_ids
-    text.word = "sks"
+    text.add_word("sks")
     for prompt in ("he asks", "skss", "a_sks"):
         assert not contains(prompt, "sks")
         assert text.ids(prompt) == padded(tokenizer, prompt)
@@ -157,7 +158,7 @@ def test_long_prompt_is_cut_with_a_warning(sd1, text, extra):
 
 
 def test_warns_without_word(text):
-    text.word = "*"
+    text.add_word("*")
     with pytest.warns(UserWarning, match='"a barn" does not contain "\\*"'):
         text.warn_without_word(["a barn"])
     with warnings.catch_warnings():
@@ -167,7 +168,7 @@ def test_warns_without_word(text):
 
 @torch.inference_mode()
 def test_remember_gives_the_same_contexts(text):
-    text.word = "*"
+    text.add_word("*")
     prompts = ["*, fire", "a barn", "*, fire", ""] + [f"barn {i}" for i in range(40)]
     fresh = text(prompts)
     text.remember(prompts)
