@@ -42,8 +42,9 @@ def main(argv=None):
     out = args.resume or cli.new_folder(args.out, "lora", "lora.safetensors")
 
     # 1. The base model, frozen
-    sd = model.load(args.model, args.device, args.dtype)
-    sd.text.word, sd.text.literal_tokens = args.token, args.literal_tokens
+    sd = model.load(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)
+    sd.text.literal_tokens = args.literal_tokens
+    sd.text.add_word(args.token)
     args.resolution = cli.check_resolution(args.resolution, sd)
 
     # 2. What learns
@@ -64,14 +65,9 @@ def main(argv=None):
         lora.write(path, loras, lora.metadata(sd, name=path.stem, **vars(args)))
 
     def preview():
-        prompts = [args.token, f"{args.token} in the snow", f"{args.token} at night", f"{args.token} with trees"]
-        return model.grid(sd.draw(prompts, range(4)), 4)
+        return sd.preview(args.token)
 
-    run = Run(
-        out, learns, steps=args.steps, batch_size=args.batch_size, micro_batch=args.micro_batch, lr=args.lr,
-        seed=args.seed, save=save, artefact="lora.safetensors", save_every=args.save_every, preview=preview,
-        preview_every=args.preview_every, config=cli.config(args, shots), resume=args.resume is not None,
-    )  # fmt: skip
+    run = Run(out, learns, artefact="lora.safetensors", save=save, preview=preview, **cli.chores(args, shots))
 
     # 5. The method
     for batch in run:

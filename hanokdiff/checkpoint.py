@@ -1,4 +1,4 @@
-"""Whole models on disk: the folder layout of diffusers, read and written.
+"""Whole models on disk: the folder layout of diffusers, read and written (one file for all: see singlefile.py).
 
     model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/
 
@@ -8,11 +8,14 @@ Whatever is missing, left over or of the wrong shape is an error that names it: 
 
 import json
 import os
+import re
+import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -22,18 +25,28 @@ PARTS = {  # folder -> file name without its ending, as diffusers and transforme
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
 }
+SINGLE_FILES = (".safetensors", ".ckpt")  # what singlefile.py reads
+HUB_TOKENIZERS = {  # the same words in all three; a single file brings none
+    "sd1": ["openai/clip-vit-large-patch14"],
+    "sd2": ["stabilityai/stable-diffusion-2-1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+            "openai/clip-vit-large-patch14"],
+}  # fmt: skip
 
 
 def find(model: str) -> Path:
-    """The folder of a model: a local one, else a hub id ("owner/name") from the cache or the hub."""
+    """The folder or single file of a model: a local one, else a hub id ("owner/name") from the cache or the hub."""
     path = Path(model).expanduser()
     if path.is_dir():
         return path
+    if path.is_file() and path.suffix in SINGLE_FILES:
+        return path
     if path.exists():
-        raise ValueError(f"{model} is a file; give a model folder (one that holds model_index.json)")
+        raise ValueError(f"{model} is a file, but not a {' or '.join(SINGLE_FILES)}; give one of these, or a model "
+                         "folder (one that holds model_index.json)")  # fmt: skip
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise ValueError(f'no model folder at "{model}"; give a folder with model_index.json, a hub id, or "tiny"')
-    from huggingface_hub import snapshot_download  # only here: nothing else may touch the network
+        raise ValueError(f'no model folder at "{model}"; give a folder with model_index.json, a single file '
+                         f'({", ".join(SINGLE_FILES)}), a hub id, or "tiny"')  # fmt: skip
+    from huggingface_hub import snapshot_download  # only here and for tokenizers: nothing else may touch the network
 
     wanted = ["model_index.json", "*/config.json", "scheduler/*", "tokenizer/*", "unet/*model*.safetensors",
               "vae/*model*.safetensors", "text_encoder/*model*.safetensors"]  # fmt: skip
@@ -55,13 +68,46 @@ def read_json(path: Path) -> dict:
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a .safetensors file (memory-mapped) or of a .bin file (read without running code)."""
+    if path.suffix != ".safetensors":
+        return read_pickle(path)
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (SafetensorError, RuntimeError, UnpicklingError, EOFError, OSError) as e:
-        reason = str(e).split("\n")[0]
-        raise ValueError(f"{path} cannot be read ({reason}); it is damaged or incomplete, fetch it again") from None
+        return load_file(path)
+    except (SafetensorError, OSError) as e:
+        raise damaged(path, e) from None
+
+
+def read_pickle(path: Path) -> dict:
+    """What torch.save wrote, tensors mapped where the container allows it. Code in it is refused, never run."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as e:  # a damaged pickle can fail in any way
+        calls = re.search(r"GLOBAL (\S+)", str(e)) if isinstance(e, UnpicklingError) else None
+        if calls is None:
+            raise damaged(path, e) from None
+        raise ValueError(f"{path} needs more than tensors ({calls[1]}); that could be any code, so it was not run: "
+                         "get the .safetensors of this model, or convert it where you trust it") from None  # fmt: skip
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a table of tensors; it is no model")
+    return content
+
+
+def damaged(path: Path, e: Exception) -> ValueError:
+    reason = (str(e) or type(e).__name__).split("\n")[0].split(". ")[0]
+    return ValueError(f"{path} cannot be read ({reason}); it is damaged or incomplete, fetch it again")
+
+
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str], int | None]:
+    """A single file's tensors, its metadata (.safetensors), and the training step that it tells (.ckpt)."""
+    if path.suffix == ".safetensors":
+        tensors = read_tensors(path)
+        with safe_open(path, "pt") as f:
+            return tensors, f.metadata() or {}, None
+    held = read_pickle(path)
+    tensors, step = held.get("state_dict", held), held.get("global_step")
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{path}: its state_dict is a {type(tensors).__name__}, not a table of tensors")
+    tensors = {k: t for k, t in tensors.items() if isinstance(k, str) and isinstance(t, Tensor)}
+    return tensors, {}, step if isinstance(step, int) else None
 
 
 def weights_file(folder: Path, stem: str) -> Path:
@@ -87,21 +133,37 @@ def plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def fill(module: nn.Module, tensors: dict[str, Tensor], source: Path) -> nn.Module:
-    """Give a module built on the meta device its tensors; every name and shape must match."""
-    own = module.state_dict()
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+def check_names(asked: Iterable[str], held: Iterable[str], source: Path, hint: str) -> None:
+    """Every tensor that is asked for must be there, and none besides."""
+    asked, held = set(asked), set(held)
+    missing, extra = sorted(asked - held), sorted(held - asked)
     if missing or extra:
         what = [f"{len(names)} {kind} (such as {names[0]})" for kind, names in
                 (("missing", missing), ("left over", extra)) if names]  # fmt: skip
-        raise ValueError(f"{source}: {len(own) - len(missing)} of {len(own)} tensors matched, {', '.join(what)}; "
-                         "the file does not belong to the config.json beside it")  # fmt: skip
+        matched = f"{len(asked) - len(missing)} of {len(asked)} tensors matched"
+        raise ValueError(f"{source}: {matched}, {', '.join(what)}; {hint}")
+
+
+def fill(module: nn.Module, tensors: dict[str, Tensor], source: Path, asker: str = "config.json") -> nn.Module:
+    """Give a module built on the meta device its tensors; every name and shape must match."""
+    own = module.state_dict()
+    check_names(own, tensors, source, "the file does not belong to the config.json beside it")
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
-            raise ValueError(f"{source}: {name} has shape {tuple(tensor.shape)}, but config.json asks for "
+            raise ValueError(f"{source}: {name} has shape {tuple(tensor.shape)}, but {asker} asks for "
                              f"{tuple(own[name].shape)}")  # fmt: skip
     module.load_state_dict(tensors, assign=True)
     return module.requires_grad_(False).eval()
+
+
+def check_fit(unet, text, source) -> None:
+    """Whether the configs of UNet and text encoder make one Stable Diffusion."""
+    if unet.in_channels != 4:
+        raise ValueError(f"{source}: the UNet takes {unet.in_channels} channels, not 4: inpainting and pix2pix "
+                         "models are not supported")  # fmt: skip
+    if text.hidden_size != unet.cross_attention_dim:
+        raise ValueError(f"{source}: the text encoder is {text.hidden_size} wide, but the UNet listens to "
+                         f"{unet.cross_attention_dim}")  # fmt: skip
 
 
 def load_part(folder: Path, part: str, network: type, config: type) -> nn.Module:
@@ -117,14 +179,53 @@ def load_part(folder: Path, part: str, network: type, config: type) -> nn.Module
     return fill(module, plain_names(read_tensors(file)), file)
 
 
-def load_tokenizer(folder: Path):
-    """The library's CLIP tokenizer: vocab.json and merges.txt, or the tokenizer.json that transformers 5 writes."""
-    for name in ("vocab.json", "merges.txt"):
-        if not (folder / name).is_file() and not (folder / "tokenizer.json").is_file():
-            raise ValueError(f"{folder / name} is missing: not a complete model folder in the diffusers layout")
+def load_tokenizer(folder: Path, pad: str | None = None):
+    """The library's CLIP tokenizer: vocab.json and merges.txt, or the tokenizer.json that transformers 5 writes.
+    `pad` is another token to pad prompts with than the folder says."""
+    if not has_tokenizer(folder):
+        name = "merges.txt" if (folder / "vocab.json").is_file() else "vocab.json"
+        raise ValueError(f"{folder / name} is missing: not a complete model folder in the diffusers layout")
     from transformers import CLIPTokenizer  # lazily: half a second that --help need not wait for
 
-    return CLIPTokenizer.from_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder, **({"pad_token": pad} if pad else {}))
+
+
+def has_tokenizer(folder: Path) -> bool:
+    pair = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    return pair or (folder / "tokenizer.json").is_file()
+
+
+def find_tokenizer(named: str | None, beside: Path, vocabulary: int, sd2: bool):
+    """The tokenizer of a model that brings none: the named folder or hub id, else one beside the model, else the
+    published one from the cache or the hub. SD 2 pads prompts with "!", SD 1 with the end token."""
+    names = [named] if named else [str(beside), *HUB_TOKENIZERS["sd2" if sd2 else "sd1"]]
+    tried = (tokenizer_folder(name, cached) for cached in (True, False) for name in names)
+    folder = next((f for f in tried if f), None)
+    if folder is None:
+        raise ValueError(f"no tokenizer in {', nor in '.join(names)} (a folder with vocab.json and merges.txt, or a "
+                         "hub id); name one with --tokenizer FOLDER_OR_HUB_ID")  # fmt: skip
+    tokenizer = load_tokenizer(folder, "!" if sd2 else "<|endoftext|>")
+    if len(tokenizer) > vocabulary:
+        raise ValueError(f"the tokenizer in {folder} knows {len(tokenizer)} tokens, the text encoder {vocabulary}: it "
+                         "belongs to another model; name the right one with --tokenizer")  # fmt: skip
+    return tokenizer
+
+
+def tokenizer_folder(name: str, cached: bool) -> Path | None:
+    """Where the tokenizer of a local folder, or of a hub id (from the cache, else from the network), lies."""
+    folder = Path(name).expanduser()
+    if not folder.exists():
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            return None
+        from huggingface_hub import snapshot_download
+
+        files = ["vocab.json", "merges.txt", "tokenizer*.json", "special_tokens_map.json"]
+        try:
+            patterns = [*files, *(f"tokenizer/{f}" for f in files)]
+            folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=cached))
+        except Exception:  # not in the cache, offline, unknown id, no permission: the hub has a class for each
+            return None
+    return next((place for place in (folder / "tokenizer", folder) if has_tokenizer(place)), None)
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -134,7 +235,32 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
             raise ValueError(f"{path} was not written: {name} has a value that is not finite; lower the learning rate")
     aside = path.with_name(path.name + ".part")
     save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, aside, metadata)
+    os.umask(mask := os.umask(0))
+    os.chmod(aside, 0o666 & ~mask)  # safetensors makes it readable for its owner only
     sync_rename(aside, path)
+
+
+def write_pt(content: dict, path: Path) -> None:
+    """Write a .pt that the WebUI accepts: plain containers and tensors in torch's older container. Its checker refuses
+    the members that torch.save adds to the newer one since 2.x."""
+    aside = path.with_name(path.name + ".part")
+    torch.save(content, aside, _use_new_zipfile_serialization=False)
+    sync_rename(aside, path)
+
+
+def read_pt(path: Path, what: str):
+    """The content of a .pt or .bin file, read without running what a pickle may contain."""
+    if not Path(path).is_file():
+        raise ValueError(f"no {what} file at {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as e:
+        reason = next((line.strip() for line in str(e).split("\n") if "GLOBAL" in line or "nsupported" in line), "")
+        raise ValueError(f"{path} holds more than tensors and numbers, and was not opened: it could run code "
+                         f"({reason or 'a pickle that torch refuses'}); get it as .safetensors") from None  # fmt: skip
+    except Exception as e:  # torch has an exception for each kind of damage
+        reason = str(e).split("\n")[0] or type(e).__name__
+        raise ValueError(f"{path} is not a readable {what} file ({reason}); damaged, or of another kind") from None
 
 
 def sync_rename(aside: Path, path: Path) -> None:

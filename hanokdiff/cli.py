@@ -74,7 +74,10 @@ def training_parser(doc: str, defaults: dict[str, dict]) -> tuple[Parser, Callab
     p = Parser(doc, defaults)
     data, train, out = (p.add_argument_group(g) for g in ("model and data", "training", "output"))
     o = p.option
-    o(data, "--model", '"tiny", a diffusers folder or a hub id', default="tiny")
+    o(data, "--model", '"tiny", a folder, a .safetensors or .ckpt file or a hub id', default="tiny")
+    o(data, "--tokenizer", "of a single-file model: a folder or hub id")
+    o(data, "--prediction", "what the model predicts, if it is silent or wrong about it",
+      choices=("epsilon", "v_prediction"))  # fmt: skip
     o(data, "--data", "folder of photos, captions beside as NAME.txt (default with tiny: the drawn hanok)", type=Path)
     o(data, "--images", "the first N photos of one fixed, nested order", type=int)
     o(data, "--token", "the pseudo word", default="*")
@@ -98,7 +101,9 @@ def training_parser(doc: str, defaults: dict[str, dict]) -> tuple[Parser, Callab
     return p, functools.partial(o, p.add_argument_group("the method"))
 
 
-POSITIVE = ("steps", "batch_size", "lr", "rank", "alpha")
+POSITIVE = ("steps", "batch_size", "lr", "rank", "alpha", "vectors", "text_lr")
+NOT_NEGATIVE = ("save_every", "preview_every", "micro_batch", "min_snr", "text_rank", "class_images", "prior_weight",
+                "text_steps")  # fmt: skip
 
 
 def check_training(args) -> None:
@@ -109,8 +114,8 @@ def check_training(args) -> None:
     for key in POSITIVE:
         if hasattr(args, key) and not getattr(args, key) > 0:
             raise ValueError(f"--{key.replace('_', '-')} is {getattr(args, key)}, but must be greater than 0")
-    for key in ("save_every", "preview_every", "micro_batch", "min_snr", "text_rank"):
-        if hasattr(args, key) and getattr(args, key) < 0:
+    for key in NOT_NEGATIVE:
+        if getattr(args, key, None) is not None and getattr(args, key) < 0:
             raise ValueError(f"--{key.replace('_', '-')} is {getattr(args, key)}, but must be 0 or more")
     if not args.token.strip():
         raise ValueError('--token is empty; name the pseudo word, such as "*" or "sks"')
@@ -138,6 +143,12 @@ def free_folder(wanted: Path) -> Path:
         n += 1
         out = wanted.with_name(f"{wanted.name}-{n}")
     return out
+
+
+def chores(args: argparse.Namespace, shots) -> dict:
+    """What every method tells its Run in the same way."""
+    same = ("steps", "batch_size", "micro_batch", "lr", "seed", "save_every", "preview_every")
+    return {k: getattr(args, k) for k in same} | {"config": config(args, shots), "resume": args.resume is not None}
 
 
 def config(args: argparse.Namespace, shots) -> dict:

@@ -11,11 +11,12 @@ two methods with one seed see the same photos, timesteps and noise.
 
 import hashlib
 import json
+import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,33 +34,41 @@ def stream(*key) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Batch:
-    """Some slots of one step's global batch; the source of everything random about them. B = len(slots)."""
+    """Some slots of one step's global batch; the source of everything random about them. B = slots times halves."""
 
     seed: int
     step: int
     slots: range
     size: int  # of the global batch
+    halves: tuple[str, ...] = ("",)  # DreamBooth has a second half, with draws of its own
+
+    def half(self, *names: str) -> "Batch":
+        """The same slots of another half, or of several one after the other: half("class"), half("", "class")."""
+        return replace(self, halves=names)
+
+    def _streams(self, what: str) -> list[torch.Generator]:
+        return [stream(self.seed, self.step, s, half + what) for half in self.halves for s in self.slots]
 
     def pick(self, n: int) -> Tensor:
         """Which of n photos lies in each slot (B,): every epoch a new permutation, every photo once."""
         out = []
-        for slot in self.slots:
-            epoch, place = divmod(self.step * self.size + slot, n)
-            out.append(torch.randperm(n, generator=stream(self.seed, "epoch", epoch, n))[place])
+        for half in self.halves:
+            for slot in self.slots:
+                epoch, place = divmod(self.step * self.size + slot, n)
+                out.append(torch.randperm(n, generator=stream(self.seed, half + "epoch", epoch, n))[place])
         return torch.stack(out)
 
     def uniform(self, what: str) -> Tensor:
         """One number in [0, 1) per slot (B,)."""
-        return torch.cat([torch.rand(1, generator=stream(self.seed, self.step, s, what)) for s in self.slots])
+        return torch.cat([torch.rand(1, generator=g) for g in self._streams(what)])
 
     def integers(self, what: str, high: int) -> Tensor:
         """One whole number below `high` per slot (B,)."""
-        streams = [stream(self.seed, self.step, s, what) for s in self.slots]
-        return torch.cat([torch.randint(high, (1,), generator=g) for g in streams])
+        return torch.cat([torch.randint(high, (1,), generator=g) for g in self._streams(what)])
 
     def normal(self, what: str, shape) -> Tensor:
         """Standard normal numbers (B, *shape)."""
-        return torch.stack([torch.randn(*shape, generator=stream(self.seed, self.step, s, what)) for s in self.slots])
+        return torch.stack([torch.randn(*shape, generator=g) for g in self._streams(what)])
 
 
 class Run:
@@ -70,6 +79,8 @@ class Run:
     save           writes the artefact to a path; called at the end and, with the step in its name, every `save_every`
     artefact       the artefact's file name, such as "lora.safetensors"
     preview        draws a picture of the present state (or None); called every `preview_every` steps
+    lr             one learning rate, or several by the beginning of the parameters' names: {"unet": 2e-6, "text": 1e-6}
+    watch          more figures for each line of the log, {name: number}
     config         what the run was started with: stored in config.json, compared on resume
     """
 
@@ -77,16 +88,24 @@ class Run:
     LOG_EVERY = 10
 
     def __init__(
-        self, out: Path, learns: dict[str, nn.Parameter], *, steps: int, batch_size: int, lr: float, save: Callable,
-        artefact: str, config: dict, micro_batch: int = 0, seed: int = 0, weight_decay: float = 0.01,
-        save_every: int = 0, preview: Callable | None = None, preview_every: int = 0, resume: bool = False,
+        self, out: Path, learns: dict[str, nn.Parameter], *, steps: int, batch_size: int, lr: float | dict[str, float],
+        save: Callable, artefact: str, config: dict, micro_batch: int = 0, seed: int = 0, weight_decay: float = 0.01,
+        save_every: int = 0, preview: Callable | None = None, preview_every: int = 0, watch: Callable | None = None,
+        resume: bool = False,
     ):  # fmt: skip
-        self.out, self.learns, self.steps, self.batch_size, self.lr = out, learns, steps, batch_size, lr
+        lrs = lr if isinstance(lr, dict) else {"": lr}
+        self.out, self.learns, self.steps, self.batch_size, self.lr = out, learns, steps, batch_size, max(lrs.values())
         self.micro_batch, self.seed = micro_batch or batch_size, seed
         self.save, self.save_every, self.artefact = save, save_every, artefact
         self.preview, self.preview_every, self.config = preview, preview_every, config
+        self.watch = watch
         self.parameters = list(learns.values())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr, weight_decay=weight_decay, fused=True)
+        # what learns in half precision has a master in fp32: steps of 1e-6 would be rounded away
+        self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.parameters]
+        groups = [{"params": [m for name, m in zip(learns, self.masters, strict=True) if name.startswith(prefix)],
+                   "share": value / self.lr} for prefix, value in lrs.items()]  # fmt: skip
+        assert sum(len(g["params"]) for g in groups) == len(learns), f"learning rates {lrs} do not cover what learns"
+        self.optimizer = torch.optim.AdamW(groups, self.lr, weight_decay=weight_decay, fused=True)
         self.step, self.seconds, self.lowered = 0, 0.0, 1.0
         device = self.parameters[0].device
         self.loss, self.norm, self.bad = (torch.zeros((), device=device) for _ in range(3))  # since the last log point
@@ -99,7 +118,8 @@ class Run:
         else:
             checkpoint.write_json(out / "config.json", config)
             (out / "log.jsonl").unlink(missing_ok=True)
-        print(f"{steps} steps of {batch_size} at learning rate {lr:g}, then {out / artefact}")
+        rates = ", ".join(f"{value:g} {prefix}".strip() for prefix, value in lrs.items())
+        print(f"{steps} steps of {batch_size} at learning rate {rates}, then {out / artefact}")
 
     # ---------------------------------------------------------------------------------------------- the iterator
 
@@ -110,7 +130,7 @@ class Run:
         try:
             while self.step < self.steps:
                 for group in self.optimizer.param_groups:
-                    group["lr"] = self.rate(self.step)
+                    group["lr"] = self.rate(self.step) * group["share"]
                 for first in range(0, self.batch_size, self.micro_batch):
                     slots = range(first, min(first + self.micro_batch, self.batch_size))
                     self.share, self.pending = len(slots) / self.batch_size, True
@@ -137,12 +157,18 @@ class Run:
 
     def _finish_step(self) -> None:
         """Clip and step. A loss or gradient that is not finite skips the update, on the device: nobody waits for it."""
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        halves = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
+        for p, m in halves:
+            m.grad, p.grad = None if p.grad is None else p.grad.float(), None
+        norm = nn.utils.get_total_norm([m.grad for m in self.masters if m.grad is not None])
         bad = (~torch.isfinite(norm + self.step_loss)).float()
         self.optimizer.grad_scale = torch.where(bad > 0, 1.0, norm.clamp(min=self.CLIP) / self.CLIP)
         self.optimizer.found_inf = bad
         self.optimizer.step()
         self.optimizer.zero_grad()
+        with torch.no_grad():
+            for p, m in halves:
+                p.copy_(m)
         self.bad += bad
         self.loss += torch.where(bad > 0, 0.0, self.step_loss)
         self.norm += torch.where(bad > 0, 0.0, norm)
@@ -173,6 +199,8 @@ class Run:
         self.seconds, self.clock = self.seconds + now - self.clock, now
         row = {"step": self.step, "loss": loss and round(loss, 6), "grad_norm": round(self.norm.item() / good, 5),
                "lr": self.rate(self.step - 1), "skipped": bad, "seconds": round(self.seconds, 3)}  # fmt: skip
+        if self.watch:
+            row |= {k: round(v, 5) if math.isfinite(v) else None for k, v in self.watch().items()}
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
         self.bar.set_postfix(loss="not finite" if loss is None else f"{loss:.4f}", refresh=False)
@@ -222,7 +250,7 @@ class Run:
         self._state_file.parent.mkdir(exist_ok=True)
         state = {"step": self.step, "seconds": self.seconds, "lowered": self.lowered,
                  "pending": [t.item() for t in (self.loss, self.norm, self.bad)],
-                 "learns": {k: p.detach() for k, p in self.learns.items()},
+                 "learns": {k: m.detach() for k, m in zip(self.learns, self.masters, strict=True)},
                  "optimizer": self.optimizer.state_dict()}  # fmt: skip
         aside = self._state_file.with_suffix(".part")
         torch.save(state, aside)
@@ -250,8 +278,9 @@ class Run:
         if state["learns"].keys() != self.learns.keys():
             raise ValueError(f"{self._state_file} belongs to other options than {self.out / 'config.json'} says")
         with torch.no_grad():
-            for name, p in self.learns.items():
-                p.copy_(state["learns"][name])
+            for (name, p), m in zip(self.learns.items(), self.masters, strict=True):
+                m.copy_(state["learns"][name])
+                p.copy_(m)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds, self.lowered = state["step"], state["seconds"], state["lowered"]
         for total, value in zip((self.loss, self.norm, self.bad), state["pending"], strict=True):

@@ -1,0 +1,283 @@
+"""Hypernetworks: small networks that rewrite what attention listens to (Kurumuz 2022; the WebUI's are the standard).
+
+    keys   = to_k(x + strength f_K(x))          f: Linear, activation, Linear ... residual, so f = 0 is the base model
+    values = to_v(x + strength f_V(x))
+
+x is the context of the words in cross-attention (width 768 in SD 1.x), the picture's own tokens in self-attention
+(320, 640, 1280); one pair (f_K, f_V) serves all layers of a width.  The file format is the WebUI's .pt.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from hanokdiff import checkpoint
+from hanokdiff.lora import innermost
+from hanokdiff.run import stream
+from hanokdiff.unet import Attention
+
+
+def activations() -> dict[str, type[nn.Module] | None]:
+    """The WebUI's names. Its "swish" is Hardswish; beyond its own few it knows torch's, in lower case."""
+    own = {"linear": None, "relu": nn.ReLU, "leakyrelu": nn.LeakyReLU, "elu": nn.ELU, "swish": nn.Hardswish,
+           "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}  # fmt: skip
+    torchs = vars(nn.modules.activation).items()
+    more = {k.lower(): v for k, v in torchs if isinstance(v, type) and v.__module__ == nn.modules.activation.__name__}
+    return {**{k: v for k, v in more.items() if k not in ("multiheadattention", "threshold", "glu")}, **own}
+
+
+ACTIVATIONS = activations()
+TOKEN = "hanokdiff_token="  # what stands before the pseudo word in a file's optional_info
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What one network looks like: layers as multiples of the width, and what follows each Linear."""
+
+    layers: tuple[float, ...] = (1, 2, 1)
+    activation: str = "linear"
+    layer_norm: bool = False
+    dropout: tuple[float, ...] = ()  # one per entry of layers, after that layer; none by default
+    activate_output: bool = False
+    weight_init: str = "Normal"  # as the file says; nothing is read from it
+
+    def __post_init__(self):
+        if len(self.layers) < 2 or self.layers[0] != 1 or self.layers[-1] != 1 or not all(x > 0 for x in self.layers):
+            raise ValueError(f"layers are {' '.join(f'{x:g}' for x in self.layers)}, but must begin and end with 1, "
+                             "such as 1 2 1: each is a multiple of the width")  # fmt: skip
+        if max(self.layers) > 64 or len(self.layers) > 32:
+            raise ValueError("layers wider than 64 times the context, or more than 32 of them, are not supported")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f'activation "{self.activation}" is not known; the WebUI\'s are linear, relu, leakyrelu, '
+                             "elu, swish, tanh, sigmoid, and torch's by their lower-case names")  # fmt: skip
+        if self.dropout and (len(self.dropout) != len(self.layers) or not all(0 <= p < 1 for p in self.dropout)):
+            raise ValueError(f"dropout is {self.dropout}: one number from 0 to below 1 for each of {len(self.layers)} "
+                             "layers is needed")  # fmt: skip
+
+
+class Net(nn.Module):
+    """f of one width d. `linear` is a Sequential whose indices are the file's names: every activation and dropout that
+    is there takes a number of its own."""
+
+    def __init__(self, d: int, spec: Spec):
+        super().__init__()
+        widths, parts, last = [int(d * x) for x in spec.layers], [], len(spec.layers) - 2
+        activation = ACTIVATIONS[spec.activation]
+        for i in range(last + 1):
+            parts.append(nn.Linear(widths[i], widths[i + 1]))
+            if activation is not None and (i < last or spec.activate_output):
+                parts.append(activation())
+            if spec.layer_norm:  # after the last Linear too, as in the WebUI
+                parts.append(nn.LayerNorm(widths[i + 1]))
+            if spec.dropout and spec.dropout[i + 1] > 0:
+                parts.append(nn.Dropout(spec.dropout[i + 1]))
+        self.linear = nn.Sequential(*parts)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+    @torch.no_grad()
+    def start(self, key) -> None:
+        """Kaiming for all but the last layer, which is zero: the first step is exactly the base model."""
+        learnt = [m for m in self.linear if isinstance(m, nn.Linear | nn.LayerNorm)]
+        for i, m in enumerate(learnt):
+            nn.init.zeros_(m.bias)
+            if m is learnt[-1]:
+                nn.init.zeros_(m.weight)
+            elif isinstance(m, nn.Linear):
+                noise = torch.randn(m.weight.shape, generator=stream(*key, i))
+                m.weight.copy_(noise * (2 / m.in_features) ** 0.5)
+
+
+class Hypernet(nn.Module):
+    """The pairs of all widths, and the strength: `keys(x)` and `values(x)` rewrite x (B, T, D), widths that there is
+    no pair for stay as they are."""
+
+    def __init__(self, spec: Spec, widths, strength: float = 1.0):
+        super().__init__()
+        self.spec, self.strength = spec, strength
+        self.pairs = nn.ModuleDict({str(d): nn.ModuleList([Net(d, spec), Net(d, spec)]) for d in sorted(widths)})
+        self._last: dict = {}
+
+    def rewrite(self, x: Tensor, which: int) -> Tensor:
+        """x + strength f(x), in fp32 inside; which is 0 for keys, 1 for values."""
+        if str(x.shape[-1]) not in self.pairs:
+            return x
+        f = self.pairs[str(x.shape[-1])][which]
+        return (x.float() + self.strength * f(x.float())).to(x.dtype)
+
+    def once(self, x: Tensor, which: int) -> Tensor:
+        """The same for the words' context, which all layers of a forward share: computed for the first of them."""
+        key = (self.strength, self.training, torch.is_grad_enabled())
+        seen, how, y = self._last.get(which, (None, None, None))
+        if seen is not x or how != key:
+            y = self.rewrite(x, which)
+            self._last[which] = (x, key, y)
+        return y
+
+    def forget(self, *_) -> None:
+        """Before a forward in which something learns: the graph of the last one is spent, the weights have moved. Only
+        a finished hypernetwork keeps its words from one step of a sampler to the next."""
+        if torch.is_grad_enabled() or any(p.requires_grad for p in self.parameters()):
+            self._last.clear()
+
+    @torch.no_grad()
+    def ratio(self, context: Tensor) -> float:
+        """|f(x)| / |x| on a context (B, T, D): how far it has gone from the base; 1 is as loud as the words."""
+        pair = self.pairs[str(context.shape[-1])]
+        return max((f(context.float()).norm() / context.float().norm()).item() for f in pair)
+
+
+class Before(nn.Module):
+    """A Linear (or what wraps it) behind one or more hypernetworks, applied in the order in which they were loaded."""
+
+    def __init__(self, base: nn.Module, which: int, context: bool):
+        super().__init__()
+        self.base, self.which, self.context = base, which, context
+        self.chain: list[Hypernet] = []  # not modules of the UNet's: a plain list
+
+    def forward(self, x: Tensor) -> Tensor:
+        for h in self.chain:
+            x = h.once(x, self.which) if self.context else h.rewrite(x, self.which)
+        return self.base(x)
+
+
+def seams(sd):
+    """(attention module, "to_k" or "to_v", 0 or 1, whether it listens to the words) of every attention in the UNet."""
+    for path, module in sd.unet.named_modules():
+        if isinstance(module, Attention):
+            for which, name in enumerate(("to_k", "to_v")):
+                yield module, name, which, path.endswith("attn2")
+
+
+def widths(sd) -> dict[str, list[int]]:
+    """What --widths may mean in this model: the words' width alone, or with those of self-attention."""
+    context = sd.unet.config.cross_attention_dim
+    every = {innermost(m.to_q).in_features for m in sd.unet.modules() if isinstance(m, Attention)}
+    return {"context": [context], "all": sorted({context, *every})}
+
+
+def insert(sd, hypernet: Hypernet) -> Hypernet:
+    """Put a hypernetwork in front of every to_k and to_v, behind those already there."""
+    hypernet.to(sd.device)
+    for attention, name, which, context in seams(sd):
+        module = getattr(attention, name)
+        if not isinstance(module, Before):
+            module = Before(module, which, context)
+            setattr(attention, name, module)
+        module.chain.append(hypernet)
+    hypernet.hook = sd.unet.register_forward_pre_hook(hypernet.forget)
+    return hypernet
+
+
+def remove(sd, hypernet: Hypernet) -> None:
+    """Take it out again; the model is what it was, to the bit."""
+    hypernet.hook.remove()
+    for attention, name, _, _ in seams(sd):
+        module = getattr(attention, name)
+        if isinstance(module, Before) and hypernet in module.chain:
+            module.chain.remove(hypernet)
+            if not module.chain:
+                setattr(attention, name, module.base)
+
+
+# ------------------------------------------------------------------------------------------------------- the file
+
+
+def write(path: Path, spec: Spec, nets: dict[int, tuple[dict, dict]], metadata: dict | None = None) -> None:
+    """The WebUI's .pt: {width: (state dict of keys, of values), ...} and its settings. metadata: "step", "name",
+    "info" (our pseudo word is kept there)."""
+    metadata, dropout = metadata or {}, list(spec.dropout or (0.0,) * len(spec.layers))
+    content: dict = {}
+    for d, pair in sorted(nets.items()):
+        for tensors in pair:
+            for name, t in tensors.items():
+                if not torch.isfinite(t).all():
+                    raise ValueError(f"{path} was not written: {name} of width {d} is not finite; lower the rate")
+        content[int(d)] = tuple({k: t.detach().float().cpu().contiguous() for k, t in s.items()} for s in pair)
+    content |= {
+        "step": int(metadata.get("step", 0)), "name": str(metadata.get("name", path.stem)),
+        "layer_structure": [int(x) if x == int(x) else float(x) for x in spec.layers],
+        "activation_func": spec.activation, "is_layer_norm": spec.layer_norm,
+        "weight_initialization": spec.weight_init, "sd_checkpoint": None,
+        "sd_checkpoint_name": str(metadata["model"]) if "model" in metadata else None,
+        "activate_output": spec.activate_output, "use_dropout": any(dropout), "dropout_structure": dropout,
+        "last_layer_dropout": dropout[-2] != 0, "optional_info": metadata.get("info"),
+    }  # fmt: skip
+    checkpoint.write_pt(content, path)
+
+
+def read(path: Path) -> tuple[Spec, dict[int, tuple[dict, dict]], dict]:
+    """A WebUI hypernetwork, the oldest kinds included: (spec, {width: (keys, values)}, the other entries)."""
+    path = Path(path)
+    content = checkpoint.read_pt(path, "hypernetwork")
+    nets = {k: v for k, v in content.items() if isinstance(k, int)} if isinstance(content, dict) else {}
+    if not nets or not all(d > 0 and is_pair(v) for d, v in nets.items()):
+        raise ValueError(f"{path} is not a hypernetwork: it has no pairs of networks under whole numbers (such as 768)")
+    layers = tuple(content.get("layer_structure") or (1, 2, 1))
+    dropout = content.get("dropout_structure")
+    if dropout is None and content.get("use_dropout"):  # files from before it was written down
+        last = 0.3 if content.get("last_layer_dropout") else 0.0
+        dropout = [0.0] + [0.3] * (len(layers) - 3) + [last, 0.0]
+    try:
+        spec = Spec(layers, content.get("activation_func") or "linear", bool(content.get("is_layer_norm")),
+                    tuple(dropout or ()), bool(content.get("activate_output", True)),
+                    str(content.get("weight_initialization") or "Normal"))  # fmt: skip
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{path} describes no network that is known here: {e}") from None
+    old = {"linear1": "linear.0", "linear2": "linear.1"}
+    pairs = {d: tuple({".".join((old.get(k.split(".")[0], k.split(".")[0]), *k.split(".")[1:])): t
+                       for k, t in s.items()} for s in pair) for d, pair in nets.items()}  # fmt: skip
+    for d, pair in pairs.items():
+        with torch.device("meta"):
+            wanted = Net(d, spec).state_dict()
+        for tensors in pair:
+            shapes, right = ({k: tuple(t.shape) for k, t in s.items()} for s in (tensors, wanted))
+            if shapes != right:
+                odd = sorted(shapes.items() ^ right.items())[0]
+                raise ValueError(f"{path}: width {d} does not fit layers {' '.join(f'{x:g}' for x in layers)} "
+                                 f"({odd[0]} {odd[1]}); the file is damaged or of another kind")  # fmt: skip
+            if not all(torch.isfinite(t).all() for t in tensors.values()):
+                raise ValueError(f"{path}: width {d} has a value that is not finite; take an earlier file")
+    return spec, pairs, {k: v for k, v in content.items() if not isinstance(k, int)}
+
+
+def is_pair(held) -> bool:
+    """Whether these are two state dicts."""
+    return isinstance(held, list | tuple) and len(held) == 2 and all(
+        isinstance(s, dict) and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in s.items()) for s in held
+    )  # fmt: skip
+
+
+def word(metadata: dict) -> str | None:
+    """The pseudo word that a file of ours was trained with."""
+    info = metadata.get("optional_info")
+    return info.removeprefix(TOKEN) if isinstance(info, str) and info.startswith(TOKEN) else None
+
+
+def state(hypernet: Hypernet) -> dict[int, tuple[dict, dict]]:
+    """Its tensors as `write` takes them."""
+    return {int(d): tuple(f.state_dict() for f in pair) for d, pair in hypernet.pairs.items()}
+
+
+def load(sd, path: Path, strength: float = 1.0, say=print) -> tuple[Hypernet, dict]:
+    """Apply a file to the model: every width in it must be one of the model's."""
+    spec, nets, metadata = read(path)
+    known = widths(sd)["all"]
+    strange = [d for d in nets if d not in known]
+    if strange:
+        made = {768: "SD 1.x", 1024: "SD 2.x"}.get(max(strange), "another architecture")
+        raise ValueError(f"{path} rewrites width {strange[0]} ({made}), but {sd.name} attends to widths "
+                         f"{', '.join(map(str, known))}")  # fmt: skip
+    hypernet = Hypernet(spec, nets, strength)
+    for d, pair in nets.items():
+        for f, tensors in zip(hypernet.pairs[str(d)], pair, strict=True):
+            f.load_state_dict(tensors)
+    insert(sd, hypernet.requires_grad_(False).eval())
+    if say:
+        count = sum(innermost(getattr(attention, name)).in_features in nets for attention, name, *_ in seams(sd))
+        say(f"hypernetwork {path}: widths {', '.join(map(str, sorted(nets)))}, before {count} keys and values, "
+            f"strength {strength:g}")  # fmt: skip
+    return hypernet, metadata

@@ -1,0 +1,64 @@
+"""Class pictures: what the untouched model draws when asked for the class, so that DreamBooth does not forget it.
+
+Drawn once and kept in runs/class/MODEL, one PNG per prompt and seed: a run that is stopped loses none, and the next
+run finds them.  A few hundred cost minutes on a GPU; their time is told apart from the training's.
+"""
+
+import hashlib
+import itertools
+import os
+import time
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from hanokdiff import data
+from hanokdiff.prompt import escape
+from hanokdiff.text import word_pattern
+
+
+def prompts(captions: list[str], token: str, phrase: str) -> list[str]:
+    """The captions with the class in place of the pseudo word, so that the class pictures have the same weather and
+    light. Refuses a phrase with the pseudo word in it."""
+    if word_pattern(token).search(phrase):
+        raise ValueError(f'--class-phrase "{phrase}" contains the pseudo word "{token}"; name the class: "a house"')
+    return [word_pattern(token).sub(lambda _: phrase, c) for c in captions]
+
+
+def fingerprint(sd) -> str:
+    """Tells models apart by their name and a few of their weights."""
+    seen = hashlib.sha256(Path(sd.name).name.encode())
+    for w in (sd.unet.conv_in.weight, sd.unet.conv_out.weight, sd.text.encoder.final_layer_norm.weight):
+        seen.update(w.detach().float().cpu().numpy().tobytes())
+    return seen.hexdigest()[:12]
+
+
+def pictures(sd, texts: list[str], n: int, resolution: int, seed: int, root: Path = Path("runs") / "class"):
+    """n class pictures: ([PIL pictures], [prompts], seconds spent on drawing). Picture i has text i, texts repeat."""
+    start, texts = time.perf_counter(), [texts[i % len(texts)] for i in range(n)]
+    folder = root / fingerprint(sd)
+    folder.mkdir(parents=True, exist_ok=True)
+    key = [hashlib.sha256(f"{t} {seed + i} {resolution}".encode()).hexdigest()[:16] for i, t in enumerate(texts)]
+    files = [folder / f"{k}.png" for k in key]
+    length = {t: len(sd.text.chunks(escape(t))) for t in texts}  # only prompts of one length do not disturb each other
+    todo = sorted((i for i, file in enumerate(files) if not file.exists()), key=lambda i: length[texts[i]])
+    at_once = 32 if resolution <= 64 else 4
+    groups = [list(same) for _, same in itertools.groupby(todo, lambda i: length[texts[i]])]
+    parts = [same[k : k + at_once] for same in groups for k in range(0, len(same), at_once)]
+    for part in tqdm(parts, "class pictures", unit="batch", leave=False, disable=None):
+        drawn = sd.draw([escape(texts[i]) for i in part], [seed + i for i in part], at_once, size=(resolution,) * 2)
+        for i, picture in zip(part, drawn, strict=True):
+            aside = files[i].with_suffix(".part")
+            picture.save(aside, "png")
+            os.replace(aside, files[i])
+    seconds = time.perf_counter() - start
+    print(f"class: {n} pictures such as \"{texts[0]}\", {len(todo)} drawn in {seconds:.1f} s, the others from {folder}")
+    return [read(file) for file in files], texts, seconds
+
+
+def read(file: Path) -> Image.Image:
+    try:
+        return data.read_photo(file)[0]
+    except ValueError as e:
+        raise ValueError(f"{e}; delete {file}, it will be drawn again") from None

@@ -1,0 +1,113 @@
+"""DreamBooth: teach Stable Diffusion a subject with all its weights, and keep it from forgetting the rest.
+
+    L = || eps - eps_theta(x_t, t, words with *) ||^2  +  w || eps' - eps_theta(x'_t', t', words of the class) ||^2
+        over the photos                                   over pictures that the untouched model drew of the class
+    Ruiz et al. 2022, arXiv:2208.12242, equation 2: the second term is prior preservation; UNet and text encoder learn
+
+    python train_dreambooth.py                                          the embedded hanok, a minute on a laptop
+    python train_dreambooth.py --model MODEL --data PHOTOS --token sks  your photos on a real checkpoint
+
+Writes runs/dreambooth/model/ (a whole model in the diffusers layout), log.jsonl, previews/.
+Then:  python sample.py "*, fire" "* in the fire" --model runs/dreambooth/model
+Read next: hanokdiff/prior.py (the class pictures), hanokdiff/loss.py (the loss), hanokdiff/run.py (the chores).
+"""
+
+import shutil
+import sys
+
+import torch
+
+from hanokdiff import checkpoint, cli, data, loss, model, prior
+from hanokdiff.run import Run
+
+DEFAULTS = {
+    "tiny": dict(steps=250, batch_size=8, lr=3e-4, text_lr=1e-4, text_steps=None, class_images=64, min_snr=5.0,
+                 save_every=0, preview_every=125),
+    "sd": dict(steps=800, batch_size=4, lr=2e-6, text_lr=1e-6, text_steps=None, class_images=200, min_snr=0.0,
+               save_every=400, preview_every=200),
+}  # fmt: skip
+
+
+def options():
+    parser, method = cli.training_parser(__doc__, DEFAULTS)
+    method("--class-phrase", "what the subject is one of, in the class prompts (default: --replace's)")
+    method("--class-images", "pictures of the class, drawn by the untouched model; 0 for none", type=int)
+    method("--prior-weight", "w, the weight of the class's loss", type=float, default=1.0)
+    method("--freeze-text", "only the UNet learns", action="store_true")
+    method("--text-lr", "learning rate of the text encoder", type=float)
+    method("--text-steps", "steps after which the text encoder stands still (default: never)", type=int)
+    return parser
+
+
+@cli.polite
+def main(argv=None):
+    parser = options()
+    given, args = parser.parse_args(argv), parser.parse(argv)
+    args.class_phrase = args.class_phrase or args.replace
+    cli.check_training(args)
+    if given.freeze_text and {given.text_lr, given.text_steps} != {None}:
+        raise ValueError("--freeze-text leaves nothing to do for --text-lr and --text-steps; leave one of them out")
+    if args.class_images and not args.class_phrase.strip():
+        raise ValueError('--class-phrase is empty; name what the subject is one of, such as "a house"')
+    out = args.resume or cli.new_folder(args.out, "dreambooth", "model")
+
+    # 1. The base model
+    sd = model.load(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)
+    sd.text.literal_tokens = args.literal_tokens
+    sd.text.add_word(args.token)
+    args.resolution = cli.check_resolution(args.resolution, sd)
+
+    # 2. What learns: everything but the table of words
+    learns = {f"unet.{name}": p for name, p in sd.unet.named_parameters()}
+    if not args.freeze_text:
+        named = sd.text.encoder.named_parameters()
+        learns |= {f"text.{name}": p for name, p in named if not name.startswith("embeddings.")}
+    for p in learns.values():
+        p.requires_grad_(True)
+    print(f"learns: {'UNet' if args.freeze_text else 'UNet and text encoder'}, "
+          f"{sum(p.numel() for p in learns.values()):,} numbers")  # fmt: skip
+
+    # 3. The data, the class's half drawn by the model that has not learnt yet
+    photos = data.load_photos(args.data, args.resolution, args.images)
+    args.images = len(photos)
+    captions = data.prepare_captions(photos, args.token, args.replace, args.caption)
+    shots = data.Shots(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
+    if args.class_images:
+        words = prior.prompts(captions, args.token, args.class_phrase)
+        drawn, words, seconds = prior.pictures(sd, words, args.class_images, args.resolution, args.seed)
+        class_shots = data.Shots(sd.vae, drawn, words, args.flip, sd.device)
+    else:
+        class_shots, seconds = None, 0.0
+
+    # 4. The run
+    def save(path):
+        dtype = torch.float32 if sd.dtype == torch.float32 else torch.float16
+        aside = path.with_name(path.name + ".part")
+        checkpoint.save_folder(aside, sd.unet, sd.vae, sd.text.encoder, sd.text.tokenizer, sd.schedule, dtype)
+        checkpoint.write_json(aside / "hanokdiff.json", {"token": args.token})
+        shutil.rmtree(path, ignore_errors=True)  # of the same step, before a run was resumed
+        aside.rename(path)
+
+    def preview():
+        return sd.preview(args.token)
+
+    rates = {"unet": args.lr} | ({} if args.freeze_text else {"text": args.text_lr})
+    run = Run(out, learns, artefact="model", save=save, preview=preview, **(cli.chores(args, shots) | {"lr": rates}))
+    if not (out / "class.json").exists():  # a resumed run has drawn nothing itself
+        checkpoint.write_json(out / "class.json", {"pictures": args.class_images, "seconds": round(seconds, 3)})
+
+    # 5. The method
+    for batch in run:
+        latents, prompts = shots[batch]                          # (B, 4, h, w), [B]
+        if class_shots:                                          # the class's half beside one's own, in one forward
+            more, words = class_shots[batch.half("class")]
+            latents, prompts, both = torch.cat([latents, more]), prompts + words, batch.half("", "class")
+        with torch.set_grad_enabled(args.text_steps is None or batch.step < args.text_steps):
+            context = sd.text(prompts)                           # (2B, 77, D)
+        losses = loss.denoising(sd, latents, context, both if class_shots else batch, args.min_snr)
+        own, prior_loss = losses.chunk(2) if class_shots else (losses, torch.zeros(1, device=sd.device))
+        run.update(own.mean() + args.prior_weight * prior_loss.mean())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Hypernetwork: teach Stable Diffusion a subject by rewriting what its attention hears.
+
+    keys = to_k(x + f_K(x)),  values = to_v(x + f_V(x))              f: small residual networks, all that learns
+    L = || eps - eps_theta(x_t, t, words) ||^2 over the photos       (Kurumuz 2022; the WebUI's layout and file)
+
+    python train_hypernet.py                                          the embedded hanok, half a minute on a laptop
+    python train_hypernet.py --model MODEL --data PHOTOS --token sks  your photos on a real checkpoint
+
+Writes runs/hypernet/hypernet.pt (the WebUI reads it), log.jsonl (with |f(x)|/|x|), previews/.
+Then:  python sample.py "*, fire" "* in the fire" --hypernet runs/hypernet/hypernet.pt
+Read next: hanokdiff/hypernet.py (the networks and where they stand), hanokdiff/run.py (what keeps them sane).
+"""
+
+import sys
+
+import torch
+
+from hanokdiff import cli, data, hypernet, loss, model
+from hanokdiff.run import Run, stream
+
+DEFAULTS = {
+    "tiny": dict(steps=350, batch_size=8, lr=1e-3, widths="context", layers=[1, 2, 1], activation="relu", min_snr=5.0,
+                 save_every=100, preview_every=175),
+    "sd": dict(steps=3000, batch_size=4, lr=1e-5, widths="context", layers=[1, 2, 1], activation="relu", min_snr=0.0,
+               save_every=500, preview_every=500),
+}  # fmt: skip
+
+
+def options():
+    parser, method = cli.training_parser(__doc__, DEFAULTS)
+    method("--widths", "what is rewritten: the words' context, or the picture's own tokens too, as in the WebUI",
+           choices=("context", "all"))  # fmt: skip
+    method("--layers", "of each network, as multiples of the width", type=float, nargs="+")
+    method("--activation", "between the layers: linear, relu, leakyrelu, elu, swish, tanh, sigmoid, mish, ...")
+    method("--dropout", "share of the inner layers that is left out at random", type=float, default=0.0)
+    method("--layer-norm", "a LayerNorm after every layer", action="store_true")
+    return parser
+
+
+@cli.polite
+def main(argv=None):
+    args = options().parse(argv)
+    cli.check_training(args)
+    if "softm" in args.activation:
+        raise ValueError(f"--activation {args.activation} mixes the pictures of a batch; take another, such as relu")
+    if args.dropout and len(args.layers) == 2:
+        raise ValueError("--dropout needs an inner layer to leave something out of, such as --layers 1 2 1")
+    out = args.resume or cli.new_folder(args.out, "hypernet", "hypernet.pt")
+    dropout = (0.0, *[args.dropout] * (len(args.layers) - 2), 0.0) if args.dropout else ()
+    spec = hypernet.Spec(tuple(args.layers), args.activation, args.layer_norm, dropout)
+
+    # 1. The base model, frozen
+    sd = model.load(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)
+    sd.text.literal_tokens = args.literal_tokens
+    sd.text.add_word(args.token)
+    args.resolution = cli.check_resolution(args.resolution, sd)
+
+    # 2. What learns
+    hyper = hypernet.insert(sd, hypernet.Hypernet(spec, hypernet.widths(sd)[args.widths]))
+    for name, pair in hyper.pairs.items():
+        for f, side in zip(pair, "KV", strict=True):
+            f.start((args.seed, "hypernet", name, side))
+    learns = dict(hyper.named_parameters())
+    print(f"learns: networks for widths {', '.join(hyper.pairs)}, {sum(p.numel() for p in learns.values()):,} numbers")
+
+    # 3. The data
+    photos = data.load_photos(args.data, args.resolution, args.images)
+    args.images = len(photos)
+    captions = data.prepare_captions(photos, args.token, args.replace, args.caption)
+    shots = data.Shots(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
+    sd.text.remember(captions)  # a frozen encoder says the same every time
+
+    # 4. The run
+    def save(path):
+        about = {"step": run.step, "name": path.stem, "model": sd.name, "info": hypernet.TOKEN + args.token}
+        hypernet.write(path, spec, hypernet.state(hyper), about)
+
+    def preview():
+        hyper.eval()  # no dropout
+        sheet = sd.preview(args.token)
+        hyper.train()
+        return sheet
+
+    heard = sd.text(captions[:8])
+    run = Run(out, learns, artefact="hypernet.pt", save=save, preview=preview,
+              watch=lambda: {"ratio": hyper.ratio(heard)}, **cli.chores(args, shots))
+
+    # 5. The method
+    for batch in run:
+        latents, prompts = shots[batch]                          # (B, 4, h, w), [B]
+        context = sd.text(prompts)                               # (B, 77, D)
+        torch.manual_seed(stream(args.seed, batch.step, batch.slots.start, "dropout").initial_seed())
+        run.update(loss.denoising(sd, latents, context, batch, args.min_snr))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""Textual inversion: teach Stable Diffusion a subject by a new word alone.
+
+    v* = argmin_v  E || eps - eps_theta(x_t, t, words(v)) ||^2       Gal et al. 2022, arXiv:2208.01618, equation 2
+    nothing in the model changes: only v, n vectors as wide as a word, learns
+
+    python train_ti.py                                            the embedded hanok, half a minute on a laptop
+    python train_ti.py --model MODEL --data PHOTOS --init house   your photos on a real checkpoint
+
+Writes runs/ti/embedding.safetensors (diffusers reads it; python -m hanokdiff.convert makes the WebUI's .pt of it).
+Then:  python sample.py "*, fire" "* in the fire" --embedding runs/ti/embedding.safetensors
+Read next: hanokdiff/inversion.py (the rows beyond the vocabulary), hanokdiff/text.py (how a prompt finds them).
+"""
+
+import sys
+
+from hanokdiff import cli, data, inversion, loss, model
+from hanokdiff.run import Run
+
+DEFAULTS = {
+    "tiny": dict(steps=300, batch_size=8, lr=2e-2, vectors=4, init="house", min_snr=5.0, save_every=100,
+                 preview_every=150),
+    "sd": dict(steps=3000, batch_size=4, lr=5e-3, vectors=1, init="building", min_snr=0.0, save_every=500,
+               preview_every=500),
+}  # fmt: skip
+# A word seen in one sentence only does not learn to stand in others. (The tiny world has no word for "photo".)
+TEMPLATES = {
+    "tiny": ("{}", "a picture of {}"),
+    "sd": ("{}", "a photo of {}", "a picture of {}", "a good photo of {}", "a rendering of {}", "a close-up of {}"),
+}
+
+
+def options():
+    parser, method = cli.training_parser(__doc__, DEFAULTS)
+    method("--vectors", "how many vectors the word is made of", type=int)
+    method("--init", "words that name the kind of thing; the vectors start as theirs")
+    method("--hold-norm", "keep the vectors' length: one that grows drowns the other words", action="store_true")
+    return parser
+
+
+@cli.polite
+def main(argv=None):
+    args = options().parse(argv)
+    cli.check_training(args)
+    out = args.resume or cli.new_folder(args.out, "ti", "embedding.safetensors")
+
+    # 1. The base model, frozen
+    sd = model.load(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)
+    sd.text.literal_tokens = args.literal_tokens
+    args.resolution = cli.check_resolution(args.resolution, sd)
+
+    # 2. What learns
+    rows = inversion.insert(sd, args.token, inversion.start(sd, args.init, args.vectors))
+    rows.hold_norm = args.hold_norm
+    print(f'learns: {args.vectors} vectors of "{args.init}", {rows.rows.numel():,} numbers')
+
+    # 3. The data
+    photos = data.load_photos(args.data, args.resolution, args.images)
+    args.images = len(photos)
+    captions = data.prepare_captions(photos, args.token, args.replace, args.caption)
+    shots = data.Shots(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
+    templates = TEMPLATES["tiny" if args.model == "tiny" else "sd"]
+
+    # 4. The run
+    def save(path):
+        inversion.write(path, args.token, rows.vectors(), {"step": run.step, "model": sd.name})
+
+    def preview():
+        return sd.preview(args.token)
+
+    usual = inversion.table(sd).float().norm(dim=1).mean().item()
+    run = Run(out, {"rows": rows.rows}, artefact="embedding.safetensors", save=save, preview=preview, weight_decay=0.0,
+              watch=lambda: {"norm": rows.vectors().norm(dim=1).mean().item() / usual}, **cli.chores(args, shots))
+
+    # 5. The method
+    for batch in run:
+        latents, prompts = shots[batch]                          # (B, 4, h, w), [B]
+        which = batch.integers("template", len(templates))
+        prompts = [templates[k].format(p) for k, p in zip(which, prompts, strict=True)]
+        context = sd.text(prompts)                               # (B, 77, D)
+        run.update(loss.denoising(sd, latents, context, batch, args.min_snr))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
