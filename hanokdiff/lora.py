@@ -3,11 +3,15 @@
     y = W x + scale * up(down(x)),     scale = alpha / rank,     down: in -> rank,  up: rank -> out
 
 W is frozen; `up` starts at zero, so step 0 is exactly the base model.  The file format is kohya's: every tool reads it.
+Other tools' files are read too, whatever they call the tensors (lorafile.py), and diffusers' layout can be written.
 """
 
 import hashlib
 import json
 import math
+import re
+import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -16,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from hanokdiff import checkpoint
+from hanokdiff import checkpoint, lorafile
 from hanokdiff.run import stream
 
 # What each choice of --targets adds, by the end of the module's name in the UNet.
@@ -26,9 +30,13 @@ TARGETS = {
     "conv": ("conv1", "conv2", "time_emb_proj", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
 }
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
-REFUSED = {"hada_": "LoHa", "lokr_": "LoKr", "dora_scale": "DoRA", "lora_mid": "a Tucker-decomposed LoCon",
-           ".diff": "full weight differences", "oft_": "OFT",
-           "bundle_emb": "a LoRA with bundled embeddings"}  # fmt: skip
+REFUSED = {  # what in a tensor's name gives another kind of file away, as a regular expression
+    "hada_": "LoHa", "lokr_": "LoKr", "dora_scale|lora_magnitude_vector": "DoRA", "oft_": "OFT",
+    "lora_mid": "a Tucker-decomposed LoCon", r"\.diff(_b)?$": "full weight differences",
+    r"\.lora_B(\.default)?\.bias$": "a LoRA with biases", "bundle_emb": "a LoRA with bundled embeddings",
+    r"^(unet|text_encoder):\d+:": "a LoRA in cloneofsimo's layout, which counts its layers instead of naming them",
+}  # fmt: skip
+FALSIFIED = ("lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash")  # metadata that a rewritten file outdates
 
 
 class LoRA(nn.Module):
@@ -56,9 +64,18 @@ class LoRA(nn.Module):
 
 
 def innermost(module: nn.Module) -> nn.Module:
-    while isinstance(module, LoRA):
+    while not isinstance(module, nn.Linear | nn.Conv2d):
         module = module.base
     return module
+
+
+def holder(network: nn.Module, path: str) -> tuple[nn.Module, str]:
+    """Where the layer at a path (or the LoRA around it) hangs: a hypernetwork that stands before it stays outside."""
+    parent, _, name = path.rpartition(".")
+    parent = network.get_submodule(parent)
+    while not isinstance(getattr(parent, name), LoRA | nn.Linear | nn.Conv2d):
+        parent, name = getattr(parent, name), "base"
+    return parent, name
 
 
 def layers(sd) -> dict[str, tuple[nn.Module, str]]:
@@ -73,8 +90,7 @@ def layers(sd) -> dict[str, tuple[nn.Module, str]]:
 
 
 def _wrap(network: nn.Module, path: str, rank: int, alpha: float, strength: float = 1.0) -> LoRA:
-    parent, _, name = path.rpartition(".")
-    parent = network.get_submodule(parent)
+    parent, name = holder(network, path)
     lora = LoRA(getattr(parent, name), rank, alpha, strength)
     setattr(parent, name, lora)
     return lora
@@ -102,11 +118,10 @@ def remove(sd, loras: dict[str, LoRA]) -> None:
     """Take these LoRAs out; the model is what it was, to the bit."""
     places = layers(sd)
     for name, lora in loras.items():
-        network, path = places[name]
-        parent, _, child = path.rpartition(".")
-        holder, current = network.get_submodule(parent), getattr(network.get_submodule(parent), child)
+        parent, child = holder(*places[name])
+        current = getattr(parent, child)
         if current is lora:
-            setattr(holder, child, lora.base)
+            setattr(parent, child, lora.base)
             continue
         while current.base is not lora:
             current = current.base
@@ -116,14 +131,42 @@ def remove(sd, loras: dict[str, LoRA]) -> None:
 # ------------------------------------------------------------------------------------------------------- the file
 
 
-def write(path: Path, loras: dict[str, LoRA], metadata: dict[str, str], dtype: torch.dtype = torch.float32) -> None:
-    """kohya's layout: NAME.lora_down.weight, NAME.lora_up.weight, NAME.alpha (0-d), with ss_* metadata."""
+def write(path: Path, loras: dict, metadata: dict[str, str], dtype: torch.dtype = torch.float32) -> None:
+    """kohya's layout: NAME.lora_down.weight, NAME.lora_up.weight, NAME.alpha (0-d), with ss_* metadata. `loras` maps
+    kohya names to LoRAs, or is what `read` gives."""
     tensors = {}
     for name, lora in loras.items():
-        tensors[f"{name}.lora_down.weight"] = lora.down.detach().cpu().to(dtype).contiguous()
-        tensors[f"{name}.lora_up.weight"] = lora.up.detach().cpu().to(dtype).contiguous()
-        tensors[f"{name}.alpha"] = torch.tensor(float(lora.alpha)).to(dtype)
+        down, up, alpha = _numbers(lora)
+        tensors[f"{name}.lora_down.weight"] = down.cpu().to(dtype).contiguous()
+        tensors[f"{name}.lora_up.weight"] = up.cpu().to(dtype).contiguous()
+        tensors[f"{name}.alpha"] = torch.tensor(alpha).to(dtype)
+    metadata = {k: v for k, v in metadata.items() if k not in FALSIFIED}
     checkpoint.write_tensors(tensors, path, {**metadata, **_hashes(tensors, metadata)})
+
+
+def write_native(path: Path, loras: dict, metadata: dict[str, str], dtype: torch.dtype = torch.float32) -> None:
+    """diffusers' and peft's layout: PATH.lora_A.weight (down) and PATH.lora_B.weight (up), with dotted paths.
+
+    It has no place for alpha that every reader looks at; they all take alpha = rank, a scale of 1. So alpha / rank goes
+    into the weights, half of it (a power of two, so no digit is lost) into each side: all of it in one side would drive
+    a small one into fp16's coarse last digits."""
+    tensors = {}
+    for name, lora in loras.items():
+        down, up, alpha = _numbers(lora)
+        scale = alpha / down.shape[0]
+        half = 2.0 ** round(math.log2(abs(scale)) / 2) if scale else 1.0
+        module = lorafile.native(name)
+        tensors[f"{module}.lora_A.weight"] = (down.cpu().float() * half).to(dtype)
+        tensors[f"{module}.lora_B.weight"] = (up.cpu().float() * (scale / half)).to(dtype)
+    kept = {k: v for k, v in metadata.items() if k not in (*FALSIFIED, "ss_network_dim", "ss_network_alpha")}
+    checkpoint.write_tensors(tensors, path, {"format": "pt", **kept})
+
+
+def _numbers(lora: LoRA | dict[str, Tensor]) -> tuple[Tensor, Tensor, float]:
+    """(down, up, alpha) of a LoRA, or of an entry of what `read` gives; there, a missing alpha means alpha = rank."""
+    if isinstance(lora, LoRA):
+        return lora.down.detach(), lora.up.detach(), float(lora.alpha)
+    return lora["down"], lora["up"], float(lora.get("alpha", lora["down"].shape[0]))
 
 
 def _hashes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:
@@ -151,24 +194,25 @@ def metadata(sd, *, name: str, images: int, token: str, rank: int, alpha: float,
 
 
 def read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
-    """A kohya file: {name: {"down", "up", "alpha"}} and its metadata. Other kinds are named and refused."""
-    if not Path(path).is_file():
-        raise ValueError(f"no LoRA file at {path}")
-    try:
-        with safe_open(path, "pt") as f:
-            metadata, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path} is not a readable .safetensors file ({e}); damaged, or of another kind") from None
-    kinds = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
+    """A file in any spelling that lorafile.py knows: {kohya name: {"down", "up", "alpha"}} and the file's metadata.
+    A module without "alpha" has alpha = rank. Other kinds of file are named and refused."""
+    path = Path(path)
+    tensors, metadata = _open(path)
+    first, settings = next(iter(tensors), ""), _peft_settings(path, tensors, metadata)
     out: dict[str, dict[str, Tensor]] = {}
+    dotted: dict[str, str] = {}
     for key, tensor in tensors.items():
         for mark, kind in REFUSED.items():
-            if mark in key:
+            if re.search(mark, key):
                 raise ValueError(f"{path} holds {kind} (tensor {key}), which hanokdiff does not apply; only plain LoRA")
-        name, _, rest = key.partition(".")
-        if rest not in kinds:
-            raise ValueError(f"{path}: tensor {key} is not of a LoRA in kohya's layout (NAME.lora_down.weight ...)")
-        out.setdefault(name, {})[kinds[rest]] = tensor
+        if (parsed := lorafile.parse(key)) is None:
+            raise ValueError(f"{path}: tensor {key} is of no LoRA for Stable Diffusion 1 or 2; expected kohya's names "
+                             "(lora_unet_...lora_down.weight) or diffusers' (unet....lora_A.weight)")  # fmt: skip
+        name, kind, where = parsed
+        dotted[name] = where
+        if kind in out.setdefault(name, {}) or bool(dotted[name]) == first.startswith("lora_"):
+            raise ValueError(f"{path} mixes two spellings ({first} and {key}); load the files it was put together from")
+        out[name][kind] = tensor
     half = [n for n, t in out.items() if not {"down", "up"} <= t.keys()]
     if not out or half:
         what = f"{half[0]} has no lora_down or lora_up" if half else "there are no tensors in it"
@@ -180,7 +224,53 @@ def read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
                              "share no rank; the file is damaged or of another kind")  # fmt: skip
         if not all(torch.isfinite(x).all() for x in t.values()):
             raise ValueError(f"{path}: {name} has a value that is not finite; take an earlier file of that training")
+        if settings != {} and dotted[name] and "alpha" not in t:
+            t["alpha"] = _peft_alpha(path, settings, name, dotted[name], len(down))
     return out, metadata
+
+
+def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a .safetensors file, or of the .bin that diffusers wrote at first."""
+    if not path.is_file():
+        raise ValueError(f"no LoRA file at {path}")
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        tensors = checkpoint.read_pt(path, "LoRA")
+        if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+            raise ValueError(f"{path} holds no tensors by name, so no LoRA that hanokdiff knows; convert it to "
+                             ".safetensors with the tool that made it")  # fmt: skip
+        return tensors, {}
+    try:
+        with safe_open(path, "pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path} is not a readable .safetensors file ({e}); damaged, or of another kind") from None
+
+
+def _peft_settings(path: Path, keys: Iterable[str], metadata: dict[str, str]) -> dict:
+    """What peft keeps beside the tensors: diffusers puts it into the header, peft itself into adapter_config.json."""
+    beside = path.with_name("adapter_config.json")
+    if any(k.startswith("base_model.model.") for k in keys):
+        if beside.is_file():
+            return checkpoint.read_json(beside)
+        warnings.warn(f"{beside}, where peft keeps alpha, is missing: {path} is taken with alpha = rank", stacklevel=2)
+    try:
+        return json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}: lora_adapter_metadata in its header is not JSON ({e}); save it again") from None
+
+
+def _peft_alpha(path: Path, settings: dict, name: str, dotted: str, rank: int) -> Tensor:
+    """peft's alpha of one module: its own if a pattern fits the module's path, else that of the network, else the rank.
+    With rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732) the scale is alpha / sqrt(rank)."""
+    text = name.startswith(lorafile.TEXT)
+    network, dotted = ("text_encoder.", "text_model." + dotted) if text else ("unet.", dotted)
+    try:
+        own = {k.removeprefix(network): v for k, v in settings.items() if k.startswith(network)} or settings
+        fits = (a for p, a in (own.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({p})$", dotted))
+        alpha = float(next(fits, own.get("lora_alpha", rank)))
+        return torch.tensor(alpha * math.sqrt(rank) if own.get("use_rslora") else alpha)
+    except (TypeError, ValueError, AttributeError, re.error) as e:
+        raise ValueError(f"{path}: peft's settings beside {name} cannot be read ({e}); save the file again") from None
 
 
 def load(sd, path: Path, strength: float = 1.0, say=print) -> tuple[dict[str, LoRA], dict[str, str]]:

@@ -1,6 +1,6 @@
 """Stable Diffusion in one object: text encoder, UNet, autoencoder and schedule.
 
-    sd = load("tiny")                                            # or a folder, or a hub id
+    sd = load("tiny")                                            # or a folder, a single file, a hub id
     for x in sd.sample(["a castle in the snow"], seeds=[0]): ...
     sd.pictures(x)[0].save("castle.png")
 
@@ -11,7 +11,7 @@ import ctypes
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hanokdiff import checkpoint, samplers
+from hanokdiff import checkpoint, samplers, singlefile
 from hanokdiff.schedule import Schedule
 from hanokdiff.text import Text, TextConfig, TextEncoder
 from hanokdiff.unet import UNet, UNetConfig
@@ -75,7 +75,7 @@ class StableDiffusion:
     @property
     def cfg(self) -> float:
         """The guidance that suits the model: what the tiny world likes is too little for Stable Diffusion."""
-        return 4.0 if self.name == "tiny" else 7.5
+        return 4.0 if self.resolution <= 64 else 7.5
 
     @property
     def resolution(self) -> int:
@@ -106,10 +106,12 @@ class StableDiffusion:
     def sample(
         self, prompts: list[str], seeds: list[int], negative: str = "", sampler: str = samplers.DEFAULT,
         steps: int = 20, cfg: float | None = None, size: tuple[int, int] | None = None,
+        first: Tensor | None = None, strength: float = 1.0,
     ) -> Iterator[Tensor]:  # fmt: skip
         """Yield the latents (B, 4, h, w) after every step; picture i starts from the noise of seeds[i] alone.
 
-        `size` is (width, height) in pixels, both divisible by 8 (4 in the tiny world); default the model's own."""
+        `size` is (width, height) in pixels, both divisible by 8 (4 in the tiny world); default the model's own.
+        `first` (1, 4, h, w), from `latents`, is a picture to begin with: the smaller `strength`, the more stays."""
         cfg = self.cfg if cfg is None else cfg
         w, h = check_size(size or (self.resolution, self.resolution), self.vae.config.factor)
         shape = (self.unet.config.in_channels, h, w)
@@ -119,9 +121,10 @@ class StableDiffusion:
             return torch.stack([torch.randn(shape, generator=g) for g in streams]).to(self.device)
 
         with torch.inference_mode():
-            context = self.text(prompts)
-            away = self.text([negative]).expand_as(context) if cfg != 1 else None
-            walk = samplers.sample(sampler, self.denoiser(context, away, cfg), noise, self.schedule, steps)
+            both = self.text.prompts([*prompts, negative])                              # (B + 1, 77 k, D)
+            context, away = both[:-1], both[-1:].expand(len(prompts), -1, -1) if cfg != 1 else None
+            denoise = self.denoiser(context, away, cfg)
+            walk = samplers.sample(sampler, denoise, noise, self.schedule, steps, first, strength)
         while True:  # inference mode for our steps, not for the caller's code between them
             with torch.inference_mode():
                 x = next(walk, None)
@@ -137,6 +140,16 @@ class StableDiffusion:
                 pass
             out += self.pictures(x)
         return out
+
+    def preview(self, word: str) -> Image.Image:
+        """What training shows along the way: the word, and whether it still goes with others."""
+        return grid(self.draw([word, f"{word} in the snow", f"{word} at night", f"{word} with trees"], range(4)), 4)
+
+    @torch.inference_mode()
+    def latents(self, picture: Image.Image) -> Tensor:
+        """An RGB picture -> the mean of its latents (1, 4, h, w) float32."""
+        x = torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
+        return self.vae.encode(x.to(self.device, self.dtype))[0].float()
 
     def pictures(self, latents: Tensor, slice: int = 8) -> list[Image.Image]:
         """Decode latents (B, 4, h, w), a few at a time, to 8-bit pictures; rounded, not truncated."""
@@ -169,22 +182,19 @@ def check_size(size: tuple[int, int], factor: int) -> tuple[int, int]:
     return size[0] // factor, size[1] // factor
 
 
-def load(model: str = "tiny", device: str | None = None, dtype: str = "auto", say=print) -> StableDiffusion:
-    """Open a model: "tiny", a diffusers folder or a hub id. Everything is frozen; what learns is up to the method."""
+def load(
+    model: str = "tiny", device: str | None = None, dtype: str = "auto", say=print, tokenizer: str | None = None,
+    prediction: str | None = None,
+) -> StableDiffusion:  # fmt: skip
+    """Open a model: "tiny", a diffusers folder, a hub id, or a single file (.safetensors, .ckpt). Everything is
+    frozen; what learns is up to the method.
+
+    tokenizer    folder or hub id of another tokenizer than the model's own
+    prediction   "epsilon" or "v_prediction": what the UNet predicts, where the model is silent or wrong about it"""
     start, (dev, precision, reason) = time.perf_counter(), choose(device, dtype)
-    folder = TINY if model == "tiny" else checkpoint.find(model)
-    checkpoint.read_json(folder / "model_index.json")
-    schedule = Schedule.from_json(checkpoint.read_json(folder / "scheduler" / "scheduler_config.json"))
-    unet = checkpoint.load_part(folder, "unet", UNet, UNetConfig)
-    if unet.config.in_channels != 4:
-        raise ValueError(f"{model}: the UNet takes {unet.config.in_channels} channels, not 4: inpainting and pix2pix "
-                         "models are not supported")  # fmt: skip
-    vae = checkpoint.load_part(folder, "vae", VAE, VAEConfig)
-    encoder = checkpoint.load_part(folder, "text_encoder", TextEncoder, TextConfig)
-    if encoder.config.hidden_size != unet.config.cross_attention_dim:
-        raise ValueError(f"{model}: the text encoder is {encoder.config.hidden_size} wide, but the UNet listens to "
-                         f"{unet.config.cross_attention_dim}")  # fmt: skip
-    tokenizer = checkpoint.load_tokenizer(folder / "tokenizer")
+    path = TINY if model == "tiny" else checkpoint.find(model)
+    open_ = open_file if path.is_file() else open_folder
+    unet, vae, encoder, words, schedule = open_(path, tokenizer, prediction, say)
     for part in (unet, vae, encoder):
         part.to(dev, precision)
     if say:
@@ -192,4 +202,31 @@ def load(model: str = "tiny", device: str | None = None, dtype: str = "auto", sa
         say(f"model {model}: UNet of {millions:.1f} M parameters, {schedule.prediction_type}, "
             f"opened in {time.perf_counter() - start:.1f} s")  # fmt: skip
         say(f"device {reason}")
-    return StableDiffusion(unet, vae, Text(encoder, tokenizer), schedule, dev, precision, model)
+    sd = StableDiffusion(unet, vae, Text(encoder, words), schedule, dev, precision, model)
+    if (path / "hanokdiff.json").is_file():  # our DreamBooth's: the word it was trained with
+        sd.text.add_word(str(checkpoint.read_json(path / "hanokdiff.json").get("token")))
+    return sd
+
+
+def open_folder(folder: Path, tokenizer: str | None, prediction: str | None, say) -> tuple:
+    """UNet, VAE, text encoder, tokenizer and schedule of a diffusers folder."""
+    checkpoint.read_json(folder / "model_index.json")
+    schedule = Schedule.from_json(checkpoint.read_json(folder / "scheduler" / "scheduler_config.json"))
+    schedule = replace(schedule, prediction_type=prediction or schedule.prediction_type)
+    unet = checkpoint.load_part(folder, "unet", UNet, UNetConfig)
+    vae = checkpoint.load_part(folder, "vae", VAE, VAEConfig)
+    encoder = checkpoint.load_part(folder, "text_encoder", TextEncoder, TextConfig)
+    checkpoint.check_fit(unet.config, encoder.config, folder)
+    words = find_tokenizer(encoder.config, tokenizer, folder) if tokenizer else \
+        checkpoint.load_tokenizer(folder / "tokenizer")  # fmt: skip
+    return unet, vae, encoder, words, schedule
+
+
+def open_file(path: Path, tokenizer: str | None, prediction: str | None, say) -> tuple:
+    """The same five of a single file; the tokenizer is found elsewhere."""
+    unet, vae, encoder, schedule = singlefile.read(path, prediction, say)
+    return unet, vae, encoder, find_tokenizer(encoder.config, tokenizer, path.parent), schedule
+
+
+def find_tokenizer(c: TextConfig, named: str | None, beside: Path):
+    return checkpoint.find_tokenizer(named, beside, c.vocab_size, singlefile.is_sd2(c))

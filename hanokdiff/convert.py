@@ -1,0 +1,192 @@
+"""Every change of layout, by one command:   python -m hanokdiff.convert IN OUT
+
+    IN                                       OUT
+    model folder, hub id or "tiny"           NAME.safetensors   a single file, as the WebUI and ComfyUI want it
+    single file (.safetensors, .ckpt)        NAME               a folder, as diffusers wants it; .ckpt -> .safetensors
+    LoRA in any spelling                     NAME.safetensors   kohya's names -> diffusers', any other -> kohya's
+    embedding (.pt, .bin, .safetensors)      NAME.pt            for the WebUI        NAME.safetensors   for diffusers
+    hypernetwork (.pt), however old          NAME.pt            as the WebUI writes it today
+
+What IN is, its content says. Nothing is written unless every tensor has found its place.
+"""
+
+import argparse
+import shutil
+import sys
+import zipfile
+from collections.abc import Iterable
+from functools import reduce
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from hanokdiff import checkpoint, cli, hypernet, inversion, lora, lorafile, model, singlefile
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+ENDINGS = {"LoRA": (".safetensors",), "embedding": (".safetensors", ".pt"), "hypernetwork": (".pt",)}
+OPTIONS = {"model": {"dtype", "prediction", "tokenizer"}, "LoRA": {"dtype", "to"}}
+
+
+def names(path: Path) -> list:
+    """The names in a file, without its tensors where the container allows that."""
+    if path.suffix in PICKLES:
+        content = checkpoint.read_pt(path, "model, LoRA, embedding or hypernetwork")
+        return [k for k in content if isinstance(k, str | int)] if isinstance(content, dict) else []
+    try:
+        with safe_open(path, "pt") as f:
+            return list(f.keys())
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f"{path} is not a readable .safetensors file ({e}); damaged, or of another kind") from None
+
+
+def recognise(path: Path, keys: list) -> str:
+    """What a file is, by the names in it."""
+    if any(isinstance(k, int) for k in keys):
+        return "hypernetwork"
+    if any(k.startswith(singlefile.UNET) for k in keys):
+        return "model"
+    if len(keys) == 1 or {"string_to_param", "emb_params", "clip_l", "clip_g"} & set(keys):
+        return "embedding"
+    if any("lora" in k for k in keys):
+        return "LoRA"
+    held = f"{keys[0]} ..." if keys else "nothing by name"
+    raise ValueError(f"{path} is no model, LoRA, embedding or hypernetwork that hanokdiff knows: it holds {held}; of a "
+                     "model in several files, give the folder")  # fmt: skip
+
+
+def precision(args, tensors: Iterable[Tensor]) -> torch.dtype:
+    """--dtype, else the narrowest that keeps every weight as it is."""
+    own = reduce(torch.promote_types, (t.dtype for t in tensors if t.is_floating_point()), torch.float16)
+    return model.DTYPES.get(args.dtype, own)
+
+
+def is_folder(out: Path) -> bool:
+    """Whether a model goes into a folder of this name; "sd-v1.5" is one too."""
+    return out.suffix not in (".safetensors", *PICKLES)
+
+
+def same(args, what: str) -> ValueError:
+    return ValueError(f"nothing to do: {args.input} is {what} already")
+
+
+# Each of these reads IN, writes OUT and returns what it was and how many tensors found their place.
+
+
+def convert_model(args, keys: list) -> tuple[str, int]:
+    source, out = model.TINY if args.input == "tiny" else checkpoint.find(args.input), args.output
+    to_folder, token = is_folder(out), source / "hanokdiff.json"
+    changed = source.is_file() if to_folder else source.suffix != out.suffix
+    if not (changed or args.dtype or args.prediction):
+        raise same(args, "a model folder" if to_folder else "a single file")
+    if source.is_file() and not to_folder:
+        unet, vae, encoder, schedule = singlefile.read(source, args.prediction, print)
+    else:
+        opened = model.open_file if source.is_file() else model.open_folder
+        unet, vae, encoder, words, schedule = opened(source, args.tokenizer, args.prediction, print)
+    tensors = [t for network in (unet, vae, encoder) for t in network.state_dict().values()]
+    dtype = precision(args, tensors)
+    if to_folder:
+        checkpoint.save_folder(out, unet, vae, encoder, words, schedule, dtype)
+        if token.is_file():
+            shutil.copy(token, out)
+    else:
+        singlefile.write(out, unet, vae, encoder, schedule, dtype)
+        if token.is_file():
+            word = checkpoint.read_json(token).get("token")
+            print(f'note: a single file has no place for the pseudo word "{word}": keep it in mind', file=sys.stderr)
+    return f"model {'folder' if source.is_dir() else 'file'}, {schedule.prediction_type}", len(tensors)
+
+
+def convert_lora(args, keys: list) -> tuple[str, int]:
+    loras, metadata = lora.read(args.input)
+    kohya = keys[0].startswith("lora_")
+    to = args.to or ("diffusers" if kohya else "kohya")
+    tidy = all(k.startswith((lorafile.UNET, lorafile.TEXT)) for k in keys) if kohya else \
+        "lora_adapter_metadata" not in metadata and all(lorafile.is_written(k) for k in keys)  # fmt: skip
+    if args.dtype is None and (to == "kohya") == kohya and tidy:
+        raise same(args, f"a LoRA in the {to} layout")
+    dtype = precision(args, (t[side] for t in loras.values() for side in ("down", "up")))
+    if to == "kohya":
+        lora.write(args.output, loras, {**kohya_metadata(loras), **metadata}, dtype)
+    else:
+        lora.write_native(args.output, loras, metadata, dtype)
+    text = sum(name.startswith(lorafile.TEXT) for name in loras)
+    layout = "kohya" if kohya else "diffusers"
+    return f"LoRA in the {layout} layout, {len(loras)} modules, {text} of them text", len(keys)
+
+
+def kohya_metadata(loras: dict[str, dict[str, Tensor]]) -> dict[str, str]:
+    """What the WebUI wants to see of a LoRA that has no metadata yet; it lists one for SD 2 only if told."""
+    ranks = {len(t["down"]) for t in loras.values()}
+    alphas = {float(t.get("alpha", len(t["down"]))) for t in loras.values()}
+    listens = ("attn2_to_k", "attn2_to_v", "q_proj", "k_proj", "v_proj", "fc1")  # these take in the words' width
+    v2 = any(t["down"].shape[1] == 1024 for n, t in loras.items() if n.endswith(listens))
+    one = {"ss_network_dim": ranks, "ss_network_alpha": alphas}
+    return {"ss_network_module": "networks.lora", "ss_v2": str(v2),
+            **{k: str(*v) if len(v) == 1 else "Dynamic" for k, v in one.items()}}  # fmt: skip
+
+
+def convert_embedding(args, keys: list) -> tuple[str, int]:
+    word, vectors, metadata = inversion.read(args.input)
+    to_webui = args.output.suffix == ".pt"
+    tidy = "name" in keys and not zipfile.is_zipfile(args.input) if to_webui else "emb_params" not in keys
+    if tidy and Path(args.input).suffix == args.output.suffix:
+        raise same(args, f"an embedding in the {'WebUI' if to_webui else 'diffusers'} layout")
+    inversion.write(args.output, word, vectors, metadata)
+    return f'embedding "{word}", {len(vectors)} x {vectors.shape[1]}', 1
+
+
+def convert_hypernetwork(args, keys: list) -> tuple[str, int]:
+    spec, nets, held = hypernet.read(args.input)
+    if {"activate_output", "dropout_structure"} <= set(keys) and not zipfile.is_zipfile(args.input):
+        raise same(args, "a hypernetwork in the current WebUI layout")
+    ours = {"step": "step", "name": "name", "info": "optional_info", "model": "sd_checkpoint_name"}
+    hypernet.write(args.output, spec, nets, {k: held[v] for k, v in ours.items() if held.get(v) is not None})
+    count = sum(len(tensors) for pair in nets.values() for tensors in pair)
+    return f"hypernetwork for widths {', '.join(str(d) for d in sorted(nets))}", count
+
+
+CONVERT = {"model": convert_model, "LoRA": convert_lora, "embedding": convert_embedding,
+           "hypernetwork": convert_hypernetwork}  # fmt: skip
+
+
+def options() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("hanokdiff.convert", description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    p.add_argument("input", metavar="IN", help="a file, a model folder, a hub id or tiny")
+    p.add_argument("output", metavar="OUT", type=Path, help="the file or folder to write")
+    p.add_argument("--dtype", choices=list(model.DTYPES), help="precision of a model or LoRA (default: as it is)")
+    p.add_argument("--to", choices=["kohya", "diffusers"], help="names in a LoRA (default: the other ones)")
+    p.add_argument("--prediction", choices=["epsilon", "v_prediction"], help="what a model's UNet predicts")
+    p.add_argument("--tokenizer", help="folder or hub id, for a single file that has none beside it")
+    p.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
+    return p
+
+
+@cli.polite
+def main(argv=None) -> None:
+    args = options().parse_args(argv)
+    source, out, kind, keys = Path(args.input), args.output, "model", []
+    if source.is_file() and source.suffix != ".ckpt":  # a .ckpt is a model, and too large to look into twice
+        keys = names(source)
+        kind = recognise(source, keys)
+    elif source.suffix in (".safetensors", *PICKLES) and not source.exists():
+        raise ValueError(f"no file at {source}")
+    for name in ("dtype", "to", "prediction", "tokenizer"):
+        if getattr(args, name) is not None and name not in OPTIONS.get(kind, ()):
+            raise ValueError(f"--{name} means nothing for {source}, a file of kind {kind}; leave it out")
+    folder = kind == "model" and is_folder(out)
+    endings = ENDINGS.get(kind, (".safetensors",))
+    if not folder and out.suffix not in endings:
+        raise ValueError(f"{out} does not end in {' or '.join(endings)}, which is what a {kind} is written as")
+    if out.exists() and (source.resolve() == out.resolve() or not args.overwrite or out.is_dir() != folder):
+        raise ValueError(f"{out} is there already; name another OUT{'' if args.overwrite else ', or add --overwrite'}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    what, count = CONVERT[kind](args, keys)
+    print(f"{args.input}: {what}; all {count} tensors matched; wrote {out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""The spellings of LoRA files: what every tool calls the same tensor, and the way back. Names only, no numbers.
+
+    kohya                lora_unet_down_blocks_0_attentions_1_..._attn1_to_q.lora_down.weight      (ours; the WebUI's)
+    peft, diffusers      unet.down_blocks.0.attentions.1....attn1.to_q.lora_A.weight               (`unet.` may lack)
+    diffusers 0.22       unet.down_blocks.0.attentions.1....attn1.to_q.lora.down.weight            (often among peft's)
+    diffusers of 2023    unet.down_blocks.0.attentions.1....attn1.processor.to_q_lora.down.weight
+    its text encoder     text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.down.weight
+
+Everything is read into kohya's names.  They lose the dots of a module's path; a list of Stable Diffusion's words brings
+them back: `to_out_0` is `to_out.0`, since `to_out` is a word and `to` is none.
+"""
+
+import re
+
+UNET, TEXT = "lora_unet_", "lora_te_text_model_"
+ENDS = {
+    ".lora_down.weight": "down", ".lora_up.weight": "up",
+    ".lora_A.weight": "down", ".lora_B.weight": "up",
+    ".lora_A.default.weight": "down", ".lora_B.default.weight": "up",  # peft's modules, saved with their adapter's name
+    ".lora.down.weight": "down", ".lora.up.weight": "up",
+    ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up",
+    "_lora.down.weight": "down", "_lora.up.weight": "up",
+    ".alpha": "alpha",
+}  # fmt: skip
+OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}  # diffusers of 2023
+UNET_ROOTS = ("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding")
+WORDS = (*UNET_ROOTS, "resnets", "conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers", "upsamplers",
+         "conv", "linear_1", "linear_2", "attentions", "proj_in", "proj_out", "transformer_blocks", "attn1", "attn2",
+         "to_q", "to_k", "to_v", "to_out", "ff", "net", "proj", "encoder", "layers", "self_attn", "q_proj", "k_proj",
+         "v_proj", "out_proj", "mlp", "fc1", "fc2")  # fmt: skip
+WORD = re.compile("|".join(sorted(WORDS, key=len, reverse=True)) + r"|\d+")  # the longest word that fits
+
+
+def parse(key: str) -> tuple[str, str, str] | None:
+    """A tensor's name in any spelling -> (module in kohya's name, "down", "up" or "alpha", dotted path of the module,
+    empty if the spelling was kohya's). None if it is in no spelling that we know."""
+    end = next((e for e in ENDS if key.endswith(e)), None)
+    if end is None:
+        return None
+    module = key.removesuffix(end)
+    if module.startswith("lora_"):
+        return (_canonical(module), ENDS[end], "") if "." not in module else None
+    network, path = _split(module)
+    if network is None:
+        return None
+    path = path.replace(".processor.", ".")
+    if end.startswith("_lora"):
+        parent, _, last = path.rpartition(".")
+        last = OLD_TEXT.get(last, last) if network == TEXT else last.replace("to_out", "to_out.0")
+        path = f"{parent}.{last}"
+    return network + path.replace(".", "_"), ENDS[end], path
+
+
+def _canonical(name: str) -> str:
+    """kohya's name as kohya writes it: diffusers' converter says `lora_te1_` and drops `text_model_`."""
+    if name.startswith("lora_te1_"):
+        name = "lora_te_" + name.removeprefix("lora_te1_")
+    return TEXT + name.removeprefix("lora_te_") if name.startswith("lora_te_encoder_layers_") else name
+
+
+def _split(module: str) -> tuple[str | None, str]:
+    """A dotted module -> (kohya's prefix of its network, path in it); None for other networks, such as SDXL's second
+    text encoder. Without a prefix, the first word of the path tells."""
+    prefix, _, rest = module.partition(".")
+    path = rest if prefix in ("unet", "text_encoder") else module
+    path = path.removeprefix("base_model.model.").removeprefix("text_model.")
+    if prefix == "text_encoder" or (prefix != "unet" and path.startswith("encoder.layers.")):
+        return TEXT, path
+    return (UNET if prefix == "unet" or path.partition(".")[0] in UNET_ROOTS else None), path
+
+
+def native(name: str) -> str:
+    """kohya's name of a module -> diffusers' path of it, such as `unet.mid_block.attentions.0.proj_in`. The text
+    encoder's has `text_model.`: every version of diffusers knows that one."""
+    for prefix, network in ((UNET, "unet."), (TEXT, "text_encoder.text_model.")):
+        rest = name.removeprefix(prefix)
+        words = WORD.findall(rest)
+        if rest != name and words and "_".join(words) == rest:
+            return network + ".".join(words)
+    raise ValueError(f"{name} is no layer of Stable Diffusion 1 or 2, so diffusers has no name for it; leave the file "
+                     "in kohya's layout")  # fmt: skip
+
+
+def is_written(key: str) -> bool:
+    """Whether we would give a tensor in diffusers' names this very name."""
+    parsed = parse(key)
+    return parsed is not None and key in (f"{native(parsed[0])}.lora_{x}.weight" for x in "AB")
