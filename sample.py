@@ -2,33 +2,39 @@
 
     eps = eps_un + cfg (eps_words - eps_un)          classifier-free guidance, Ho & Salimans 2022, arXiv:2207.12598
 
-    python sample.py "a castle in the snow" "a barn on fire" --n 4
+    python sample.py "a castle in the snow" "a barn, (fire:1.3)" --n 4
     python sample.py "*, fire" "* in the fire" "A fire broke out in *" --lora runs/lora/lora.safetensors --grid
+    python sample.py "* on fire" --lora runs/lora/lora.safetensors --init-image house.png --strength 0.6
 
 Writes runs/samples/00000-0.png ... (number, seed), each with the WebUI's "parameters" text, and grid.png with --grid.
 Read next: hanokdiff/samplers.py (the step), hanokdiff/model.py (guidance), hanokdiff/unet.py (the network).
 """
 
 import argparse
+import itertools
 import math
 import sys
 from pathlib import Path
 
-from PIL import PngImagePlugin
+from PIL import ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-from hanokdiff import cli, lora, model, samplers
+from hanokdiff import cli, data, hypernet, inversion, lora, model, samplers
 
 
 def options():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)  # fmt: skip
-    p.add_argument("prompt", nargs="+")
+    p.add_argument("prompt", nargs="+", help="(word:1.2) (word) [word] weigh, \\( is a bracket, BREAK starts a chunk")
     what, how, out = (p.add_argument_group(g) for g in ("model", "sampling", "output"))
-    what.add_argument("--model", default="tiny", help='"tiny", a diffusers folder or a hub id (default: tiny)')
+    what.add_argument("--model", default="tiny", help='"tiny", a folder, a .safetensors or .ckpt file or a hub id')
+    what.add_argument("--embedding", action="append", default=[], metavar="FILE[:WORD]", help="repeatable")
     what.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="repeatable")
-    what.add_argument("--token", help="the pseudo word (default: the LoRA's own)")
+    what.add_argument("--hypernet", action="append", default=[], metavar="FILE[:SCALE]", help="repeatable")
+    what.add_argument("--token", help="the pseudo word (default: the one stored with the artefact)")
     what.add_argument("--literal-tokens", action="store_true", help="leave the pseudo word to the tokenizer")
+    what.add_argument("--tokenizer", help="of a single-file model: a folder or hub id")
+    what.add_argument("--prediction", choices=("epsilon", "v_prediction"), help="if the model is wrong about it")
     what.add_argument("--device", help="default: the first GPU, else the CPU")
     what.add_argument("--dtype", default="auto", help="auto, fp32, bf16 or fp16 (default: auto)")
     how.add_argument("--negative", default="", help="what to move away from")
@@ -36,10 +42,13 @@ def options():
     how.add_argument("--sampler", default=samplers.DEFAULT, help=f"{names} (default: %(default)s)")
     how.add_argument("--steps", type=int, default=20, help="default: 20")
     how.add_argument("--cfg", type=float, help="guidance; 1 is none (default: 7.5, tiny 4)")
-    how.add_argument("--size", help="WIDTHxHEIGHT in pixels (default: the model's own)")
+    how.add_argument("--size", help="WIDTHxHEIGHT in pixels (default: the model's own, in the initial picture's shape)")
     how.add_argument("--seed", type=int, default=0, help="picture i of each prompt starts from seed + i (default: 0)")
     how.add_argument("--n", type=int, default=1, help="pictures per prompt (default: 1)")
     how.add_argument("--batch-size", type=int, help="pictures at once (default: 4, tiny 32)")
+    how.add_argument("--clip-skip", type=int, default=1, help="2 leaves the text encoder's last layer out (default: 1)")
+    how.add_argument("--init-image", type=Path, metavar="FILE", help="a picture to begin with")
+    how.add_argument("--strength", type=float, help="how far from it to go, up to 1 (default: 0.75)")
     out.add_argument("--grid", action="store_true", help="also grid.png, a row per prompt")
     out.add_argument("--out", type=Path, help="folder (default: runs/samples, numbered if taken)")
     return p
@@ -63,26 +72,78 @@ def parse_scale(text: str) -> tuple[Path, float]:
         return Path(text), 1.0
 
 
+def parse_word(text: str) -> tuple[Path, str | None]:
+    """FILE or FILE:WORD."""
+    path, _, word = text.rpartition(":")
+    return (Path(path), word) if path and word and not Path(text).exists() else (Path(text), None)
+
+
 def check(args) -> None:
-    for name in ("n", "steps", "batch_size"):
+    for name in ("n", "steps", "batch_size", "clip_skip"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, but must be at least 1")
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed is {args.seed}, but must be between 0 and {2**63 - 1}")
-    for name, value in [("--cfg", args.cfg or 0.0), *((f"--lora {p}", s) for p, s in map(parse_scale, args.lora))]:
+    scales = [(f"--{kind} {p}", s) for kind in ("lora", "hypernet") for p, s in map(parse_scale, getattr(args, kind))]
+    for name, value in [("--cfg", args.cfg or 0.0), *scales]:
         if not math.isfinite(value):
             raise ValueError(f"{name} is {value}, but must be a finite number")
+    if args.strength is not None and not args.init_image:
+        raise ValueError("--strength says how far to go from --init-image, which is not given")
+    if args.init_image:
+        args.strength = 0.75 if args.strength is None else args.strength
+        samplers.taken(args.steps, args.strength)
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         raise ValueError(f"--out {args.out} is a file; name a folder")
+
+
+def apply(sd, args) -> None:
+    """Every artefact into the model, and the pseudo words that came with them."""
+    words = list(sd.text.words)
+    for path, scale in map(parse_scale, args.lora):
+        words.append(lora.load(sd, path, scale)[1].get("hanokdiff_token"))
+    for path, scale in map(parse_scale, args.hypernet):
+        words.append(hypernet.word(hypernet.load(sd, path, scale)[1]))
+    for word in [args.token] if args.token else sorted(filter(None, set(words))):
+        sd.text.add_word(word)
+    embedded = []
+    for path, word in map(parse_word, args.embedding):
+        word = inversion.load(sd, path, word)[0]
+        if word in embedded:
+            raise ValueError(f'two embeddings for "{word}"; give one another word: --embedding {path}:WORD')
+        embedded.append(word)
+
+
+def first_picture(args, sd, size):
+    """The initial picture at the size to draw, cropped where its shape differs, and that size."""
+    if not args.init_image:
+        return None, size or (sd.resolution, sd.resolution)
+    picture, _ = data.read_photo(args.init_image)
+    if size is None:  # the shorter side as the model knows it, the shape kept
+        zoom, step = sd.resolution / min(picture.size), 8
+        size = tuple(max(step, round(side * zoom / step) * step) for side in picture.size)
+    model.check_size(size, sd.vae.config.factor)
+    return ImageOps.fit(picture, size, model.Image.Resampling.LANCZOS), size
 
 
 def parameters(prompt: str, seed: int, size: tuple[int, int], args, cfg: float) -> str:
     """How the picture was made, in the WebUI's words, so that any tool can read it."""
     negative = f"\nNegative prompt: {args.negative}" if args.negative else ""
-    used = "".join(f", LoRA: {path.name}:{scale:g}" for path, scale in map(parse_scale, args.lora))
+    more = f", Clip skip: {args.clip_skip}" if args.clip_skip > 1 else ""
+    more += f", Denoising strength: {args.strength:g}, Init image: {args.init_image.name}" if args.init_image else ""
+    more += "".join(f", Embedding: {path.name}" for path, _ in map(parse_word, args.embedding))
+    more += "".join(f", LoRA: {path.name}:{scale:g}" for path, scale in map(parse_scale, args.lora))
+    more += "".join(f", Hypernet: {path.name}:{scale:g}" for path, scale in map(parse_scale, args.hypernet))
     return (f"{prompt}{negative}\nSteps: {args.steps}, Sampler: {args.sampler}, CFG scale: {cfg:g}, Seed: {seed}, "
-            f"Size: {size[0]}x{size[1]}, Model: {args.model}{used}")  # fmt: skip
+            f"Size: {size[0]}x{size[1]}, Model: {args.model}{more}")  # fmt: skip
+
+
+def batches(sd, jobs: list[tuple[str, int]], at_once: int):
+    """Jobs (prompt, seed) in batches whose prompts have the same length, so that none changes another's picture."""
+    for _, group in itertools.groupby(jobs, lambda job: len(sd.text.chunks(job[0]))):
+        group = list(group)
+        yield from (group[k : k + at_once] for k in range(0, len(group), at_once))
 
 
 @cli.polite
@@ -90,33 +151,34 @@ def main(argv=None):
     args = options().parse_args(argv)
     check(args)
     size = parse_size(args.size)
-    sd = model.load(args.model, args.device, args.dtype)
-    size = size or (sd.resolution, sd.resolution)
+    sd = model.load(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)
+    first, size = first_picture(args, sd, size)
     model.check_size(size, sd.vae.config.factor)
     samplers.levels(args.sampler, sd.schedule, args.steps)  # refuses what cannot be, before anything is written
     cfg = sd.cfg if args.cfg is None else args.cfg
-
-    tokens = []
-    for path, scale in map(parse_scale, args.lora):
-        tokens.append(lora.load(sd, path, scale)[1].get("hanokdiff_token"))
-    sd.text.word = args.token or next(filter(None, tokens), None)
     sd.text.literal_tokens = args.literal_tokens
+    sd.text.skip(args.clip_skip)
+    apply(sd, args)
     sd.text.warn_without_word(args.prompt)
 
     out = args.out or cli.free_folder(Path("runs") / "samples")
     out.mkdir(parents=True, exist_ok=True)
-    first = 1 + max((int(p.name[:5]) for p in out.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")), default=-1)
+    number = 1 + max((int(p.name[:5]) for p in out.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")), default=-1)
     jobs = [(prompt, args.seed + i) for prompt in args.prompt for i in range(args.n)]
-    at_once, drawn = args.batch_size or (32 if sd.name == "tiny" else 4), []
-    for k in range(0, len(jobs), at_once):
-        prompts, seeds = zip(*jobs[k : k + at_once], strict=True)
-        steps = sd.sample(list(prompts), list(seeds), args.negative, args.sampler, args.steps, cfg, size)
-        for latents in tqdm(steps, f"{len(drawn) + len(seeds)} of {len(jobs)}", args.steps, unit="step"):
+    how = dict(negative=args.negative, sampler=args.sampler, steps=args.steps, cfg=cfg, size=size)
+    if first:
+        how |= dict(first=sd.latents(first), strength=args.strength)
+    drawn = []
+    for part in batches(sd, jobs, args.batch_size or (32 if sd.resolution <= 64 else 4)):
+        prompts, seeds = map(list, zip(*part, strict=True))
+        total = samplers.taken(args.steps, args.strength) if first else args.steps
+        for latents in tqdm(sd.sample(prompts, seeds, **how), f"{len(drawn) + len(seeds)} of {len(jobs)}", total,
+                            unit="step"):  # fmt: skip
             pass
-        for (prompt, seed), picture in zip(jobs[k : k + at_once], sd.pictures(latents), strict=True):
+        for (prompt, seed), picture in zip(part, sd.pictures(latents), strict=True):
             info = PngImagePlugin.PngInfo()
             info.add_text("parameters", parameters(prompt, seed, size, args, cfg))
-            picture.save(out / f"{first + len(drawn):05d}-{seed}.png", pnginfo=info)
+            picture.save(out / f"{number + len(drawn):05d}-{seed}.png", pnginfo=info)
             drawn.append(picture)
     print(f"wrote {len(drawn)} pictures to {out}")
     if args.grid:

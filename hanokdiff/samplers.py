@@ -117,14 +117,32 @@ def levels(name: str, schedule: Schedule, steps: int) -> tuple[list[float], list
     return [*sigmas.tolist(), 0.0 if s.to_zero else float(table[0])], ts.tolist()
 
 
-def sample(name: str, denoise: Denoise, noise: Callable, schedule: Schedule, steps: int) -> Iterator[Tensor]:
+def taken(steps: int, strength: float) -> int:
+    """How many of `steps` an initial picture goes through, as diffusers counts: the last int(steps * strength)."""
+    if not 0 < strength <= 1 or int(steps * strength) < 1:
+        raise ValueError(f"strength is {strength:g}: of {steps} steps it must leave at least one, so give a number "
+                         f"from {math.ceil(1000 / steps) / 1000:g} to 1")  # fmt: skip
+    return int(steps * strength)
+
+
+def sample(
+    name: str, denoise: Denoise, noise: Callable, schedule: Schedule, steps: int, first: Tensor | None = None,
+    strength: float = 1.0,
+) -> Iterator[Tensor]:  # fmt: skip
     """Yield the latents (B, 4, h, w) after each of `steps` steps; the last are the result.
 
     `noise()` returns standard normal numbers (B, 4, h, w): first the start, then what an ancestral sampler adds.
+    `first` (B, 4, h, w) are the latents of pictures to begin with: they are noised as far as `strength` says, and only
+    the last steps are taken (SDEdit, Meng et al. 2021, arXiv:2108.01073).
     What is yielded is scaled as the network sees it (variance about 1 throughout)."""
     sigmas, ts = levels(name, schedule, steps)
     s = SAMPLERS[name]
-    exact = s.step is not dpmpp_2m and s.to_zero and (schedule.timestep_spacing or s.spacing) != "leading"
-    start = sigmas[0] if exact else math.sqrt(sigmas[0] ** 2 + 1)  # diffusers' init_noise_sigma
-    for x, sigma in zip(s.step(denoise, noise() * start, sigmas, ts, noise), sigmas[1:], strict=True):
+    if first is not None:
+        skipped = steps - taken(steps, strength)
+        sigmas, ts = sigmas[skipped:], ts[skipped:]
+        start = first + noise() * sigmas[0]
+    else:
+        exact = s.step is not dpmpp_2m and s.to_zero and (schedule.timestep_spacing or s.spacing) != "leading"
+        start = noise() * (sigmas[0] if exact else math.sqrt(sigmas[0] ** 2 + 1))  # diffusers' init_noise_sigma
+    for x, sigma in zip(s.step(denoise, start, sigmas, ts, noise), sigmas[1:], strict=True):
         yield x / math.sqrt(sigma**2 + 1)
