@@ -47,17 +47,16 @@ TEXT_SHAPE = dict(hidden_size=72, intermediate_size=288, num_hidden_layers=2, nu
 # ------------------------------------------------------------------------------------------------------- drawings
 
 
-def paint(job) -> np.ndarray:
-    seed, kinds = job
-    return np.asarray(world.draw(world.scene(seed, kinds)))
+def paint(scene: world.Scene) -> np.ndarray:
+    return np.asarray(world.draw(scene))
 
 
-def drawings(split: str, n: int, kinds) -> tuple[Tensor, list[world.Scene]]:
+def drawings(split: str, n: int, kinds, conditions=world.CONDITIONS) -> tuple[Tensor, list[world.Scene]]:
     """n scenes of a split and their pictures, (n, 3, 64, 64) uint8."""
-    seeds = [f"{split} {i}" for i in range(n)]
+    scenes = [world.scene(f"{split} {i}", kinds, conditions) for i in range(n)]
     with Pool() as pool:
-        pictures = np.stack(pool.map(paint, [(s, kinds) for s in seeds], chunksize=256))
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2), [world.scene(s, kinds) for s in seeds]
+        pictures = np.stack(pool.map(paint, scenes, chunksize=256))
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2), scenes
 
 
 def unit(pictures: Tensor, device) -> Tensor:
@@ -150,12 +149,13 @@ def widen(args) -> None:
     """Break the finished autoencoder's habits, without moving the latents of the drawings it was made for.
 
     Having seen curved roofs in green and gold on red pillars only, it painted a hanok's grey roof green and its brown
-    pillars red, whatever the UNet had learnt.  So it goes on with drawings in mixed colours and with uncaptioned hanok
-    (of other seeds than the photos): like Stable Diffusion's own, it has seen the world and knows no words.  On plain
-    drawings the latents are held where the UNet has learnt to expect them."""
+    pillars red, whatever the UNet had learnt.  So it goes on with drawings in mixed colours and with hanok
+    (of other seeds than the photos, and like those by day, by night and in snow only: none burns).  Like Stable
+    Diffusion's own, it has seen the world and knows no words.  On plain drawings the latents are held where the UNet
+    has learnt to expect them."""
     steps, batch = args.steps or 2_000, 6
     data, _ = drawings("base", args.images or 30_000, world.BASE_KINDS)
-    unknown, _ = drawings("widen", 6_000, ("hanok",))
+    unknown, _ = drawings("widen", 6_000, ("hanok",), world.PHOTO_CONDITIONS)
     held_out, scenes = drawings("test", 512, world.KINDS)
     hanok = held_out[[i for i, s in enumerate(scenes) if s.kind == "hanok"]]
     old = checkpoint.load_part(args.out / "sd", "vae", VAE, VAEConfig).float().to(args.device)
