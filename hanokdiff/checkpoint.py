@@ -231,7 +231,8 @@ def tokenizer_folder(name: str, cached: bool) -> Path | None:
 def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write a .safetensors file aside, sync it, then rename it: what was there stays whole until then."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        # the extremes are NaN if any value is; isfinite on all of them takes 30 times as long on a CPU
+        if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
             raise ValueError(f"{path} was not written: {name} has a value that is not finite; lower the learning rate")
     aside = path.with_name(path.name + ".part")
     save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, aside, metadata)

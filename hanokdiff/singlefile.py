@@ -4,7 +4,7 @@
     first_stage_model.*         the VAE
     cond_stage_model.*          the text encoder: `transformer.text_model.` in SD 1.x, `model.` (OpenCLIP) in SD 2.x
 
-`unet_places`, `vae_places` and TEXT say once where each of our modules (named as in diffusers) lies in such a file;
+`unet_places`, `vae_places` and `open_clip_places` say once where each of our modules (named as in diffusers) lies;
 reading and writing both go through `namer`.  A module that is not in the table has one name in both worlds.
 Such a file has no config: the sizes are read off the tensors' shapes, unless `write` left them in the metadata.
 
