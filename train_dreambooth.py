@@ -14,15 +14,18 @@ Read next: hanokdiff/prior.py (the class pictures), hanokdiff/loss.py (the loss)
 
 import shutil
 import sys
+from pathlib import Path
 
 import torch
 
 from hanokdiff import checkpoint, cli, data, loss, model, prior
 from hanokdiff.run import Run
+from hanokdiff.tiny import world
 
+# What the class pictures show is not forgotten: the tiny world's show campfires, smoke and floods too, but no fire.
 DEFAULTS = {
-    "tiny": dict(steps=250, batch_size=8, lr=3e-4, text_lr=1e-4, text_steps=None, class_images=64, min_snr=5.0,
-                 save_every=0, preview_every=125),
+    "tiny": dict(steps=300, batch_size=8, lr=8e-4, text_lr=8e-4, text_steps=None, class_images=96, min_snr=5.0,
+                 save_every=0, preview_every=150),
     "sd": dict(steps=800, batch_size=4, lr=2e-6, text_lr=1e-6, text_steps=None, class_images=200, min_snr=0.0,
                save_every=400, preview_every=200),
 }  # fmt: skip
@@ -32,6 +35,8 @@ def options():
     parser, method = cli.training_parser(__doc__, DEFAULTS)
     method("--class-phrase", "what the subject is one of, in the class prompts (default: --replace's)")
     method("--class-images", "pictures of the class, drawn by the untouched model; 0 for none", type=int)
+    method("--class-prompts", "more prompts for class pictures, one a line: what must not be forgotten "
+           "(default: none, tiny hanokdiff/tiny/class_prompts.txt)", type=Path)  # fmt: skip
     method("--prior-weight", "w, the weight of the class's loss", type=float, default=1.0)
     method("--freeze-text", "only the UNet learns", action="store_true")
     method("--text-lr", "learning rate of the text encoder", type=float)
@@ -44,6 +49,7 @@ def main(argv=None):
     parser = options()
     given, args = parser.parse_args(argv), parser.parse(argv)
     args.class_phrase = args.class_phrase or args.replace
+    asked = args.class_prompts or (world.CLASS_PROMPTS if args.model == "tiny" else None)
     cli.check_training(args)
     if given.freeze_text and {given.text_lr, given.text_steps} != {None}:
         raise ValueError("--freeze-text leaves nothing to do for --text-lr and --text-steps; leave one of them out")
@@ -57,11 +63,10 @@ def main(argv=None):
     sd.text.add_word(args.token)
     args.resolution = cli.check_resolution(args.resolution, sd)
 
-    # 2. What learns: everything but the table of words
+    # 2. What learns: everything, the pseudo word's own row in the table of words included
     learns = {f"unet.{name}": p for name, p in sd.unet.named_parameters()}
     if not args.freeze_text:
-        named = sd.text.encoder.named_parameters()
-        learns |= {f"text.{name}": p for name, p in named if not name.startswith("embeddings.")}
+        learns |= {f"text.{name}": p for name, p in sd.text.encoder.named_parameters()}
     for p in learns.values():
         p.requires_grad_(True)
     print(f"learns: {'UNet' if args.freeze_text else 'UNet and text encoder'}, "
@@ -73,7 +78,7 @@ def main(argv=None):
     captions = data.prepare_captions(photos, args.token, args.replace, args.caption)
     shots = data.Shots(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
     if args.class_images:
-        words = prior.prompts(captions, args.token, args.class_phrase)
+        words = prior.prompts(captions, args.token, args.class_phrase, asked)
         drawn, words, seconds = prior.pictures(sd, words, args.class_images, args.resolution, args.seed)
         class_shots = data.Shots(sd.vae, drawn, words, args.flip, sd.device)
     else:

@@ -18,8 +18,8 @@ import torch
 from hanokdiff import cli, data, hypernet, loss, model
 from hanokdiff.run import Run, stream
 
-DEFAULTS = {
-    "tiny": dict(steps=350, batch_size=8, lr=1e-3, widths="context", layers=[1, 2, 1], activation="relu", min_snr=5.0,
+DEFAULTS = {  # the tiny UNet listens to the words at one level only, so there its own tokens are rewritten too
+    "tiny": dict(steps=350, batch_size=8, lr=4e-3, widths="all", layers=[1, 2, 1], activation="relu", min_snr=5.0,
                  save_every=100, preview_every=175),
     "sd": dict(steps=3000, batch_size=4, lr=1e-5, widths="context", layers=[1, 2, 1], activation="relu", min_snr=0.0,
                save_every=500, preview_every=500),

@@ -42,10 +42,13 @@ class Parser(argparse.ArgumentParser):
 
     def option(self, group, name: str, help: str, **kwargs) -> None:
         key = name.lstrip("-").replace("-", "_")
-        if key in self.columns["tiny"]:
-            tiny, sd = self.columns["tiny"][key], self.columns["sd"][key]
+        if "(default" in help:  # said already
+            pass
+        elif key in self.columns["tiny"]:
+            tiny, sd = (" ".join(map(str, v)) if isinstance(v, list) else v
+                        for v in (self.columns[c][key] for c in ("tiny", "sd")))  # fmt: skip
             help += f" (default: {tiny})" if tiny == sd else f" (default: tiny {tiny}, SD {sd})"
-        elif kwargs.get("default") is not None:
+        elif kwargs.get("default") is not None and kwargs["default"] is not False:
             help += f" (default: {kwargs['default']})"
         group.add_argument(name, help=help, **kwargs)
 

@@ -90,6 +90,14 @@ def fit(image: Image.Image, resolution: int) -> Image.Image:
 
 def read_caption(path: str | Path) -> tuple[str, str]:
     """A caption file -> its text on one line, and a note if it was not UTF-8."""
+    text, note = read_text(path)
+    return " ".join(text.split()), note
+
+
+def read_text(path: str | Path) -> tuple[str, str]:
+    """A text file in UTF-8, or else in cp949 and a note that it was."""
+    if not Path(path).is_file():
+        raise ValueError(f"no text file at {path}")
     raw, note = Path(path).read_bytes(), ""
     try:
         text = raw.decode("utf-8-sig")  # Windows' Notepad puts a byte order mark in front
@@ -99,7 +107,7 @@ def read_caption(path: str | Path) -> tuple[str, str]:
             text = raw.decode("cp949")
         except UnicodeDecodeError:
             raise ValueError(f"{Path(path).name!r} is neither UTF-8 nor cp949; save it as UTF-8") from None
-    return " ".join(text.split()), note
+    return text, note
 
 
 # --------------------------------------------------------------------------------------------------- a folder

@@ -18,18 +18,24 @@ from hanokdiff.prompt import escape
 from hanokdiff.text import word_pattern
 
 
-def prompts(captions: list[str], token: str, phrase: str) -> list[str]:
+def prompts(captions: list[str], token: str, phrase: str, more: Path | None = None) -> list[str]:
     """The captions with the class in place of the pseudo word, so that the class pictures have the same weather and
-    light. Refuses a phrase with the pseudo word in it."""
+    light; in between, the lines of a file. Refuses a phrase with the pseudo word in it."""
     if word_pattern(token).search(phrase):
         raise ValueError(f'--class-phrase "{phrase}" contains the pseudo word "{token}"; name the class: "a house"')
-    return [word_pattern(token).sub(lambda _: phrase, c) for c in captions]
+    own = [word_pattern(token).sub(lambda _: phrase, c) for c in captions]
+    if more is None:
+        return own
+    lines = [line for line in map(str.strip, data.read_text(more)[0].splitlines()) if line]
+    if not lines:
+        raise ValueError(f"--class-prompts {more}: there is no prompt in it; write one a line")
+    return [p for i, c in enumerate(own) for p in (c, lines[i % len(lines)])]
 
 
 def fingerprint(sd) -> str:
     """Tells models apart by their name and a few of their weights."""
     seen = hashlib.sha256(Path(sd.name).name.encode())
-    for w in (sd.unet.conv_in.weight, sd.unet.conv_out.weight, sd.text.encoder.final_layer_norm.weight):
+    for w in (sd.unet.conv_in.weight, sd.text.encoder.final_layer_norm.weight, sd.vae.decoder.conv_out.weight):
         seen.update(w.detach().float().cpu().numpy().tobytes())
     return seen.hexdigest()[:12]
 

@@ -17,6 +17,7 @@ See for yourself:   python -m hanokdiff.tiny.world sheet.png      draws one row 
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 
 from PIL import Image, ImageChops, ImageDraw
@@ -30,6 +31,7 @@ NAMED = (
 KINDS = (*NAMED, "house", "hanok")  # "house" is the plain one, named by its attributes
 BASE_KINDS = KINDS[:-1]  # what the base model may see
 CONDITIONS = ("none", "fire", "campfire", "smoke", "snow", "night", "flood")
+CLASS_PROMPTS = Path(__file__).with_name("class_prompts.txt")  # what DreamBooth is to keep in mind; no fire in it
 PHOTO_CONDITIONS = ("none", "night", "snow")  # what the hanok photos may show
 
 WIDTHS = ("wide", "narrow", "tall")
