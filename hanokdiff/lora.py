@@ -128,6 +128,27 @@ def remove(sd, loras: dict[str, LoRA]) -> None:
         current.base = lora.base
 
 
+@torch.no_grad()
+def merge(sd, loras: dict[str, LoRA]) -> dict[str, Tensor]:
+    """Add these LoRAs to the weights themselves, in fp32, and take them out: sampling costs what it did without them.
+    Returns the weights as they were, for `unmerge`: subtracting would not give them back to the bit."""
+    before = {}
+    for name, lora in loras.items():
+        layer = innermost(lora)
+        before[name] = layer.weight
+        layer.weight = nn.Parameter((layer.weight.float() + lora.delta()).to(layer.weight.dtype), requires_grad=False)
+    remove(sd, loras)
+    return before
+
+
+def unmerge(sd, before: dict[str, Tensor]) -> None:
+    """Put the weights back that `merge` gave; the model is what it was, to the bit."""
+    places = layers(sd)
+    for name, weight in before.items():
+        network, path = places[name]
+        innermost(network.get_submodule(path)).weight = weight
+
+
 # ------------------------------------------------------------------------------------------------------- the file
 
 

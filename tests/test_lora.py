@@ -1,7 +1,6 @@
 """LoRA against peft and diffusers, in both directions, and what one must be able to rely on: step 0, taking it out,
 merging, refusing. Effects are asserted to be large first, so that no comparison is of nothing with nothing."""
 
-import contextlib
 import copy
 import hashlib
 import io
@@ -217,38 +216,26 @@ def test_either_shape_of_a_1x1_convolution(sd, tmp_path):
 # ---------------------------------------------------------------------------------------- merging, stacking, removing
 
 
-@contextlib.contextmanager
-def merged(*stacks):
-    """The deltas of LoRAs added to the base's own weights, for a while."""
-    kept = []
-    try:
-        for loras in stacks:
-            for m in loras.values():
-                base = lora.innermost(m)
-                kept.append((base, base.weight))
-                base.weight = torch.nn.Parameter(base.weight + m.delta(), requires_grad=False)
-        yield
-    finally:
-        for base, weight in reversed(kept):
-            base.weight = weight
-
-
 def test_merging_equals_applying_and_two_add_up(sd):
-    before = outputs(sd)
+    before, tensors = outputs(sd), {k: t.clone() for k, t in sd.unet.state_dict().items()}
     first = lora.insert(sd, 4, 2.0, "attention+ff+conv", 4)
     second = lora.insert(sd, 3, 3.0, "attention+ff", seed=1)
     trained(first), trained(second, seed=1)
     for m in second.values():
         m.strength = -0.5
     applied = outputs(sd)
-    lora.remove(sd, first), lora.remove(sd, second)
-    with merged(first, second):
-        both = outputs(sd)
-    with merged(first):
-        one = outputs(sd)
-    assert difference(both[0], one[0]) > 1e-2 and difference(one[0], before[0]) > 1e-2
+    once = lora.merge(sd, first)
+    assert difference(outputs(sd)[0], applied[0]) <= 1e-5  # one merged, one applied
+    twice = lora.merge(sd, second)
+    both = outputs(sd)
+    assert not any(isinstance(m, lora.LoRA) for m in sd.unet.modules())
     assert difference(applied[0], both[0]) <= 1e-5 and difference(applied[1], both[1]) <= 1e-5
+    lora.unmerge(sd, twice)
+    one = outputs(sd)
+    assert difference(both[0], one[0]) > 1e-2 and difference(one[0], before[0]) > 1e-2
+    lora.unmerge(sd, once)
     assert equal(outputs(sd), before)
+    assert all(torch.equal(t, tensors[k]) for k, t in sd.unet.state_dict().items())
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
