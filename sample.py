@@ -11,7 +11,6 @@ Read next: hanokdiff/samplers.py (the step), hanokdiff/model.py (guidance), hano
 """
 
 import argparse
-import itertools
 import math
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from PIL import ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 from hanokdiff import cli, data, hypernet, inversion, lora, model, samplers
+from hanokdiff.text import same
 
 
 def options():
@@ -107,12 +107,12 @@ def apply(sd, args) -> None:
         words.append(hypernet.word(hypernet.load(sd, path, scale)[1]))
     for word in [args.token] if args.token else sorted(filter(None, set(words))):
         sd.text.add_word(word)
-    embedded = []
+    embedded = set()
     for path, word in map(parse_word, args.embedding):
         word = inversion.load(sd, path, word)[0]
-        if word in embedded:
+        if same(word) in embedded:
             raise ValueError(f'two embeddings for "{word}"; give one another word: --embedding {path}:WORD')
-        embedded.append(word)
+        embedded.add(same(word))
 
 
 def first_picture(args, sd, size):
@@ -132,18 +132,12 @@ def parameters(prompt: str, seed: int, size: tuple[int, int], args, cfg: float) 
     negative = f"\nNegative prompt: {args.negative}" if args.negative else ""
     more = f", Clip skip: {args.clip_skip}" if args.clip_skip > 1 else ""
     more += f", Denoising strength: {args.strength:g}, Init image: {args.init_image.name}" if args.init_image else ""
-    more += "".join(f", Embedding: {path.name}" for path, _ in map(parse_word, args.embedding))
+    embeddings = ((path.name, f":{word}" if word else "") for path, word in map(parse_word, args.embedding))
+    more += "".join(f", Embedding: {name}{word}" for name, word in embeddings)
     more += "".join(f", LoRA: {path.name}:{scale:g}" for path, scale in map(parse_scale, args.lora))
     more += "".join(f", Hypernet: {path.name}:{scale:g}" for path, scale in map(parse_scale, args.hypernet))
     return (f"{prompt}{negative}\nSteps: {args.steps}, Sampler: {args.sampler}, CFG scale: {cfg:g}, Seed: {seed}, "
             f"Size: {size[0]}x{size[1]}, Model: {args.model}{more}")  # fmt: skip
-
-
-def batches(sd, jobs: list[tuple[str, int]], at_once: int):
-    """Jobs (prompt, seed) in batches whose prompts have the same length, so that none changes another's picture."""
-    for _, group in itertools.groupby(jobs, lambda job: len(sd.text.chunks(job[0]))):
-        group = list(group)
-        yield from (group[k : k + at_once] for k in range(0, len(group), at_once))
 
 
 @cli.polite
@@ -168,21 +162,21 @@ def main(argv=None):
     how = dict(negative=args.negative, sampler=args.sampler, steps=args.steps, cfg=cfg, size=size)
     if first:
         how |= dict(first=sd.latents(first), strength=args.strength)
-    drawn = []
-    for part in batches(sd, jobs, args.batch_size or (32 if sd.resolution <= 64 else 4)):
-        prompts, seeds = map(list, zip(*part, strict=True))
-        total = samplers.taken(args.steps, args.strength) if first else args.steps
-        for latents in tqdm(sd.sample(prompts, seeds, **how), f"{len(drawn) + len(seeds)} of {len(jobs)}", total,
+    total, drawn = samplers.taken(args.steps, args.strength) if first else args.steps, {}
+    for part in sd.batches([prompt for prompt, _ in jobs], args.batch_size or (32 if sd.resolution <= 64 else 4)):
+        prompts, seeds = map(list, zip(*(jobs[i] for i in part), strict=True))
+        for latents in tqdm(sd.sample(prompts, seeds, **how), f"{len(drawn) + len(part)} of {len(jobs)}", total,
                             unit="step"):  # fmt: skip
             pass
-        for (prompt, seed), picture in zip(part, sd.pictures(latents), strict=True):
+        for i, picture in zip(part, sd.pictures(latents), strict=True):
+            prompt, seed = jobs[i]
             info = PngImagePlugin.PngInfo()
             info.add_text("parameters", parameters(prompt, seed, size, args, cfg))
-            picture.save(out / f"{number + len(drawn):05d}-{seed}.png", pnginfo=info)
-            drawn.append(picture)
+            picture.save(out / f"{number + i:05d}-{seed}.png", pnginfo=info)
+            drawn[i] = picture
     print(f"wrote {len(drawn)} pictures to {out}")
     if args.grid:
-        model.grid(drawn, args.n, zoom=max(1, 128 // size[0])).save(out / "grid.png")
+        model.grid([drawn[i] for i in range(len(jobs))], args.n, zoom=max(1, 128 // size[0])).save(out / "grid.png")
         print(f"one row per prompt: {out / 'grid.png'}")
 
 

@@ -6,7 +6,8 @@
     python train_ti.py                                            the embedded hanok, half a minute on a laptop
     python train_ti.py --model MODEL --data PHOTOS --init house   your photos on a real checkpoint
 
-Writes runs/ti/embedding.safetensors (diffusers reads it; python -m hanokdiff.convert makes the WebUI's .pt of it).
+Writes runs/ti/embedding.safetensors (for diffusers, which wants another word than "*": load_textual_inversion(FILE,
+token="<hanok>"); python -m hanokdiff.convert makes the WebUI's .pt of it), log.jsonl, previews/.
 Then:  python sample.py "*, fire" "* in the fire" --embedding runs/ti/embedding.safetensors
 Read next: hanokdiff/inversion.py (the rows beyond the vocabulary), hanokdiff/text.py (how a prompt finds them).
 """

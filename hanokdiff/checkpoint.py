@@ -77,18 +77,25 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_pickle(path: Path) -> dict:
-    """What torch.save wrote, tensors mapped where the container allows it. Code in it is refused, never run."""
+    """A table that torch.save wrote, tensors mapped where the container allows it."""
+    content = read_pt(path, "model")
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a table of tensors; it is no model")
+    return content
+
+
+def read_pt(path: Path, what: str):
+    """The content of any file that torch.save wrote. Code in it is refused, never run."""
+    if not Path(path).is_file():
+        raise ValueError(f"no {what} file at {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as e:  # a damaged pickle can fail in any way
         calls = re.search(r"GLOBAL (\S+)", str(e)) if isinstance(e, UnpicklingError) else None
         if calls is None:
             raise damaged(path, e) from None
         raise ValueError(f"{path} needs more than tensors ({calls[1]}); that could be any code, so it was not run: "
-                         "get the .safetensors of this model, or convert it where you trust it") from None  # fmt: skip
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a table of tensors; it is no model")
-    return content
+                         f"get this {what} as .safetensors, or convert it where you trust it") from None  # fmt: skip
 
 
 def damaged(path: Path, e: Exception) -> ValueError:
@@ -247,21 +254,6 @@ def write_pt(content: dict, path: Path) -> None:
     aside = path.with_name(path.name + ".part")
     torch.save(content, aside, _use_new_zipfile_serialization=False)
     sync_rename(aside, path)
-
-
-def read_pt(path: Path, what: str):
-    """The content of a .pt or .bin file, read without running what a pickle may contain."""
-    if not Path(path).is_file():
-        raise ValueError(f"no {what} file at {path}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as e:
-        reason = next((line.strip() for line in str(e).split("\n") if "GLOBAL" in line or "nsupported" in line), "")
-        raise ValueError(f"{path} holds more than tensors and numbers, and was not opened: it could run code "
-                         f"({reason or 'a pickle that torch refuses'}); get it as .safetensors") from None  # fmt: skip
-    except Exception as e:  # torch has an exception for each kind of damage
-        reason = str(e).split("\n")[0] or type(e).__name__
-        raise ValueError(f"{path} is not a readable {what} file ({reason}); damaged, or of another kind") from None
 
 
 def sync_rename(aside: Path, path: Path) -> None:

@@ -121,8 +121,9 @@ class StableDiffusion:
             return torch.stack([torch.randn(shape, generator=g) for g in streams]).to(self.device)
 
         with torch.inference_mode():
-            both = self.text.prompts([*prompts, negative])                              # (B + 1, 77 k, D)
-            context, away = both[:-1], both[-1:].expand(len(prompts), -1, -1) if cfg != 1 else None
+            both = self.text.prompts([*prompts, negative] if cfg != 1 else prompts)     # (B or B + 1, 77 k, D)
+            context = both[: len(prompts)]
+            away = both[-1:].expand_as(context) if cfg != 1 else None
             denoise = self.denoiser(context, away, cfg)
             walk = samplers.sample(sampler, denoise, noise, self.schedule, steps, first, strength)
         while True:  # inference mode for our steps, not for the caller's code between them
@@ -134,12 +135,19 @@ class StableDiffusion:
 
     def draw(self, prompts: list[str], seeds: list[int], batch_size: int = 32, **options) -> list[Image.Image]:
         """One finished picture per prompt and seed; `options` are those of `sample`."""
-        out = []
-        for k in range(0, len(prompts), batch_size):
-            for x in self.sample(prompts[k : k + batch_size], seeds[k : k + batch_size], **options):
+        out = {}
+        for part in self.batches(prompts, batch_size):
+            for x in self.sample([prompts[i] for i in part], [seeds[i] for i in part], **options):
                 pass
-            out += self.pictures(x)
-        return out
+            out |= zip(part, self.pictures(x), strict=True)
+        return [out[i] for i in range(len(prompts))]
+
+    def batches(self, prompts: list[str], size: int) -> Iterator[list[int]]:
+        """Places of prompts in batches of one length in chunks: filled up, a prompt would draw another picture."""
+        lengths = [len(self.text.chunks(p)) for p in prompts]
+        for length in sorted(set(lengths)):
+            places = [i for i, n in enumerate(lengths) if n == length]
+            yield from (places[k : k + size] for k in range(0, len(places), size))
 
     def preview(self, word: str) -> Image.Image:
         """What training shows along the way: the word, and whether it still goes with others."""

@@ -133,7 +133,8 @@ def load():
 
     def open_(made):
         if made.folder not in opened:
-            opened[made.folder] = model.load(str(made.folder), device="cpu", say=None)
+            with torch.inference_mode(False):  # whoever asks first: later ones want gradients
+                opened[made.folder] = model.load(str(made.folder), device="cpu", say=None)
         return opened[made.folder]
 
     return open_

@@ -7,7 +7,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import PAIRS, difference
+from conftest import PAIRS, SCHEDULE, difference
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hanokdiff import checkpoint, model
@@ -96,9 +97,42 @@ def test_sample_yields_every_step_outside_inference_mode(sd1, load):
     assert sizes == [(2, 4, 12, 5)]
 
 
-def test_grid():
-    from PIL import Image
+@torch.inference_mode()
+def test_latents_of_a_picture_equal_diffusers(reference, load):
+    from diffusers.image_processor import VaeImageProcessor
 
+    colours = np.random.default_rng(0).integers(0, 256, (5, 4, 3), dtype=np.uint8)
+    photo = Image.fromarray(colours).resize((72, 64), Image.Resampling.BICUBIC)
+    x = VaeImageProcessor(vae_scale_factor=8).preprocess(photo)
+    theirs = reference.pipeline.vae.encode(x).latent_dist.mode() * 0.18215
+    ours = load(reference).latents(photo)
+    assert ours.dtype == torch.float32 and difference(ours, theirs) <= 1e-5
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.75, 1.0])
+def test_picture_from_a_picture_equals_diffusers(sd1, load, strength):
+    """The whole pipeline, from the same latents: each picture with its own noise."""
+    import diffusers
+
+    parts = {k: v for k, v in sd1.pipeline.components.items() if k != "image_encoder"}
+    pipeline = diffusers.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    kind, own = PAIRS["euler_a"]
+    spacing = load(sd1).schedule.timestep_spacing
+    pipeline.scheduler = getattr(diffusers, kind).from_config({**SCHEDULE, **own, "timestep_spacing": spacing})
+    first = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(9))
+    theirs = pipeline(
+        PROMPTS, image=first.repeat(2, 1, 1, 1), negative_prompt=["fire"] * 2, guidance_scale=3.0, output_type="latent",
+        num_inference_steps=8, strength=strength, generator=[torch.Generator().manual_seed(s) for s in SEEDS],
+    ).images  # fmt: skip
+    options = dict(negative="fire", sampler="euler_a", steps=8, cfg=3.0, size=(64, 64))
+    *_, ours = load(sd1).sample(PROMPTS, SEEDS, **options, first=first, strength=strength)
+    *_, other = load(sd1).sample(PROMPTS, SEEDS, **options, first=-first, strength=strength)
+    assert difference(ours, theirs) <= 1e-4
+    assert (other - ours).abs().max() > 1e-2
+
+
+def test_grid():
     pictures = [Image.new("RGB", (4, 3), c) for c in ("red", "lime", "blue")]
     sheet = np.asarray(model.grid(pictures, 2, zoom=2, gap=2))
     assert sheet.shape == (14, 18, 3)
@@ -273,7 +307,7 @@ def test_not_a_model(tmp_path):
     refused(tmp_path / "nothing", tmp_path / "nothing")
     refused(tmp_path, tmp_path / "model_index.json")
     (tmp_path / "a.safetensors").write_bytes(b"")
-    refused(tmp_path / "a.safetensors", "is a file")
+    refused(tmp_path / "a.safetensors", "damaged or incomplete")
     refused("nobody/no-such-model", "nobody/no-such-model")  # offline: HF_HUB_OFFLINE in conftest.py
 
 

@@ -8,7 +8,7 @@ import torch
 from conftest import PAIRS, SCHEDULE, difference
 
 from hanokdiff.model import StableDiffusion
-from hanokdiff.samplers import SAMPLERS, levels, sample
+from hanokdiff.samplers import SAMPLERS, levels, sample, taken
 from hanokdiff.schedule import Schedule
 
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -122,34 +122,45 @@ def network(x, t, context=None):
     return torch.tanh(1.3 * x + 0.5 * x.roll(1, -1) * torch.cos(phase)) * (0.6 + 0.3 * torch.sin(phase)) + 0.1
 
 
+def picture():
+    """Smooth latents of two pictures to begin with."""
+    x = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(3))
+    return torch.nn.functional.interpolate(x, (8, 8), mode="bilinear")
+
+
 def streams():
     return [torch.Generator().manual_seed(s) for s in (11, 12)]
 
 
-def theirs_final(s, steps: int, net=network, context=None):
+def theirs_final(s, steps: int, net=network, context=None, first=None, strength: float = 1.0):
+    """The latents at the end; from `first` on as their img2img pipeline does it."""
     generators = streams()
 
     def noise():
         return torch.stack([torch.randn(4, 8, 8, generator=g) for g in generators])
 
     s.set_timesteps(steps)
-    x = noise() * s.init_noise_sigma
-    for t in s.timesteps:
+    begin = 0 if first is None else steps - int(steps * strength)
+    if hasattr(s, "set_begin_index"):
+        s.set_begin_index(begin)
+    start = s.timesteps[begin : begin + 1].repeat(2)
+    x = noise() * s.init_noise_sigma if first is None else s.add_noise(first, noise(), start)
+    for t in s.timesteps[begin:]:
         out = net(s.scale_model_input(x, t), t.expand(2), context)
         more = {"generator": generators} if "Ancestral" in type(s).__name__ else {}
         x = s.step(out, t, x, **more).prev_sample
     return x
 
 
-def ours_final(name: str, schedule: Schedule, steps: int, net=network, context=None):
+def ours_final(name: str, schedule: Schedule, steps: int, net=network, context=None, first=None, strength=1.0):
     generators = streams()
     sd = StableDiffusion(net, None, None, schedule, torch.device("cpu"), torch.float32)
 
     def noise():
         return torch.stack([torch.randn(4, 8, 8, generator=g) for g in generators])
 
-    seen = list(sample(name, sd.denoiser(context, None, 1), noise, schedule, steps))
-    assert len(seen) == steps
+    seen = list(sample(name, sd.denoiser(context, None, 1), noise, schedule, steps, first, strength))
+    assert len(seen) == (steps if first is None else taken(steps, strength))
     return seen[-1]
 
 
@@ -191,15 +202,18 @@ def test_final_latent_with_the_unet(sd1, load, name):
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("steps", [10, 20, 30])
-def test_euler_a_karras_is_k_diffusions(prediction, steps):
-    """diffusers has no Karras spacing for it: the textbook formula, written out."""
+@pytest.mark.parametrize("strength", [None, 0.3, 0.75])
+def test_euler_a_karras_is_k_diffusions(prediction, steps, strength):
+    """diffusers has no Karras spacing for it: the textbook formula, written out; with a picture to begin with, too."""
     a = Schedule().alpha_bar.double()
     table = ((1 - a) / a).sqrt()
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     sigmas = (table[-1] ** (1 / 7) + ramp * (table[0] ** (1 / 7) - table[-1] ** (1 / 7))) ** 7
     sigmas = [*sigmas.tolist(), 0.0]
-    generators = streams()
+    generators, first = streams(), picture() if strength else None
+    sigmas = sigmas[steps - int(steps * strength) :] if strength else sigmas
     x = torch.stack([torch.randn(4, 8, 8, generator=g) for g in generators]).double() * sigmas[0]
+    x = x + first if strength else x
     for sigma, after in zip(sigmas, sigmas[1:], strict=False):
         t = np.interp(math.log(sigma), table.log().numpy(), np.arange(1000))
         scale = math.sqrt(sigma**2 + 1)
@@ -209,7 +223,8 @@ def test_euler_a_karras_is_k_diffusions(prediction, steps):
         x = x + (x - clean) / sigma * (math.sqrt(after**2 - up**2) - sigma)
         if after > 0:
             x = x + up * torch.stack([torch.randn(4, 8, 8, generator=g) for g in generators])
-    ours = ours_final("euler_a_karras", Schedule(prediction_type=prediction), steps)
+    schedule = Schedule(prediction_type=prediction)
+    ours = ours_final("euler_a_karras", schedule, steps, first=first, strength=strength or 1.0)
     assert difference(ours, x.float()) <= 1e-4
 
 
@@ -229,3 +244,64 @@ def test_arrives_where_the_network_points(name, steps):
     clean = torch.randn(2, 4, 8, 8, generator=g)
     *_, x = sample(name, lambda *_: clean, lambda: torch.randn(2, 4, 8, 8, generator=g), Schedule(), steps)
     assert (x - clean).abs().max() < (0.2 if name == "ddim" else 1e-4)
+
+
+# ------------------------------------------------------------------------------- from a picture instead of noise
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.75, 1.0])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("name", PAIRS)
+def test_from_a_picture_equals_diffusers(name, prediction, strength):
+    """Noised to where the last int(steps * strength) steps begin, at whole and at broken numbers of steps."""
+    for steps in (4, 10, 23):
+        schedule = Schedule(prediction_type=prediction)
+        ours = ours_final(name, schedule, steps, first=picture(), strength=strength)
+        theirs = scheduler(name, prediction_type=prediction)
+        assert difference(ours, theirs_final(theirs, steps, first=picture(), strength=strength)) <= 1e-4, steps
+
+
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_from_a_picture_at_other_spacings(name, spacing):
+    if comparable(name, spacing, 10):
+        ours = ours_final(name, Schedule(timestep_spacing=spacing), 10, first=picture(), strength=0.6)
+        theirs = theirs_final(scheduler(name, timestep_spacing=spacing), 10, first=picture(), strength=0.6)
+        assert difference(ours, theirs) <= 1e-4
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_strength_is_how_far_from_the_picture(name):
+    """One that always paints its own: a picture ends there whatever the strength; one that paints what it sees: the
+    less strength, the nearer."""
+    first, g = picture(), torch.Generator().manual_seed(1)
+    *_, x = sample(name, lambda *_: -first, lambda: torch.randn(first.shape, generator=g), Schedule(), 20, first, 0.5)
+    assert (x + first).abs().max() < (0.2 if name == "ddim" else 1e-4)
+    moved = [(ours_final(name, Schedule(), 20, first=first, strength=s) - first).abs().mean() for s in (0.1, 0.5, 1.0)]
+    assert moved[0] < moved[1] < moved[2] and moved[0] < 0.5 * moved[2], moved
+    once = [ours_final(name, Schedule(), 20, first=f, strength=1.0) for f in (first, first[:1])]  # one for all
+    assert once[1].shape == once[0].shape and torch.equal(once[0][0], once[1][0])
+
+
+@pytest.mark.parametrize("steps, strength, n", [
+    (20, 0.75, 15), (20, 1.0, 20), (10, 0.3, 3), (10, 0.39, 3), (7, 0.5, 3), (1, 1.0, 1), (1000, 0.001, 1),
+])  # fmt: skip
+def test_steps_taken(steps, strength, n):
+    assert taken(steps, strength) == n
+
+
+@pytest.mark.parametrize("steps, strength", [
+    (20, 0.0), (20, -0.5), (20, 1.01), (20, math.nan), (20, math.inf), (20, 0.049), (1, 0.99), (30, 0.03),
+])  # fmt: skip
+def test_strength_out_of_range(steps, strength):
+    with pytest.raises(ValueError, match=f"strength is {strength:g}: of {steps} steps it must leave at least one"):
+        taken(steps, strength)
+    with pytest.raises(ValueError, match="strength is"):
+        next(sample("ddim", lambda x, *_: x, lambda: picture(), Schedule(), steps, picture(), strength))
+
+
+def test_the_strength_that_is_advised_is_accepted():
+    for steps in range(1, 1001):
+        with pytest.raises(ValueError) as caught:
+            taken(steps, 0)
+        assert taken(steps, float(str(caught.value).split()[-3])) >= 1, steps
