@@ -12,22 +12,23 @@ Then:  python sample.py "*, fire" "* in the fire" --model runs/dreambooth/model
 Read next: hanokdiff/prior.py (the class pictures), hanokdiff/loss.py (the loss), hanokdiff/run.py (the chores).
 """
 
+import contextlib
 import shutil
 import sys
 from pathlib import Path
 
 import torch
 
-from hanokdiff import checkpoint, cli, data, loss, model, prior
+from hanokdiff import checkpoint, cli, data, inversion, loss, model, prior
 from hanokdiff.run import Run
 from hanokdiff.tiny import world
 
 # What the class pictures show is not forgotten: the tiny world's show campfires, smoke and floods too, but no fire.
 DEFAULTS = {
-    "tiny": dict(steps=420, batch_size=8, lr=8e-4, text_lr=8e-4, text_steps=None, class_images=96, min_snr=5.0,
-                 save_every=0, preview_every=210),
-    "sd": dict(steps=800, batch_size=4, lr=2e-6, text_lr=1e-6, text_steps=None, class_images=200, min_snr=0.0,
-               save_every=400, preview_every=200),
+    "tiny": dict(steps=420, batch_size=8, lr=8e-4, text_lr=8e-4, word_lr=8e-3, text_steps=None, class_images=96,
+                 min_snr=5.0, save_every=0, preview_every=210),
+    "sd": dict(steps=800, batch_size=4, lr=2e-6, text_lr=1e-6, word_lr=1e-4, text_steps=None, class_images=200,
+               min_snr=0.0, save_every=400, preview_every=200),
 }  # fmt: skip
 
 
@@ -40,6 +41,8 @@ def options():
     method("--prior-weight", "w, the weight of the class's loss", type=float, default=1.0)
     method("--freeze-text", "only the UNet learns", action="store_true")
     method("--text-lr", "learning rate of the text encoder", type=float)
+    method("--word-lr", "learning rate of the pseudo word's own rows in the table of words; no other row moves",
+           type=float)  # fmt: skip
     method("--text-steps", "steps after which the text encoder stands still (default: never)", type=int)
     return parser
 
@@ -51,8 +54,10 @@ def main(argv=None):
     args.class_phrase = args.class_phrase or args.replace
     asked = args.class_prompts or (world.CLASS_PROMPTS if args.model == "tiny" else None)
     cli.check_training(args)
-    if given.freeze_text and {given.text_lr, given.text_steps} != {None}:
-        raise ValueError("--freeze-text leaves nothing to do for --text-lr and --text-steps; leave one of them out")
+    if given.freeze_text and {given.text_lr, given.word_lr, given.text_steps} != {None}:
+        raise ValueError("--freeze-text leaves nothing to do for --text-lr, --word-lr and --text-steps; leave them out")
+    if args.class_prompts and not args.class_images:
+        raise ValueError("--class-prompts are for class pictures, but --class-images is 0; leave one of them out")
     if args.class_images and not args.class_phrase.strip():
         raise ValueError('--class-phrase is empty; name what the subject is one of, such as "a house"')
     out = args.resume or cli.new_folder(args.out, "dreambooth", "model")
@@ -63,10 +68,13 @@ def main(argv=None):
     sd.text.add_word(args.token)
     args.resolution = cli.check_resolution(args.resolution, sd)
 
-    # 2. What learns: everything, the pseudo word's own row in the table of words included
-    learns = {f"unet.{name}": p for name, p in sd.unet.named_parameters()}
+    # 2. What learns: everything, and of the table of words the pseudo word's own rows
+    learns, rates = {f"unet.{name}": p for name, p in sd.unet.named_parameters()}, {"unet": args.lr}
     if not args.freeze_text:
-        learns |= {f"text.{name}": p for name, p in sd.text.encoder.named_parameters()}
+        learns |= {f"text.{n}": p for n, p in sd.text.encoder.named_parameters() if "token_embedding" not in n}
+        ids = sd.text.words[args.token]
+        rows = inversion.insert(sd, args.token, inversion.table(sd)[ids])
+        learns, rates = learns | {"word": rows.rows}, rates | {"text": args.text_lr, "word": args.word_lr}
     for p in learns.values():
         p.requires_grad_(True)
     print(f"learns: {'UNet' if args.freeze_text else 'UNet and text encoder'}, "
@@ -78,6 +86,9 @@ def main(argv=None):
     captions = data.prepare_captions(photos, args.token, args.replace, args.caption)
     shots = data.Shots(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
     if args.class_images:
+        if not (given.class_phrase or any(args.class_phrase in (p.caption or "") for p in photos) or args.resume):
+            raise ValueError(f'no caption contains "{args.class_phrase}", so what the subject is one of is not known; '
+                             'name it: --class-phrase "a house"')  # fmt: skip
         words = prior.prompts(captions, args.token, args.class_phrase, asked)
         drawn, words, seconds = prior.pictures(sd, words, args.class_images, args.resolution, args.seed)
         class_shots = data.Shots(sd.vae, drawn, words, args.flip, sd.device)
@@ -88,7 +99,8 @@ def main(argv=None):
     def save(path):
         dtype = torch.float32 if sd.dtype == torch.float32 else torch.float16
         aside = path.with_name(path.name + ".part")
-        checkpoint.save_folder(aside, sd.unet, sd.vae, sd.text.encoder, sd.text.tokenizer, sd.schedule, dtype)
+        with contextlib.nullcontext() if args.freeze_text else inversion.folded(sd, rows, ids):
+            checkpoint.save_folder(aside, sd.unet, sd.vae, sd.text.encoder, sd.text.tokenizer, sd.schedule, dtype)
         checkpoint.write_json(aside / "hanokdiff.json", {"token": args.token})
         shutil.rmtree(path, ignore_errors=True)  # of the same step, before a run was resumed
         aside.rename(path)
@@ -96,7 +108,6 @@ def main(argv=None):
     def preview():
         return sd.preview(args.token)
 
-    rates = {"unet": args.lr} | ({} if args.freeze_text else {"text": args.text_lr})
     run = Run(out, learns, artefact="model", save=save, preview=preview, **(cli.chores(args, shots) | {"lr": rates}))
     if not (out / "class.json").exists():  # a resumed run has drawn nothing itself
         checkpoint.write_json(out / "class.json", {"pictures": args.class_images, "seconds": round(seconds, 3)})

@@ -104,7 +104,7 @@ def training_parser(doc: str, defaults: dict[str, dict]) -> tuple[Parser, Callab
     return p, functools.partial(o, p.add_argument_group("the method"))
 
 
-POSITIVE = ("steps", "batch_size", "lr", "rank", "alpha", "vectors", "text_lr")
+POSITIVE = ("steps", "batch_size", "lr", "rank", "alpha", "vectors", "text_lr", "word_lr")
 NOT_NEGATIVE = ("save_every", "preview_every", "micro_batch", "min_snr", "text_rank", "class_images", "prior_weight",
                 "text_steps")  # fmt: skip
 

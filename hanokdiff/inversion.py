@@ -6,6 +6,7 @@ The rows of v lie beyond the vocabulary in a parameter of their own; the token t
 other word can move.  Two file formats: diffusers' .safetensors {word: (n, D)}, and the WebUI's .pt.
 """
 
+import contextlib
 from pathlib import Path
 
 import torch
@@ -70,6 +71,22 @@ def remove(sd, word: str, rows: Rows) -> None:
     if sd.text.words.get(word, [-1])[0] == rows.first:  # else another has the word by now
         del sd.text.words[word]
     sd.text._known.clear()
+
+
+@contextlib.contextmanager
+def folded(sd, rows: Rows, ids: list[int]):
+    """For a while, the table of words without rows beyond it, theirs in the places `ids`: to save as a plain model."""
+    embeddings, table_ = sd.text.encoder.embeddings, rows.base.weight
+    before = table_[ids].clone()
+    with torch.no_grad():
+        table_[ids] = rows.vectors().to(table_.dtype)
+    embeddings.token_embedding = rows.base
+    try:
+        yield
+    finally:
+        embeddings.token_embedding = rows
+        with torch.no_grad():
+            table_[ids] = before
 
 
 def start(sd, words: str, n: int) -> Tensor:

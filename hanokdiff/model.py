@@ -212,7 +212,10 @@ def load(
         say(f"device {reason}")
     sd = StableDiffusion(unet, vae, Text(encoder, words), schedule, dev, precision, model)
     if (path / "hanokdiff.json").is_file():  # our DreamBooth's: the word it was trained with
-        sd.text.add_word(str(checkpoint.read_json(path / "hanokdiff.json").get("token")))
+        word = checkpoint.read_json(path / "hanokdiff.json").get("token")
+        if not isinstance(word, str):
+            raise ValueError(f'{path / "hanokdiff.json"} names no pseudo word; write {{"token": "..."}} into it')
+        sd.text.add_word(word)
     return sd
 
 

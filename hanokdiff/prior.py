@@ -29,7 +29,10 @@ def prompts(captions: list[str], token: str, phrase: str, more: Path | None = No
     lines = [line for line in map(str.strip, data.read_text(more)[0].splitlines()) if line]
     if not lines:
         raise ValueError(f"--class-prompts {more}: there is no prompt in it; write one a line")
-    return [p for i, c in enumerate(own) for p in (c, lines[i % len(lines)])]
+    if wrong := [line for line in lines if word_pattern(token).search(line)]:
+        raise ValueError(f'--class-prompts {more}: "{wrong[0]}" contains the pseudo word "{token}"; name the class')
+    rounds = range(max(len(own), len(lines)))
+    return [p for i in rounds for p in (own[i % len(own)], lines[i % len(lines)])]
 
 
 def fingerprint(sd) -> str:

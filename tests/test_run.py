@@ -77,6 +77,18 @@ def test_drawing_uses_up_nothing():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_halves_have_draws_of_their_own():
+    """DreamBooth's own half sees what the other methods see; the class's half is another stream, any split the same."""
+    plain, other = draws(Batch(5, 3, range(4), 4)), draws(Batch(5, 3, range(4), 4).half("class"))
+    both = draws(Batch(5, 3, range(4), 4).half("", "class"))
+    parts = [draws(Batch(5, 3, range(a, a + 2), 4).half("", "class")) for a in (0, 2)]
+    for one, two, whole, (first, second) in zip(plain, other, both, zip(*parts)):
+        assert torch.equal(whole[:4], one) and torch.equal(whole[4:], two) and not torch.equal(one, two)
+        assert torch.equal(whole, torch.cat([first[:2], second[:2], first[2:], second[2:]]))
+    own, cls = (torch.cat([Batch(3, s, range(4), 4).half(h).pick(7) for s in range(7)]) for h in ("", "class"))
+    assert all(sorted(e) == list(range(7)) for e in cls.view(4, 7).tolist()) and not torch.equal(own, cls)
+
+
 # ------------------------------------------------------------------------------------------------------- the toy
 
 TRUE = torch.tensor([[1.0, -2.0], [0.5, 3.0], [-1.0, 0.0]])
@@ -88,9 +100,9 @@ def squares(batch: Batch, learns: dict) -> torch.Tensor:
     return (x @ learns["w"] + learns["b"] - x @ TRUE).square().sum(1)
 
 
-def toy(out: Path, steps=24, batch_size=8, losses=squares, each=None, scale=1.0, **options):
+def toy(out: Path, steps=24, batch_size=8, losses=squares, each=None, scale=1.0, dtype=torch.float32, **options):
     """A run of it; `each(run, learns)` is called at the start of every step. Returns what was learnt."""
-    learns = {"w": nn.Parameter(torch.full((3, 2), 0.1)), "b": nn.Parameter(torch.zeros(2))}
+    learns = {"w": nn.Parameter(torch.full((3, 2), 0.1, dtype=dtype)), "b": nn.Parameter(torch.zeros(2, dtype=dtype))}
 
     def save(path):
         checkpoint.write_tensors(learns, path)
@@ -168,6 +180,126 @@ def test_the_rate_rises_stays_and_falls(undisturbed, tmp_path, steps):
     assert rates[steps - cool :] == pytest.approx([0.5 * (cool - i) / cool for i in range(cool)])
     # the rate that was used
     assert [r["lr"] for r in undisturbed.rows] == pytest.approx([0.05, 0.05 * 5 / 12, 0.05 / 12])
+
+
+def test_each_group_has_its_own_rate(undisturbed, tmp_path):
+    """By the beginning of the names; the ratio stays along the schedule. Against torch's AdamW with two groups."""
+    used, seen = [], []
+
+    def each(run, learns):
+        used.append([g["lr"] for g in run.optimizer.param_groups])
+        seen.append({k: p.detach().clone() for k, p in learns.items()})
+
+    result = toy(tmp_path, steps=12, lr={"w": 0.02, "b": 0.1}, each=each)
+    hand = {"w": nn.Parameter(torch.full((3, 2), 0.1)), "b": nn.Parameter(torch.zeros(2))}
+    adam = torch.optim.AdamW([{"params": [hand[k]]} for k in "wb"], foreach=False)
+    for step in range(12):
+        assert apart(seen[step], hand) <= 1e-6
+        adam.zero_grad()
+        squares(Batch(0, step, range(8), 8), hand).mean().backward()
+        nn.utils.clip_grad_norm_(hand.values(), 1.0)
+        for group, rate in zip(adam.param_groups, (0.02, 0.1)):
+            group["lr"] = rate * min(1, (12 - step) / 6)
+        assert used[step] == pytest.approx([g["lr"] for g in adam.param_groups])
+        adam.step()
+    assert apart(result, hand) <= 1e-6 and apart(toy(tmp_path, steps=12, lr=0.1), result) > 1e-2
+    assert rows(tmp_path)[-1]["lr"] == pytest.approx(0.1 / 6)
+    for lr in ({"w": 0.1}, {"w": 0.1, "bias": 0.1}, {"w": 0.1, "x": 0.1}):
+        with pytest.raises(AssertionError, match="do not cover what learns"):
+            toy(tmp_path, lr=lr)
+
+
+def test_what_has_no_gradient_for_a_while_stands_still(tmp_path):
+    """A text encoder that is switched off, or joins late: no decay, no momentum, exact over a stop and a resume."""
+    def losses(batch, w):
+        frozen = {**w, "b": w["b"].detach()} if batch.step < 5 or batch.step >= 12 else w
+        return squares(batch, frozen)
+
+    seen = []
+    whole = toy(tmp_path / "a", losses=losses, lr={"w": 0.05, "b": 0.5}, weight_decay=0.5,
+                each=lambda run, w: seen.append(w["b"].detach().clone()))  # fmt: skip
+    same = [torch.equal(a, b) for a, b in zip(seen, seen[1:])]
+    assert same == [True] * 5 + [False] * 7 + [True] * 11 and torch.equal(seen[-1], whole["b"])
+    for at in (2, 8, 15):
+        stop = lambda run, _: setattr(run, "interrupted", run.step == at)  # noqa: B023, E731
+        options = dict(losses=losses, lr={"w": 0.05, "b": 0.5}, weight_decay=0.5)
+        with pytest.raises(SystemExit):
+            toy(tmp_path / str(at), each=stop, **options)
+        assert apart(toy(tmp_path / str(at), resume=True, **options), whole) == 0
+
+
+def test_more_figures_in_the_log(undisturbed, tmp_path):
+    """Of the state after the step; what is not finite is null, not a word that JSON does not know."""
+    figures = iter([{"ratio": 0.1234567}, {"ratio": float("inf")}, {"ratio": 2}])
+    toy(tmp_path, watch=lambda: next(figures))
+    log = rows(tmp_path)
+    assert [r.pop("ratio") for r in log] == [0.12346, None, 2] and log == undisturbed.rows
+    learns = []
+    result = toy(tmp_path, each=lambda run, w: learns.append(w["w"]), watch=lambda: {"w": learns[0].sum().item()})
+    assert rows(tmp_path)[-1]["w"] == pytest.approx(result["w"].sum().item(), abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------ half precision
+
+
+def half_loss(batch: Batch, learns: dict) -> torch.Tensor:
+    """The toy's losses, computed as a network in half precision does."""
+    x = batch.normal("x", (3,)).to(learns["w"])
+    return (x @ learns["w"] + learns["b"] - (x.float() @ TRUE).to(x)).square().float().sum(1)
+
+
+def masters(run) -> dict:
+    return {k: m.detach().clone() for k, m in zip(run.learns, run.masters, strict=True)}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_learns_through_fp32_masters(tmp_path, dtype):
+    """Gradients come from the rounded weights, clip, moments and steps are fp32: by hand with torch's AdamW."""
+    seen, norms = [], []
+    result = toy(tmp_path, steps=10, losses=half_loss, dtype=dtype, each=lambda run, _: seen.append(masters(run)))
+    hand = {"w": nn.Parameter(torch.full((3, 2), 0.1, dtype=dtype).float()), "b": nn.Parameter(torch.zeros(2))}
+    adam = torch.optim.AdamW(hand.values(), foreach=False)
+    for step in range(10):
+        assert apart(seen[step], hand) <= 1e-6
+        rounded = {k: m.detach().to(dtype).requires_grad_() for k, m in hand.items()}
+        half_loss(Batch(0, step, range(8), 8), rounded).mean().backward()
+        for k, m in hand.items():
+            m.grad = rounded[k].grad.float()
+        norms.append(nn.utils.clip_grad_norm_(hand.values(), 1.0).item())
+        adam.param_groups[0]["lr"] = 0.05 * min(1, (10 - step) / 5)
+        adam.step()
+    assert max(norms) > 1 and all(p.dtype == dtype for p in result.values())
+    assert all(torch.equal(p, hand[k].detach().to(dtype)) for k, p in result.items())
+
+
+def test_small_steps_add_up_in_half_precision(tmp_path):
+    """1.0 - 1e-5 is 1.0 in bf16 and in fp16, however often."""
+    down = lambda batch, w: w["w"].float().sum() + w["b"].float().sum()  # noqa: E731
+    options = dict(steps=400, losses=down, lr=1e-5, weight_decay=0.0, batch_size=1)
+    ones = lambda run, w: [p.data.fill_(1) for p in [*w.values(), *run.masters]] if run.step == 0 else 0  # noqa: E731
+    whole = toy(tmp_path, each=ones, **options)
+    assert (1 - whole["w"]).mean() == pytest.approx(1e-5 * (20.5 + 160 + 100.5), rel=0.02)  # up, level, down
+    for dtype in (torch.bfloat16, torch.float16):
+        half = toy(tmp_path, each=ones, dtype=dtype, **options)
+        assert all(torch.equal(half[k], whole[k].to(dtype)) for k in whole)
+        assert half["w"].max() < 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_masters_survive_a_stop_and_a_bad_step(tmp_path, dtype):
+    """Resuming goes on from fp32, not from what was rounded; a step that is not finite leaves the masters alone."""
+    options = dict(losses=lambda b, w: half_loss(b, w) * (torch.nan if b.step == 5 else 1), dtype=dtype, lr=0.003)
+    ends, seen = [], []
+    whole = toy(tmp_path / "a", each=lambda run, _: (ends.append(run), seen.append(masters(run))), **options)
+    assert apart(seen[5], seen[6]) == 0 and apart(seen[4], seen[5]) > 0 and apart(seen[6], seen[7]) > 0
+    stop = lambda run, _: setattr(run, "interrupted", run.step == 7)  # noqa: E731
+    with pytest.raises(SystemExit):
+        toy(tmp_path / "b", each=stop, **options)
+    state = torch.load(tmp_path / "b" / "state" / "last.pt", weights_only=True)["learns"]
+    assert apart(state, seen[8]) == 0 and {t.dtype for t in state.values()} == {torch.float32}
+    resumed = toy(tmp_path / "b", resume=True, each=lambda run, _: ends.append(run), **options)
+    assert apart(resumed, whole) == 0 and apart(masters(ends[-1]), masters(ends[0])) == 0
+    assert dtype == torch.float32 or apart({k: m.to(dtype) for k, m in masters(ends[0]).items()}, masters(ends[0])) > 0
 
 
 # ---------------------------------------------------------------------------------------------- what goes wrong

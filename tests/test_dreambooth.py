@@ -1,0 +1,414 @@
+"""DreamBooth: the two-term loss against diffusers, what moves and what stays, the class pictures, the folder it leaves.
+
+All runs share a home folder, so that its class pictures are drawn once; and they are drawn in two steps, not twenty."""
+
+import copy
+import hashlib
+import json
+import shutil
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import difference
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from PIL import Image, ImageChops
+from safetensors.torch import load_file
+from test_lora import inputs
+from test_scripts import listing, refused
+
+import train_dreambooth
+from hanokdiff import checkpoint, data, model, prior
+from hanokdiff.run import Batch, Run
+
+CAPTIONS = ["a building with a roof in the snow", "A building with a roof", "a building with a roof at night"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory):
+    folder, draw = tmp_path_factory.mktemp("home"), model.StableDiffusion.draw
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("warnings.showwarning", warnings.showwarning)
+        patch.setattr(model.StableDiffusion, "draw", lambda *args, **more: draw(*args, **{"steps": 2, **more}))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def photos(home):
+    (home / "photos").mkdir()
+    for i, caption in enumerate(CAPTIONS):
+        Image.effect_mandelbrot((40, 40), (-2 + i, -1, 1, 1), 99).convert("RGB").save(home / f"photos/{i}.png")
+        (home / f"photos/{i}.txt").write_text(caption)
+    return home / "photos"
+
+
+def arguments(made, photos, out, *more) -> list[str]:
+    argv = ["--model", made.folder, "--data", photos, "--resolution", 32, "--steps", 3, "--batch-size", 2, "--lr", 1e-3,
+            "--text-lr", 1e-3, "--class-images", 3, "--preview-every", 0, "--save-every", 0, "--token", "sks",
+            "--device", "cpu", "--out", out, *more]  # fmt: skip
+    return [str(a) for a in argv]
+
+
+def train(made, photos, out, *more) -> dict[str, torch.Tensor]:
+    assert train_dreambooth.main(arguments(made, photos, out, *more)) == 0
+    return tensors(Path(out) / "model")
+
+
+def tensors(folder) -> dict[str, torch.Tensor]:
+    """All of a model folder, with names such as unet.conv_in.weight."""
+    files = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+    parts = {part: load_file(folder / part / f"{name}.safetensors") for part, name in files.items()}
+    return {f"{part}.{k.removeprefix('text_model.')}": t for part, held in parts.items() for k, t in held.items()}
+
+
+def moved(a: dict, b: dict) -> set[str]:
+    assert a.keys() == b.keys()
+    return {k for k in a if not torch.equal(a[k], b[k])}
+
+
+def of(part: str, names) -> set[str]:
+    return {n for n in names if n.startswith(part)}
+
+
+@pytest.fixture(scope="module")
+def base(sd1):
+    return tensors(sd1.folder)
+
+
+@pytest.fixture(scope="module")
+def whole(sd1, photos):
+    """A run with everything on."""
+    return train(sd1, photos, "whole", "--save-every", 2, "--preview-every", 3)
+
+
+# --------------------------------------------------------------------------------------------------------- the loss
+
+
+class EnoughError(Exception):
+    pass
+
+
+def first_step(made, photos, *more) -> SimpleNamespace:
+    """The loss of a run's first step, its gradients, and the shots that it draws from."""
+    seen = SimpleNamespace(loss=0.0, shots=[], gradients={})
+
+    class Shots(data.Shots):
+        def __init__(self, *args, **more):
+            super().__init__(*args, **more)
+            seen.shots.append(self)
+
+    def update(run, loss):
+        seen.loss += loss.mean().item() * run.share
+        old_update(run, loss)
+
+    def finish(run):
+        seen.gradients = {k: p.grad.clone() for k, p in run.learns.items() if p.grad is not None}
+        raise EnoughError
+
+    old_update = Run.update
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(EnoughError):
+        patch.setattr(train_dreambooth.data, "Shots", Shots)
+        patch.setattr(Run, "update", update)
+        patch.setattr(Run, "_finish_step", finish)
+        train_dreambooth.main(arguments(made, photos, "never", *more))
+    shutil.rmtree("never")
+    return seen
+
+
+@torch.no_grad()
+def by_hand(pipeline, shots, batch: Batch, gamma: float) -> float:
+    """One term: diffusers' noise, text encoder and UNet, at the draws of this half alone."""
+    x_0, prompts = shots[batch]
+    t, eps = batch.integers("timestep", 1000), batch.normal("noise", x_0.shape[1:])
+    schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
+    ids = pipeline.tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    out = pipeline.unet(schedule.add_noise(x_0, eps, t), t, pipeline.text_encoder(ids)[0]).sample
+    v = schedule.config.prediction_type == "v_prediction"
+    losses = (out - (schedule.get_velocity(x_0, eps, t) if v else eps)).square().mean((1, 2, 3))
+    snr = schedule.alphas_cumprod[t] / (1 - schedule.alphas_cumprod[t])
+    return (losses * (snr.clamp(max=gamma) / (snr + v) if gamma else 1)).mean().item()
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("gamma", [0, 5])
+def test_the_loss_has_two_terms(sd1, sd2, photos, size, gamma):
+    """Each the mean of its own half, at its own timesteps and noise; epsilon and v, with and without min-SNR."""
+    made = sd2 if size == 4 and not gamma else sd1
+    seen = first_step(made, photos, "--batch-size", size, "--min-snr", gamma, "--prior-weight", 0.5, "--seed", 6)
+    own, cls = seen.shots
+    assert sorted(own.prompts) == ["sks", "sks at night", "sks in the snow"]
+    assert cls.prompts == [p.replace("sks", "a building with a roof") for p in own.prompts]
+    batch = Batch(6, 0, range(size), size)  # as any other method's
+    one = by_hand(made.pipeline, own, batch, gamma)
+    two = by_hand(made.pipeline, cls, batch.half("class"), gamma)
+    assert min(one, two) > 1e-3 and abs(one - two) > 1e-3
+    assert seen.loss == pytest.approx(one + 0.5 * two, rel=1e-5)
+    if size == 4 and gamma:
+        split = first_step(made, photos, "--batch-size", 4, "--min-snr", 5, "--prior-weight", 0.5, "--seed", 6,
+                           "--micro-batch", 3)  # fmt: skip
+        assert split.loss == pytest.approx(seen.loss, rel=1e-6)
+        assert split.gradients.keys() == seen.gradients.keys() and len(seen.gradients) > 700
+        scale = max(g.abs().max() for g in seen.gradients.values())
+        assert max((split.gradients[k] - g).abs().max() for k, g in seen.gradients.items()) <= 1e-6 * scale
+
+
+def test_without_class_pictures(sd1, photos, monkeypatch):
+    """One term, and nothing is drawn; it is the first of the two."""
+    monkeypatch.setattr(prior, "pictures", None)
+    seen = first_step(sd1, photos, "--class-images", 0, "--seed", 6, "--prior-weight", 0.5)
+    (own,) = seen.shots
+    assert seen.loss == pytest.approx(by_hand(sd1.pipeline, own, Batch(6, 0, range(2), 2), 0), rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------- what moves, what stays
+
+
+def test_what_learns(sd1, base, whole, home):
+    """All of UNet and text encoder, the autoencoder never; in the table of words the pseudo word's row alone."""
+    assert moved(base, whole) == of("unet", base) | of("text_encoder", base)
+    table, now = (t["text_encoder.embeddings.token_embedding.weight"] for t in (base, whole))
+    changed = (now != table).any(1).nonzero().flatten().tolist()
+    assert changed == sd1.pipeline.tokenizer("sks", add_special_tokens=False).input_ids
+    assert now.shape == table.shape and (now - table).abs().max() > 1e-4
+    assert sorted(p.name for p in (home / "whole").iterdir()) == [
+        "class.json", "config.json", "log.jsonl", "model", "model-000002", "previews", "state"]  # fmt: skip
+    assert moved(tensors(home / "whole" / "model-000002"), whole) >= of("unet", base)
+    told = json.loads((home / "whole" / "class.json").read_text())
+    assert told["pictures"] == 3 and told["seconds"] > 0
+    assert Image.open(home / "whole" / "previews" / "000003.png").size == (4 * 64 + 3 * 2, 64)
+    assert not moved(base, tensors(sd1.folder))
+
+
+def test_the_text_encoder_may_stop_and_a_run_go_on(sd1, photos, base):
+    """--text-steps 1 of 3: its weights are those after the first step; stopped and resumed, the very same tensors."""
+    options = ["--text-steps", 1, "--save-every", 1]
+    stopped = train(sd1, photos, "stopped", *options)
+    first = tensors(Path("stopped/model-000001"))
+    assert of("text_encoder", moved(base, first)) and not of("text_encoder", moved(first, stopped))
+    assert of("unet", moved(first, stopped)) == of("unet", base)
+    update = Run.update
+
+    def crash(run, loss):
+        if run.step == 2:
+            raise RuntimeError("the power went")
+        update(run, loss)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(Run, "update", crash)
+        train(sd1, photos, "again", *options)
+    told, pictures = '{"pictures": 3, "seconds": 99.0}', listing(Path("runs/class"))
+    assert Path("again/class.json").exists() and Path("again/class.json").write_text(told)
+    assert not Path("again/model").exists()
+    assert train_dreambooth.main(["--resume", "again", "--device", "cpu"]) == 0
+    assert not moved(tensors(Path("again/model")), stopped)
+    assert Path("again/class.json").read_text() == told and listing(Path("runs/class")) == pictures
+
+
+def test_frozen_text_and_a_crash_while_the_model_is_written(sd1, photos, base, monkeypatch):
+    """What is not whole does not stand under the model's name; the run goes on from its last state."""
+    save, count = checkpoint.save_tokenizer, []
+
+    def crash(*args):
+        count.append(1)
+        if len(count) == 2:
+            raise RuntimeError("the disk went")
+        save(*args)
+
+    options = ["--freeze-text", "--class-images", 0, "--steps", 2, "--save-every", 1]
+    argv = arguments(sd1, photos, "broken", *options)
+    del argv[argv.index("--text-lr") : argv.index("--text-lr") + 2]
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(checkpoint, "save_tokenizer", crash)
+        train_dreambooth.main(argv)
+    assert sorted(p.name for p in Path("broken").glob("model*")) == ["model-000001", "model.part"]
+    assert train_dreambooth.main(["--resume", "broken", "--device", "cpu"]) == 0
+    assert sorted(p.name for p in Path("broken").glob("model*")) == ["model", "model-000001"]
+    frozen = tensors(Path("broken/model"))
+    assert moved(base, frozen) == of("unet", base)
+    argv[argv.index("broken")] = "peace"
+    assert train_dreambooth.main(argv) == 0 and not moved(tensors(Path("peace/model")), frozen)
+
+
+def test_half_precision(sd1, photos, base):
+    """bf16 weights with fp32 masters; the folder is fp16, as others publish."""
+    half = train(sd1, photos, "half", "--dtype", "bf16", "--class-images", 0, "--steps", 2)
+    assert {t.dtype for t in half.values()} == {torch.float16} and all(torch.isfinite(t).all() for t in half.values())
+    rounded = {k: t.bfloat16().half() for k, t in base.items()}
+    assert not of("vae", moved(rounded, half)) and len(moved(rounded, half)) > 500
+
+
+def test_the_folder_in_diffusers(whole, sd1, home):
+    """The whole pipeline; and here, with its word."""
+    folder = home / "whole" / "model"
+    pipeline, sd = StableDiffusionPipeline.from_pretrained(folder), model.load(str(folder), device="cpu", say=None)
+    pixels, ids = inputs()
+    with torch.no_grad():
+        out, text = pipeline.unet(*pixels).sample, pipeline.text_encoder(ids)[0]
+        assert difference(sd.unet(*pixels), out) <= 1e-5 and difference(sd.text.encoder(ids), text) <= 1e-5
+        assert difference(out, sd1.pipeline.unet(*pixels).sample) > 1e-2
+        assert difference(text, sd1.pipeline.text_encoder(ids)[0]) > 1e-2
+    assert pipeline.tokenizer("sks fire").input_ids == sd1.pipeline.tokenizer("sks fire").input_ids
+    assert pipeline.scheduler.config.prediction_type == "epsilon"
+    assert json.loads((folder / "hanokdiff.json").read_text()) == {"token": "sks"} and list(sd.text.words) == ["sks"]
+
+
+# --------------------------------------------------------------------------------------------------- class pictures
+
+
+def test_class_prompts():
+    """The captions with the class in place of the word, wherever and however it is written."""
+    captions = ["sks in the snow", "Sks, asks; (SKS)", "a barn"]
+    assert prior.prompts(captions, "sks", r"a \1 house") == [r"a \1 house in the snow",
+                                                             r"a \1 house, asks; (a \1 house)", "a barn"]  # fmt: skip
+    assert prior.prompts(["*, night", "**"], "*", "a house") == ["a house, night", "a housea house"]
+    for token, phrase in (("sks", "an SKS house"), ("*", "a (*) house"), ("a house", "near A  house")):
+        with pytest.raises(ValueError, match="contains the pseudo word"):
+            prior.prompts(captions, token, phrase)
+
+
+def test_more_class_prompts(tmp_path):
+    """In turn with the captions; whichever are fewer come again, and none is left out."""
+    file = tmp_path / "more.txt"
+    file.write_text("\ufefffire\n\n  the sea at night \r\nsnow", encoding="utf-8")
+    lines = ["fire", "the sea at night", "snow"]
+    few, many = prior.prompts(["sks"], "sks", "x", file), prior.prompts(["sks", "a", "b", "c"], "sks", "x", file)
+    assert few == ["x", lines[0], "x", lines[1], "x", lines[2]]
+    assert many == ["x", lines[0], "a", lines[1], "b", lines[2], "c", lines[0]]
+    for content, words in (("\n \n", "there is no prompt"), ("fire\nan SKS", '"an SKS" contains the pseudo word')):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=words):
+            prior.prompts(["sks"], "sks", "x", file)
+
+
+@pytest.fixture
+def painter(sd1, load):
+    """A model that draws at once: a colour that depends on the prompt and the seed. `drawn` is what it was asked."""
+    sd, drawn = load(sd1), []
+
+    def draw(prompts, seeds, batch_size=32, size=None, **_):
+        drawn.extend(zip(prompts, seeds, strict=True))
+        assert len(prompts) <= batch_size <= 32
+        return [Image.new("RGB", size, "#" + hashlib.sha256(f"{p} {s}".encode()).hexdigest()[:6])
+                for p, s in zip(prompts, seeds)]  # fmt: skip
+
+    text = SimpleNamespace(encoder=sd.text.encoder, chunks=sd.text.chunks)
+    return SimpleNamespace(unet=sd.unet, text=text, vae=sd.vae, name="a/model", draw=draw, drawn=drawn)
+
+
+def same(a: list, b: list) -> bool:
+    return len(a) == len(b) and all(ImageChops.difference(x, y).getbbox() is None for x, y in zip(a, b))
+
+
+def test_class_pictures_are_drawn_once(painter, tmp_path):
+    texts, root = ["a house", "a house (big)", "a house BREAK"], tmp_path / "class"
+    three, prompts, seconds = prior.pictures(painter, texts, 3, 32, 7, root)
+    assert painter.drawn == [("a house", 7), (r"a house \(big\)", 8), (r"a house B\REAK", 9)] and seconds >= 0
+    assert prompts == texts and all(p.size == (32, 32) for p in three)
+    seven, prompts, _ = prior.pictures(painter, texts, 7, 32, 7, root)  # more: only those that are missing
+    assert same(seven[:3], three) and prompts == [*texts, *texts, "a house"] and len(painter.drawn) == 3 + 4
+    assert not same(seven[:1], seven[3:4]) and painter.drawn[-1] == ("a house", 13)
+    assert same(prior.pictures(painter, texts, 7, 32, 7, root)[0], seven)
+    assert same(prior.pictures(painter, texts, 2, 32, 7, root)[0], seven[:2]) and len(painter.drawn) == 7
+    file = sorted(root.rglob("*.png"))[3]
+    file.unlink()
+    assert same(prior.pictures(painter, texts, 7, 32, 7, root)[0], seven) and len(painter.drawn) == 8 and file.exists()
+    for change in (dict(seed=8), dict(resolution=40), dict(texts=["a barn"])):  # seed 8: its first two are there
+        count = len(painter.drawn)
+        options = {**dict(texts=texts[:1], n=1, resolution=32, seed=7, root=root), **change}
+        prior.pictures(painter, **options)
+        assert len(painter.drawn) == count + 1, change
+    assert not list(root.rglob("*.part"))
+
+
+def test_every_model_has_its_own(painter, tmp_path):
+    prior.pictures(painter, ["a house"], 1, 32, 0, tmp_path)
+    painter.name = "elsewhere/model"  # a move changes nothing
+    prior.pictures(painter, ["a house"], 1, 32, 0, tmp_path)
+    assert len(painter.drawn) == 1
+    for owner, part in ((painter, "unet"), (painter, "vae"), (painter.text, "encoder")):
+        setattr(owner, part, copy.deepcopy(getattr(owner, part)))
+        with torch.no_grad():
+            for p in getattr(owner, part).parameters():
+                p += 1e-3
+        prior.pictures(painter, ["a house"], 1, 32, 0, tmp_path)
+    assert len(painter.drawn) == 4 and len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_damaged_class_picture_is_named(painter, tmp_path):
+    prior.pictures(painter, ["a house"], 2, 32, 0, tmp_path)
+    file = sorted(tmp_path.rglob("*.png"))[0]
+    whole = file.read_bytes()
+    for content in (b"", b"hello", whole[: len(whole) // 2]):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"cannot be read.*delete .*{file.name}, it will be drawn again") as e:
+            prior.pictures(painter, ["a house"], 2, 32, 0, tmp_path)
+        assert "\n" not in str(e.value)
+    file.unlink()
+    prior.pictures(painter, ["a house"], 2, 32, 0, tmp_path)
+    assert file.read_bytes() == whole
+
+
+def test_stopped_while_drawing(painter, tmp_path):
+    """What is done stays: batches of 32 here."""
+    draw, count = painter.draw, []
+
+    def stop(*args, **more):
+        count.append(1)
+        if len(count) == 2:
+            raise KeyboardInterrupt
+        return draw(*args, **more)
+
+    painter.draw = stop
+    with pytest.raises(KeyboardInterrupt):
+        prior.pictures(painter, ["a house"], 40, 32, 0, tmp_path)
+    assert len(list(tmp_path.rglob("*.png"))) == 32
+    prior.pictures(painter, ["a house"], 40, 32, 0, tmp_path)
+    assert len(painter.drawn) == 40 and painter.drawn[32:] == [("a house", s) for s in range(32, 40)]
+
+
+def test_a_class_picture_is_its_prompts_and_seeds_alone(sd1, load, tmp_path):
+    """Within one grey level, however many are asked for; a prompt of more than 75 tokens changes no other's picture."""
+    sd, texts = load(sd1), ["a house", "a barn " * 40, "fire"]
+    few, many = (prior.pictures(sd, texts, n, 32, 0, tmp_path / str(n))[0] for n in (1, 6))
+    assert all(high <= 1 for _, high in ImageChops.difference(few[0], many[0]).getextrema())
+    assert max(high for _, high in ImageChops.difference(many[0], many[3]).getextrema()) > 5
+    other = prior.pictures(sd, texts[:1] + texts[2:], 1, 32, 5, tmp_path / "other")[0] + \
+        prior.pictures(sd, ["fire"], 1, 32, 5, tmp_path / "other")[0]  # fmt: skip
+    assert all(high <= 1 for _, high in ImageChops.difference(other[1], many[5]).getextrema())
+
+
+# ------------------------------------------------------------------------------------------------------- mistakes
+
+
+MISTAKES = {
+    "fewer than none": (["--class-images", -1], ("--class-images is -1", "0 or more")),
+    "weight": (["--prior-weight", "nan"], ("--prior-weight is nan", "finite")),
+    "negative weight": (["--prior-weight", -1], ("--prior-weight is -1", "0 or more")),
+    "text rate": (["--text-lr", 0], ("--text-lr is 0", "greater than 0")),
+    "text steps": (["--text-steps", -1], ("--text-steps is -1", "0 or more")),
+    "the word": (["--class-phrase", "an sks house"], ("--class-phrase", '"sks"', "name the class")),
+    "no class": (["--class-phrase", " "], ("--class-phrase is empty",)),
+    "nothing to replace": (["--replace", "", "--caption", "{token}"], ("--class-phrase is empty",)),
+    "prompts for nothing": (["--class-prompts", "x", "--class-images", 0], ("--class-prompts", "--class-images is 0")),
+    "no prompts": (["--class-prompts", "nowhere.txt"], ("nowhere.txt",)),
+    "frozen with a rate": (["--freeze-text"], ("--freeze-text", "--text-lr", "--text-steps")),
+    "frozen with steps": (["--freeze-text", "--text-steps", 0, "--text-lr", None], ("--freeze-text", "--text-steps")),
+    "resume": (["--resume", "whole", "--freeze-text"], ("--resume", "leave out --")),
+    "a finished run": (["--out", "whole"], ("whole holds a finished run (model)", "another --out")),
+    "to resume": (["--resume", "whole"], ("finished run (model)", "nothing to resume")),
+}
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_mistakes(sd1, photos, whole, home, capsys, kind):
+    more, words = MISTAKES[kind]
+    argv, before = arguments(sd1, photos, "out", *more), sorted(home.rglob("*"))
+    if kind == "to resume":
+        argv = ["--resume", "whole", "--device", "cpu"]
+    if None in more:
+        del argv[-2:], argv[argv.index("--text-lr") : argv.index("--text-lr") + 2]
+    refused(train_dreambooth, argv, words, capsys)
+    assert sorted(home.rglob("*")) == before
