@@ -117,8 +117,8 @@ def test_the_same_run_again_is_the_same_and_lands_beside(sd1, photos, tmp_path):
     one, again, split, other = (load_file(tmp_path / "runs" / f"lora{n}" / "lora.safetensors")
                                 for n in ("", "-2", "-3", "-4"))  # fmt: skip
     assert all(torch.equal(one[k], again[k]) for k in one)
-    assert max((one[k] - split[k]).abs().max() for k in one) < 1e-3
-    assert max((one[k] - other[k]).abs().max() for k in one) > 1e-2
+    apart, far = (torch.cat([(one[k] - t[k]).abs().flatten() for k in one]).mean() for t in (split, other))
+    assert far > 1e-3 and apart < 0.01 * far  # AdamW's first steps are the signs of gradients, some of them about zero
 
 
 def test_the_base_stays_frozen_to_the_bit(trained):
@@ -193,7 +193,7 @@ def test_help_tells_both_columns_of_defaults(capsys):
     with pytest.raises(SystemExit):
         train_lora.main(["--help"])
     words = " ".join(capsys.readouterr().out.split())
-    assert "(default: tiny 0.004, SD 0.0001)" in words and "rank of the change (default: tiny 16, SD 8)" in words
+    assert "(default: tiny 0.002, SD 0.0001)" in words and "rank of the change (default: tiny 16, SD 8)" in words
 
 
 # --------------------------------------------------------------------------------------------------- resuming
