@@ -91,10 +91,10 @@ def read_pt(path: Path, what: str):
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as e:  # a damaged pickle can fail in any way
-        calls = re.search(r"GLOBAL (\S+)", str(e)) if isinstance(e, UnpicklingError) else None
-        if calls is None:
+        calls = re.search(r"GLOBAL (\S+)|persistent_load|[Cc]an only \w+", str(e))
+        if calls is None or not isinstance(e, UnpicklingError):
             raise damaged(path, e) from None
-        raise ValueError(f"{path} needs more than tensors ({calls[1]}); that could be any code, so it was not run: "
+        raise ValueError(f"{path} needs more than tensors ({calls[1] or calls[0]}); that could be any code, so it was not run: "
                          f"get this {what} as .safetensors, or convert it where you trust it") from None  # fmt: skip
 
 

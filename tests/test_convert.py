@@ -321,7 +321,7 @@ def test_pickles_that_are_no_lora(tmp_path):
         with pytest.raises(ValueError, match="holds no tensors by name"):
             lora.read(binary(content, tmp_path / "a.pt"))
     (tmp_path / "a.bin").write_bytes(b"hello")
-    with pytest.raises(ValueError, match="not a readable LoRA file"):
+    with pytest.raises(ValueError, match="cannot be read"):
         lora.read(tmp_path / "a.bin")
 
 
@@ -489,7 +489,7 @@ def test_what_the_command_refuses(run, sd1, tmp_path):
         ("nix", "a"): 'no model folder at "nix"',
         ("empty", "a.safetensors"): "model_index.json is missing",
         ("text.safetensors", "a"): "text.safetensors is not a readable .safetensors file",
-        ("text.pt", "a"): "text.pt is not a readable model, LoRA, embedding or hypernetwork file",
+        ("text.pt", "a"): "text.pt cannot be read",
         ("list.pt", "a.pt"): "no model, LoRA, embedding or hypernetwork that hanokdiff knows: it holds nothing",
         (unet, "a"): "it holds conv_in.bias ...; of a model in several files, give the folder",
         (folder, "a"): f"nothing to do: {folder} is a model folder already",
