@@ -94,8 +94,8 @@ def read_pt(path: Path, what: str):
         calls = re.search(r"GLOBAL (\S+)|persistent_load|[Cc]an only \w+", str(e))
         if calls is None or not isinstance(e, UnpicklingError):
             raise damaged(path, e) from None
-        raise ValueError(f"{path} needs more than tensors ({calls[1] or calls[0]}); that could be any code, so it was not run: "
-                         f"get this {what} as .safetensors, or convert it where you trust it") from None  # fmt: skip
+        raise ValueError(f"{path} needs more than tensors ({calls[1] or calls[0]}); that could be any code, so it was "
+                         f"not run: get this {what} as .safetensors, or convert it where you trust it") from None  # fmt: skip
 
 
 def damaged(path: Path, e: Exception) -> ValueError:

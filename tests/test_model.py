@@ -182,7 +182,7 @@ def test_everything_is_frozen_and_what_was_chosen_is_said(sd1):
         assert not part.training
         for p in part.parameters():
             assert p.dtype == torch.float32 and not p.requires_grad and p.device.type == "cpu"
-    assert sd.resolution == 64 and sd.cfg == 7.5
+    assert sd.resolution == 64 and sd.cfg == 4.0  # by size: a tuned tiny model likes less guidance too
     assert "epsilon" in lines[0] and lines[1] == "device cpu (named), fp32 (fastest and exact there)"
     assert model.load(str(sd1.folder), dtype="bf16", say=None).unet.conv_in.weight.dtype == torch.bfloat16
 
