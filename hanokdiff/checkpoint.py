@@ -95,7 +95,7 @@ def read_pt(path: Path, what: str):
         if calls is None or not isinstance(e, UnpicklingError):
             raise damaged(path, e) from None
         raise ValueError(f"{path} needs more than tensors ({calls[1] or calls[0]}); that could be any code, so it was "
-                         f"not run: get this {what} as .safetensors, or convert it where you trust it") from None  # fmt: skip
+                         f"not run: get this {what} as .safetensors, or convert it where you trust it") from None
 
 
 def damaged(path: Path, e: Exception) -> ValueError:
