@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from hanokdiff import checkpoint, samplers, singlefile
+from hanokdiff.data import to_tensor
 from hanokdiff.schedule import Schedule
 from hanokdiff.text import Text, TextConfig, TextEncoder
 from hanokdiff.unet import UNet, UNetConfig
@@ -156,8 +157,7 @@ class StableDiffusion:
     @torch.inference_mode()
     def latents(self, picture: Image.Image) -> Tensor:
         """An RGB picture -> the mean of its latents (1, 4, h, w) float32."""
-        x = torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
-        return self.vae.encode(x.to(self.device, self.dtype))[0].float()
+        return self.vae.encode(to_tensor(picture)[None].to(self.device, self.dtype))[0].float()
 
     def pictures(self, latents: Tensor, slice: int = 8) -> list[Image.Image]:
         """Decode latents (B, 4, h, w), a few at a time, to 8-bit pictures; rounded, not truncated."""

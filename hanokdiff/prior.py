@@ -5,7 +5,6 @@ run finds them.  A few hundred cost minutes on a GPU; their time is told apart f
 """
 
 import hashlib
-import itertools
 import os
 import time
 from pathlib import Path
@@ -50,14 +49,13 @@ def pictures(sd, texts: list[str], n: int, resolution: int, seed: int, root: Pat
     folder.mkdir(parents=True, exist_ok=True)
     key = [hashlib.sha256(f"{t} {seed + i} {resolution}".encode()).hexdigest()[:16] for i, t in enumerate(texts)]
     files = [folder / f"{k}.png" for k in key]
-    length = {t: len(sd.text.chunks(escape(t))) for t in texts}  # only prompts of one length do not disturb each other
-    todo = sorted((i for i, file in enumerate(files) if not file.exists()), key=lambda i: length[texts[i]])
-    at_once = 32 if resolution <= 64 else 4
-    groups = [list(same) for _, same in itertools.groupby(todo, lambda i: length[texts[i]])]
-    parts = [same[k : k + at_once] for same in groups for k in range(0, len(same), at_once)]
+    todo = [i for i, file in enumerate(files) if not file.exists()]
+    words, at_once = [escape(texts[i]) for i in todo], 32 if resolution <= 64 else 4
+    parts = list(sd.batches(words, at_once))
     for part in tqdm(parts, "class pictures", unit="batch", leave=False, disable=None):
-        drawn = sd.draw([escape(texts[i]) for i in part], [seed + i for i in part], at_once, size=(resolution,) * 2)
-        for i, picture in zip(part, drawn, strict=True):
+        seeds = [seed + todo[k] for k in part]
+        drawn = sd.draw([words[k] for k in part], seeds, at_once, size=(resolution, resolution))
+        for i, picture in zip((todo[k] for k in part), drawn, strict=True):
             aside = files[i].with_suffix(".part")
             picture.save(aside, "png")
             os.replace(aside, files[i])

@@ -256,8 +256,7 @@ class Text:
             weights = [[1.0, *w] + [1.0] * (self.length - 1 - len(w)) for _, w in rows]
             weighted = z * torch.tensor(weights).to(z)[..., None]
             before, after = (a.float().mean((1, 2), keepdim=True) for a in (z, weighted))
-            plain = torch.tensor([all(x == 1 for x in w) for _, w in rows], device=z.device)[:, None, None]
-            z = torch.where(plain, z, weighted * (before / after).to(z.dtype))
+            z = weighted * (before / after).to(z.dtype)
         return z.unflatten(0, (len(prompts), k)).flatten(1, 2)                  # (B, 77 k, D)
 
     @torch.no_grad()

@@ -295,7 +295,7 @@ def painter(sd1, load):
                 for p, s in zip(prompts, seeds)]  # fmt: skip
 
     text = SimpleNamespace(encoder=sd.text.encoder, chunks=sd.text.chunks)
-    return SimpleNamespace(unet=sd.unet, text=text, vae=sd.vae, name="a/model", draw=draw, drawn=drawn)
+    return SimpleNamespace(unet=sd.unet, text=text, vae=sd.vae, name="a/model", batches=sd.batches, draw=draw, drawn=drawn)
 
 
 def same(a: list, b: list) -> bool:
