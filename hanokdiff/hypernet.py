@@ -92,7 +92,7 @@ class Net(nn.Module):
 
 
 class Hypernet(nn.Module):
-    """The pairs of all widths, and the strength. `rewrite` changes x (B, T, D); widths without a pair stay as they are."""
+    """The pairs of all widths, and the strength. `rewrite` changes x (B, T, D); others stay as they are."""
 
     def __init__(self, spec: Spec, widths, strength: float = 1.0):
         super().__init__()

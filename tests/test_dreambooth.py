@@ -295,7 +295,8 @@ def painter(sd1, load):
                 for p, s in zip(prompts, seeds)]  # fmt: skip
 
     text = SimpleNamespace(encoder=sd.text.encoder, chunks=sd.text.chunks)
-    return SimpleNamespace(unet=sd.unet, text=text, vae=sd.vae, name="a/model", batches=sd.batches, draw=draw, drawn=drawn)
+    kept = dict(unet=sd.unet, vae=sd.vae, batches=sd.batches)
+    return SimpleNamespace(text=text, name="a/model", draw=draw, drawn=drawn, **kept)
 
 
 def same(a: list, b: list) -> bool:
