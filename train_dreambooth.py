@@ -81,7 +81,7 @@ def main(argv=None):
           f"{sum(p.numel() for p in learns.values()):,} numbers")  # fmt: skip
 
     # 3. The data, the class's half drawn by the model that has not learnt yet
-    photos = data.load_photos(args.data, args.resolution, args.images)
+    photos, unseen = data.load_photos(args.data, args.resolution, args.images, args.held_out)
     args.images = len(photos)
     captions = data.prepare_captions(photos, args.token, args.replace, args.caption)
     shots = data.Shots(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
@@ -108,7 +108,8 @@ def main(argv=None):
     def preview():
         return sd.preview(args.token)
 
-    run = Run(out, learns, artefact="model", save=save, preview=preview, **(cli.chores(args, shots) | {"lr": rates}))
+    run = Run(out, learns, artefact="model", save=save, preview=preview,
+              **(cli.chores(args, sd, shots, unseen) | {"lr": rates}))  # fmt: skip
     if not (out / "class.json").exists():  # a resumed run has drawn nothing itself
         checkpoint.write_json(out / "class.json", {"pictures": args.class_images, "seconds": round(seconds, 3)})
 

@@ -64,7 +64,7 @@ def main(argv=None):
     print(f"learns: networks for widths {', '.join(hyper.pairs)}, {sum(p.numel() for p in learns.values()):,} numbers")
 
     # 3. The data
-    photos = data.load_photos(args.data, args.resolution, args.images)
+    photos, unseen = data.load_photos(args.data, args.resolution, args.images, args.held_out)
     args.images = len(photos)
     captions = data.prepare_captions(photos, args.token, args.replace, args.caption)
     shots = data.Shots(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
@@ -76,21 +76,20 @@ def main(argv=None):
         hypernet.write(path, spec, hypernet.state(hyper), about)
 
     def preview():
-        hyper.eval()  # no dropout
-        sheet = sd.preview(args.token)
-        hyper.train()
-        return sheet
+        return sd.preview(args.token)
 
     heard = sd.text(captions[:8])
     run = Run(out, learns, artefact="hypernet.pt", save=save, preview=preview,
-              watch=lambda: {"ratio": hyper.ratio(heard)}, **cli.chores(args, shots))
+              watch=lambda: {"ratio": hyper.ratio(heard)}, **cli.chores(args, sd, shots, unseen))
 
     # 5. The method
     for batch in run:
         latents, prompts = shots[batch]                          # (B, 4, h, w), [B]
         context = sd.text(prompts)                               # (B, 77, D)
         torch.manual_seed(stream(args.seed, batch.step, batch.slots.start, "dropout").initial_seed())
+        hyper.train()                                            # dropout while it learns, not while one looks at it
         run.update(loss.denoising(sd, latents, context, batch, args.min_snr))
+        hyper.eval()
 
 
 if __name__ == "__main__":

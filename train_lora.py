@@ -53,7 +53,7 @@ def main(argv=None):
     print(f"learns: {len(loras)} LoRAs of rank {args.rank}, {sum(p.numel() for p in learns.values()):,} numbers")
 
     # 3. The data
-    photos = data.load_photos(args.data, args.resolution, args.images)
+    photos, unseen = data.load_photos(args.data, args.resolution, args.images, args.held_out)
     args.images = len(photos)
     captions = data.prepare_captions(photos, args.token, args.replace, args.caption)
     shots = data.Shots(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
@@ -67,7 +67,8 @@ def main(argv=None):
     def preview():
         return sd.preview(args.token)
 
-    run = Run(out, learns, artefact="lora.safetensors", save=save, preview=preview, **cli.chores(args, shots))
+    run = Run(out, learns, artefact="lora.safetensors", save=save, preview=preview,
+              **cli.chores(args, sd, shots, unseen))  # fmt: skip
 
     # 5. The method
     for batch in run:

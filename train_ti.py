@@ -55,7 +55,7 @@ def main(argv=None):
     print(f'learns: {args.vectors} vectors of "{args.init}", {rows.rows.numel():,} numbers')
 
     # 3. The data
-    photos = data.load_photos(args.data, args.resolution, args.images)
+    photos, unseen = data.load_photos(args.data, args.resolution, args.images, args.held_out)
     args.images = len(photos)
     captions = data.prepare_captions(photos, args.token, args.replace, args.caption)
     shots = data.Shots(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
@@ -70,7 +70,8 @@ def main(argv=None):
 
     usual = inversion.table(sd).float().norm(dim=1).mean().item()
     run = Run(out, {"rows": rows.rows}, artefact="embedding.safetensors", save=save, preview=preview, weight_decay=0.0,
-              watch=lambda: {"norm": rows.vectors().norm(dim=1).mean().item() / usual}, **cli.chores(args, shots))
+              watch=lambda: {"norm": rows.vectors().norm(dim=1).mean().item() / usual},
+              **cli.chores(args, sd, shots, unseen))  # fmt: skip
 
     # 5. The method
     for batch in run:

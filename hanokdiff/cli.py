@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from hanokdiff import checkpoint, model
+from hanokdiff import checkpoint, data, loss, model
 
 
 def polite(main: Callable) -> Callable:
@@ -75,20 +75,23 @@ class Parser(argparse.ArgumentParser):
 def training_parser(doc: str, defaults: dict[str, dict]) -> tuple[Parser, Callable]:
     """A parser with the options that all four methods have; returns it and a function that adds one more."""
     p = Parser(doc, defaults)
-    data, train, out = (p.add_argument_group(g) for g in ("model and data", "training", "output"))
+    photos, train, out = (p.add_argument_group(g) for g in ("model and data", "training", "output"))
     o = p.option
-    o(data, "--model", '"tiny", a folder, a .safetensors or .ckpt file or a hub id', default="tiny")
-    o(data, "--tokenizer", "of a single-file model: a folder or hub id")
-    o(data, "--prediction", "what the model predicts, if it is silent or wrong about it",
+    o(photos, "--model", '"tiny", a folder, a .safetensors or .ckpt file or a hub id', default="tiny")
+    o(photos, "--tokenizer", "of a single-file model: a folder or hub id")
+    o(photos, "--prediction", "what the model predicts, if it is silent or wrong about it",
       choices=("epsilon", "v_prediction"))  # fmt: skip
-    o(data, "--data", "folder of photos, captions beside as NAME.txt (default with tiny: the drawn hanok)", type=Path)
-    o(data, "--images", "the first N photos of one fixed, nested order", type=int)
-    o(data, "--token", "the pseudo word", default="*")
-    o(data, "--replace", "what in the captions becomes the pseudo word, any case", default="a building with a roof")
-    o(data, "--caption", "caption of photos without one", default="a photo of {token}")
-    o(data, "--literal-tokens", "leave the pseudo word to the tokenizer, which fuses *,", action="store_true")
-    o(data, "--resolution", "side in pixels (default: the model's own)", type=int)
-    o(data, "--flip", "mirror every other photo", action="store_true", default=False)
+    o(photos, "--data", "folder of photos, captions beside as NAME.txt (default with tiny: the drawn hanok)",
+      type=Path)  # fmt: skip
+    o(photos, "--images", "the first N photos of one fixed, nested order", type=int)
+    o(photos, "--token", "the pseudo word", default="*")
+    o(photos, "--replace", "what in the captions becomes the pseudo word, any case", default="a building with a roof")
+    o(photos, "--caption", "caption of photos without one", default="a photo of {token}")
+    o(photos, "--held-out", "learn not from the last N photos, but log their loss, always at the same noise", type=int,
+      default=0)  # fmt: skip
+    o(photos, "--literal-tokens", "leave the pseudo word to the tokenizer, which fuses *,", action="store_true")
+    o(photos, "--resolution", "side in pixels (default: the model's own)", type=int)
+    o(photos, "--flip", "mirror every other photo", action="store_true", default=False)
     o(train, "--steps", "optimiser steps", type=int)
     o(train, "--batch-size", "photos a step", type=int)
     o(train, "--micro-batch", "photos at once; the rest of the batch follows (default: all)", type=int, default=0)
@@ -105,8 +108,8 @@ def training_parser(doc: str, defaults: dict[str, dict]) -> tuple[Parser, Callab
 
 
 POSITIVE = ("steps", "batch_size", "lr", "rank", "alpha", "vectors", "text_lr", "word_lr")
-NOT_NEGATIVE = ("save_every", "preview_every", "micro_batch", "min_snr", "text_rank", "class_images", "prior_weight",
-                "text_steps")  # fmt: skip
+NOT_NEGATIVE = ("held_out", "save_every", "preview_every", "micro_batch", "min_snr", "text_rank", "class_images",
+                "prior_weight", "text_steps")  # fmt: skip
 
 
 def check_training(args) -> None:
@@ -148,10 +151,16 @@ def free_folder(wanted: Path) -> Path:
     return out
 
 
-def chores(args: argparse.Namespace, shots) -> dict:
-    """What every method tells its Run in the same way."""
+def chores(args: argparse.Namespace, sd, shots: data.Shots, unseen: list[data.Photo]) -> dict:
+    """What every method tells its Run in the same way; `unseen` are the photos held out."""
     same = ("steps", "batch_size", "micro_batch", "lr", "seed", "save_every", "preview_every")
-    return {k: getattr(args, k) for k in same} | {"config": config(args, shots), "resume": args.resume is not None}
+    held_out = None
+    if unseen:
+        captions = data.prepare_captions(unseen, args.token, args.replace, args.caption, say=lambda _: None)
+        others = data.Shots(sd.vae, [p.image for p in unseen], captions, device=sd.device)
+        held_out = functools.partial(loss.unseen, sd, others)
+    return {k: getattr(args, k) for k in same} | {
+        "config": config(args, shots), "resume": args.resume is not None, "held_out": held_out}  # fmt: skip
 
 
 def config(args: argparse.Namespace, shots) -> dict:

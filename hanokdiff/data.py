@@ -114,25 +114,34 @@ def read_text(path: str | Path) -> tuple[str, str]:
 
 
 def load_photos(
-    folder: str | Path | None, resolution: int, images: int | None, say: Say = print
-) -> list[Photo]:
-    """The first `images` readable ones of a folder (None: all) in its fixed order; no folder: drawn hanok."""
+    folder: str | Path | None, resolution: int, images: int | None, held_out: int = 0, say: Say = print
+) -> tuple[list[Photo], list[Photo]]:
+    """The first `images` readable ones of a folder (None: all) in its fixed order, and its last `held_out`, which are
+    not among them; no folder: drawn hanok."""
     if images is not None and images < 1:
         raise ValueError(f"--images {images}: at least 1 is needed; leave it out to take them all")
     if folder is None:
-        drawn = enumerate(world.photos(images or 50))
-        photos = [Photo(f"hanok {i}", fit(image, resolution), text, "") for i, (image, text) in drawn]
+        photos, unseen = drawn(images or 50, resolution), drawn(held_out, resolution, held_out=True)
         say(summary(photos, "drawn photos of a hanok"))
-        return photos
-    photos, unreadable = read_until(images, photo_files(Path(folder)), resolution, say)
-    if len(photos) < (images or 1):
-        asked = f"--images {images}, but " if images else ""
+        return photos, unseen
+    files = photo_files(Path(folder))
+    unseen, _ = read_until(held_out, files[::-1], resolution, lambda _: None)  # what is unreadable is told below
+    aside = {photo.name for photo in unseen}
+    photos, unreadable = read_until(images, [f for f in files if f.name not in aside], resolution, say)
+    if len(photos) < (images or 1) or len(unseen) < held_out:
+        asked = " and ".join([f"--images {images}"] * bool(images) + [f"--held-out {held_out}"] * bool(held_out))
         raise ValueError(
-            f"{asked}{folder} has {len(photos)} readable photos (and {unreadable} unreadable); "
-            f"{'lower --images or ' if photos else ''}add photos"
+            f"{asked + ', but ' if asked else ''}{folder} has {len(photos) + len(unseen)} readable photos (and "
+            f"{unreadable} unreadable); {'lower that or ' if asked and (photos or unseen) else ''}add photos"
         )
     say(summary(photos, f"photos from {folder}") + (f"; {unreadable} unreadable" if unreadable else ""))
-    return photos
+    return photos, unseen
+
+
+def drawn(n: int, resolution: int, held_out: bool = False) -> list[Photo]:
+    """The embedded photos, or those that no method sees."""
+    pictures = enumerate(world.photos(n, held_out) if n else [])
+    return [Photo(f"hanok {i}", fit(image, resolution), text, "") for i, (image, text) in pictures]
 
 
 def read_until(images: int | None, files: list[Path], resolution: int, say: Say) -> tuple[list[Photo], int]:

@@ -5,9 +5,12 @@
 Ho et al. 2020 (DDPM), equation 14; w = 1, or min-SNR-gamma (Hang et al. 2023, arXiv:2303.09556, equation 6).
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
+from hanokdiff.run import Batch
 from hanokdiff.schedule import Schedule
 
 
@@ -19,6 +22,19 @@ def denoising(sd, latents: Tensor, context: Tensor, batch, min_snr: float = 0.0)
     out = sd.unet(x_t.to(sd.dtype), t, context.to(sd.dtype)).float()
     losses = (out - sd.schedule.target(latents, eps, t)).square().mean((1, 2, 3))
     return losses * snr_weight(sd.schedule, t, min_snr) if min_snr else losses
+
+
+@torch.no_grad()
+def unseen(sd, shots, draws: int = 2, at_once: int = 8) -> float:
+    """The mean loss of photos that are not learnt from, unweighted, each at `draws` timesteps and noises that are the
+    same every time: what falls and then rises again as a model goes over from learning to learning by heart."""
+    n = len(shots)
+    losses = []
+    for k, first in itertools.product(range(draws), range(0, n, at_once)):
+        batch = Batch("held out", k, range(first, min(first + at_once, n)), n)
+        latents, prompts = shots[batch]
+        losses.append(denoising(sd, latents, sd.text(prompts), batch))
+    return torch.cat(losses).mean().item()
 
 
 def snr_weight(schedule: Schedule, t: Tensor, gamma: float) -> Tensor:

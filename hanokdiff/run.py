@@ -36,7 +36,7 @@ def stream(*key) -> torch.Generator:
 class Batch:
     """Some slots of one step's global batch; the source of everything random about them. B = slots times halves."""
 
-    seed: int
+    seed: int | str
     step: int
     slots: range
     size: int  # of the global batch
@@ -81,24 +81,26 @@ class Run:
     preview        draws a picture of the present state (or None); called every `preview_every` steps
     lr             one learning rate, or several by the beginning of the parameters' names: {"unet": 2e-6, "text": 1e-6}
     watch          more figures for each line of the log, {name: number}
+    held_out       loss of photos that are not learnt from; logged at the start and LOOKS times along the way
     config         what the run was started with: stored in config.json, compared on resume
     """
 
     CLIP = 1.0  # gradient norm
     LOG_EVERY = 10
+    LOOKS = 10
 
     def __init__(
         self, out: Path, learns: dict[str, nn.Parameter], *, steps: int, batch_size: int, lr: float | dict[str, float],
         save: Callable, artefact: str, config: dict, micro_batch: int = 0, seed: int = 0, weight_decay: float = 0.01,
         save_every: int = 0, preview: Callable | None = None, preview_every: int = 0, watch: Callable | None = None,
-        resume: bool = False,
+        held_out: Callable | None = None, resume: bool = False,
     ):  # fmt: skip
         lrs = lr if isinstance(lr, dict) else {"": lr}
         self.out, self.learns, self.steps, self.batch_size, self.lr = out, learns, steps, batch_size, max(lrs.values())
         self.micro_batch, self.seed = micro_batch or batch_size, seed
         self.save, self.save_every, self.artefact = save, save_every, artefact
         self.preview, self.preview_every, self.config = preview, preview_every, config
-        self.watch = watch
+        self.watch, self.held_out = watch, held_out
         self.parameters = list(learns.values())
         # what learns in half precision has a master in fp32: steps of 1e-6 would be rounded away
         self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.parameters]
@@ -128,6 +130,8 @@ class Run:
         self.bar = tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True, mininterval=0.5)
         self.clock = time.perf_counter()
         try:
+            if self.held_out and not self.step:
+                self._look()
             while self.step < self.steps:
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.rate(self.step) * group["share"]
@@ -178,6 +182,8 @@ class Run:
         last = self.step == self.steps
         if self.step % self.LOG_EVERY == 0 or last:
             self._log()
+        if self.held_out and (self.step * self.LOOKS // self.steps > (self.step - 1) * self.LOOKS // self.steps):
+            self._look()
         if self.save_every and self.step % self.save_every == 0 and not last and not bad.item():
             self.save(self.out / f"{Path(self.artefact).stem}-{self.step:06d}{Path(self.artefact).suffix}")
             self.save_state()
@@ -201,13 +207,21 @@ class Run:
                "lr": self.rate(self.step - 1), "skipped": bad, "seconds": round(self.seconds, 3)}  # fmt: skip
         if self.watch:
             row |= {k: round(v, 5) if math.isfinite(v) else None for k, v in self.watch().items()}
-        with open(self.out / "log.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
+        self._write(row)
         self.bar.set_postfix(loss="not finite" if loss is None else f"{loss:.4f}", refresh=False)
         for total in (self.loss, self.norm, self.bad):
             total.zero_()
         if bad > count // 2:
             self._diverged()
+
+    def _write(self, row: dict) -> None:
+        with open(self.out / "log.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+
+    def _look(self) -> None:
+        start, value = time.perf_counter(), self.held_out()
+        self._write({"step": self.step, "held_out": round(value, 6) if math.isfinite(value) else None})
+        self.clock += time.perf_counter() - start  # like a preview, not training time
 
     def _preview(self) -> None:
         start, folder = time.perf_counter(), self.out / "previews"

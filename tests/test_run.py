@@ -1,5 +1,6 @@
 """The chores on a toy that takes microseconds a step; then train_lora itself, killed again and again."""
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import train_lora
-from hanokdiff import checkpoint, lora, loss
+from hanokdiff import checkpoint, data, hypernet, inversion, lora, loss, model
 from hanokdiff.run import Batch, Run
 from hanokdiff.schedule import Schedule
 from hanokdiff.tiny import world
@@ -142,6 +143,43 @@ def test_it_learns_and_leaves_a_file(undisturbed, tmp_path):
     assert apart(load_file(undisturbed.out / "toy.safetensors"), undisturbed.result) == 0
     assert sorted(p.name for p in undisturbed.out.iterdir()) == ["config.json", "log.jsonl", "toy.safetensors"]
     assert apart(toy(tmp_path, seed=1), undisturbed.result) > 1e-3
+
+
+def test_a_look_at_the_held_out_disturbs_nothing(undisturbed, tmp_path):
+    """At the start and ten times along the way, whatever it draws; a number that is not finite is null."""
+    seen = []
+
+    def look():
+        seen.append(torch.rand(3))
+        return 0.25 if len(seen) < 3 else float("nan")
+
+    assert apart(toy(tmp_path, held_out=look), undisturbed.result) == 0
+    looks = [r for r in rows(tmp_path) if "held_out" in r]
+    assert [r["step"] for r in looks] == [0, 3, 5, 8, 10, 12, 15, 17, 20, 22, 24]
+    assert [r["held_out"] for r in looks] == [0.25, 0.25] + [None] * 9
+    assert [r for r in rows(tmp_path) if r not in looks] == undisturbed.rows
+
+
+@pytest.mark.parametrize("method", ["ti", "dreambooth", "lora", "hypernet"])
+def test_the_held_out_loss_is_that_of_the_file(tmp_path, monkeypatch, method):
+    """The last one in the log, computed again from the artefact and the photos that were not learnt from."""
+    monkeypatch.chdir(tmp_path)
+    more = {"hypernet": ["--dropout", "0.5"], "dreambooth": ["--class-images", "2"]}.get(method, [])
+    script = importlib.import_module(f"train_{method}")
+    assert script.main(["--steps", "2", "--images", "3", "--held-out", "9", "--batch-size", "2", "--preview-every", "0",
+                        "--device", "cpu", "--out", "run", *more]) == 0  # fmt: skip
+    logged = [r["held_out"] for r in rows(Path("run")) if "held_out" in r]
+    sd = model.load("run/model" if method == "dreambooth" else "tiny", "cpu", say=None)
+    sd.text.add_word("*")
+    if method != "dreambooth":
+        file, kind = {"ti": ("embedding.safetensors", inversion), "lora": ("lora.safetensors", lora),
+                      "hypernet": ("hypernet.pt", hypernet)}[method]  # fmt: skip
+        kind.load(sd, Path("run") / file, say=None)
+    pictures, captions = zip(*world.photos(9, held_out=True))
+    captions = [c.replace("a building with a roof", "*") for c in captions]
+    shots = data.Shots(sd.vae, list(pictures), captions)
+    assert loss.unseen(sd, shots) == loss.unseen(sd, shots) == pytest.approx(logged[-1], abs=2e-6)
+    assert len(logged) == 3 and logged[0] != logged[-1]
 
 
 @pytest.mark.parametrize("micro", [1, 2, 3, 4])
