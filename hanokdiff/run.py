@@ -205,6 +205,8 @@ class Run:
         self.seconds, self.clock = self.seconds + now - self.clock, now
         row = {"step": self.step, "loss": loss and round(loss, 6), "grad_norm": round(self.norm.item() / good, 5),
                "lr": self.rate(self.step - 1), "skipped": bad, "seconds": round(self.seconds, 3)}  # fmt: skip
+        if self.bad.is_cuda:
+            row["gpu_bytes"] = torch.cuda.max_memory_allocated(self.bad.device)
         if self.watch:
             row |= {k: round(v, 5) if math.isfinite(v) else None for k, v in self.watch().items()}
         self._write(row)

@@ -1,0 +1,230 @@
+"""What a report is made of: charts as SVG, sheets of pictures, and a page that becomes HTML and Markdown.
+
+Nothing but the standard library and Pillow. A chart takes its text colour from the page, so it is legible in light and
+in dark; a sheet is transparent, with grey letters, for the same reason.
+"""
+
+import base64
+import io
+from html import escape
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+COLOURS = ("#4e79a7", "#e8833a", "#4c9f70", "#b0679b", "#9c8453", "#7f8c8d", "#c0504d", "#5fa8b8", "#8a77c4", "#a3a847")
+GREY = (127, 127, 127, 255)
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c1c1e; --paper: #ffffff; --line: #c9c9cf; --soft: #f2f2f5; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e8e8ec; --paper: #16161a; --line: #46464e; --soft: #222228; } }
+body { margin: 0 auto; padding: 1rem; max-width: 60rem; color: var(--ink); background: var(--paper);
+       font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
+h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
+.wide { overflow-x: auto; margin: 1rem 0; } figure { margin: 1rem 0; } figcaption { font-size: .9rem; opacity: .85; }
+table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
+th { background: var(--soft); } svg { display: block; min-width: 34rem; width: 100%; height: auto; }
+.wide img { display: block; min-width: 34rem; max-width: 100%; height: auto; }
+code { background: var(--soft); padding: 0 .2rem; }
+"""
+
+
+# ---------------------------------------------------------------------------------------------------------- a page
+
+
+class Page:
+    """A title and blocks, added from top to bottom; the same ones in HTML and in Markdown."""
+
+    def __init__(self, title: str, refresh: int = 0):
+        self.title, self.refresh, self.rows, self.lines = title, refresh, [f"<h1>{escape(title)}</h1>"], [f"# {title}"]
+
+    def head(self, text: str) -> None:
+        self.rows.append(f"<h2>{escape(text)}</h2>")
+        self.lines.append(f"## {text}")
+
+    def say(self, *texts: str) -> None:
+        """Paragraphs, wherever their lines break. What stands between backticks is code."""
+        for text in (" ".join(t.split()) for t in texts):
+            parts = escape(text, quote=False).split("`")
+            inner = "".join(f"<code>{p}</code>" if i % 2 else p for i, p in enumerate(parts))
+            self.rows.append(f"<p>{inner}</p>")
+            self.lines.append("`".join(p if i % 2 else p.replace("*", "\\*") for i, p in enumerate(text.split("`"))))
+
+    def table(self, head: list, rows: list[list]) -> None:
+        def line(cells, tag):
+            return "<tr>" + "".join(f"<{tag}>{escape(str(c))}</{tag}>" for c in cells) + "</tr>"
+
+        inner = f"<thead>{line(head, 'th')}</thead><tbody>{''.join(line(r, 'td') for r in rows)}</tbody>"
+        self.rows.append(f'<div class="wide"><table>{inner}</table></div>')
+        lines = [" | ".join(map(str, r)).replace("*", "\\*") for r in (head, ["---"] * len(head), *rows)]
+        self.lines.append("\n".join(f"| {r} |" for r in lines))
+
+    def chart(self, svg: str, file: Path, caption: str) -> None:
+        """Drawn in the HTML, where its letters have the page's colour; a file with grey ones beside the Markdown."""
+        self.rows.append(f'<figure><div class="wide">{svg}</div><figcaption>{escape(caption)}</figcaption></figure>')
+        file.parent.mkdir(parents=True, exist_ok=True)
+        alone = f'<svg xmlns="http://www.w3.org/2000/svg" color="#808080" width="{W}" font-family="sans-serif" '
+        file.write_text(svg.replace("<svg ", alone, 1), "utf-8")
+        self.lines.append(f"![{caption}]({file.parent.name}/{file.name})\n\n{caption}")
+
+    def picture(self, image: Image.Image, file: Path, caption: str) -> None:
+        """Embedded in the HTML, and a file beside the Markdown."""
+        held = io.BytesIO()
+        image.save(held, "png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(held.getvalue())
+        source = "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
+        size, words = f'width="{image.width}" height="{image.height}"', escape(caption)
+        self.rows.append(f'<figure><div class="wide"><img src="{source}" {size} alt="{words}"/></div>'
+                         f"<figcaption>{words}</figcaption></figure>")  # fmt: skip
+        words = caption.replace("*", "\\*")
+        self.lines.append(f"![{words}]({file.parent.name}/{file.name})\n\n{words}")
+
+    def html(self) -> str:
+        again = f'<meta http-equiv="refresh" content="{self.refresh}"/>' if self.refresh else ""
+        return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>{again}<meta name="viewport" '
+                f'content="width=device-width, initial-scale=1"/><title>{escape(self.title)}</title>'
+                f"<style>{STYLE}</style></head><body>\n" + "\n".join(self.rows) + "\n</body></html>\n")  # fmt: skip
+
+    def markdown(self) -> str:
+        return "\n\n".join(self.lines) + "\n"
+
+
+# -------------------------------------------------------------------------------------------------------- pictures
+
+
+def sheet(tiles: list[list[list[Path]]], rows: list[str], columns: list[str]) -> Image.Image:
+    """Up to four pictures per place, in 2 x 2; rows and columns labelled. A place without pictures stays empty."""
+    first = next(path for row in tiles for tile in row for path in tile)
+    with Image.open(first) as image:
+        side = min(128, 2 * max(image.size))  # tiny ones doubled, photographs reduced
+    gap, line, high = 12, 28, side * (2 if any(len(tile) > 2 for row in tiles for tile in row) else 1)
+    font = ImageFont.load_default(20)
+    left = max(int(font.getlength(r)) for r in rows) + 16
+    out = Image.new("RGBA", (left + len(columns) * (2 * side + gap), line + len(rows) * (high + gap)))
+    pen = ImageDraw.Draw(out)
+    for c, text in enumerate(columns):
+        pen.text((left + c * (2 * side + gap), 0), fitting(text, font, 2 * side), GREY, font)
+    for r, text in enumerate(rows):
+        pen.text((0, line + r * (high + gap) + high // 2 - 12), text, GREY, font)
+        for c, tile in enumerate(tiles[r]):
+            for i, path in enumerate(tile[:4]):
+                with Image.open(path) as image:
+                    small = max(image.size) <= 64
+                    method = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+                    image = image.convert("RGB").resize((side, side), method)
+                x, y = left + c * (2 * side + gap) + i % 2 * side, line + r * (high + gap) + i // 2 * side
+                out.paste(image, (x, y))
+    return out
+
+
+def fitting(text: str, font, width: float) -> str:
+    """The text, or its beginning, as far as there is room."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+# ---------------------------------------------------------------------------------------------------------- charts
+
+W, H, LEFT, BOTTOM, TOP = 720, 300, 64, 44, 34  # of the drawing, and its margins
+
+
+def bars(groups: list[str], series: list[str], values: list[list], x: str, y: str, most: float = 1.0) -> str:
+    """values[series][group] is (value, low, high) or None: a group of bars for each of `groups`, with whiskers."""
+    high = H - TOP - BOTTOM
+    step = (W - LEFT) / max(1, len(groups))
+    width = 0.8 * step / max(1, len(series))
+
+    def at(v: float) -> float:
+        return TOP + high * (1 - min(v, most) / most)
+
+    out = [axis(most, at), *legend(series)]
+    for g, name in enumerate(groups):
+        out.append(text(LEFT + (g + 0.5) * step, H - BOTTOM + 16, name))
+        for s in range(len(series)):
+            if not (v := values[s][g]):
+                continue
+            left = LEFT + g * step + 0.1 * step + s * width
+            out.append(f'<rect x="{left:.1f}" y="{at(v[0]):.1f}" width="{max(1, width - 2):.1f}" '
+                       f'height="{max(0.5, at(0) - at(v[0])):.1f}" fill="{COLOURS[s % len(COLOURS)]}"/>')  # fmt: skip
+            if v[1] is not None:
+                middle = left + width / 2 - 1
+                out.append(f'<path d="M{middle:.1f} {at(v[1]):.1f}V{at(v[2]):.1f}" stroke="currentColor"/>')
+    return frame(out, x, y, H)
+
+
+def stacked(rows: list[str], parts: list[str], values: list[list[float]], x: str, y: str) -> str:
+    """values[row][part]: one horizontal bar a row, its parts side by side."""
+    most, line, left = max([sum(v) for v in values] + [1e-9]), 24, 170
+    bottom = TOP + line * len(rows)
+    out = legend(parts)
+    for k in range(5):
+        place = left + (W - left - 30) * k / 4
+        out.append(f'<path d="M{place:.1f} {TOP}V{bottom}" stroke="currentColor" opacity=".2"/>')
+        out.append(text(place, bottom + 16, f"{most * k / 4:.3g}"))
+    for r, name in enumerate(rows):
+        start, top = left, TOP + line * r + 4
+        out.append(text(left - 6, top + 12, name, "end"))
+        for p, value in enumerate(values[r]):
+            width = (W - left - 30) * value / most
+            out.append(f'<rect x="{start:.1f}" y="{top}" width="{width:.1f}" height="{line - 8}" '
+                       f'fill="{COLOURS[p % len(COLOURS)]}"/>')  # fmt: skip
+            start += width
+    return frame(out, x, y, bottom + BOTTOM)
+
+
+def lines(series: list[str], points: list[list], x: str, y: str) -> str:
+    """points[series] is [(x, y), ...]: a line for each, with a ring at its lowest point. The y axis need not begin
+    at 0."""
+    xs, ys = ([p[i] for line in points for p in line] for i in (0, 1))
+    low, most, far = min(ys), max(ys), max(xs) or 1
+    low, most = low - 0.05 * (most - low + 1e-9), most + 0.05 * (most - low + 1e-9)
+
+    def across(v: float) -> float:
+        return LEFT + (W - LEFT - 20) * v / far
+
+    def at(v: float) -> float:
+        return TOP + (H - TOP - BOTTOM) * (most - v) / (most - low)
+
+    out = [axis(most, at, low), *legend(series)]
+    out += [text(across(far * k / 4), H - BOTTOM + 16, f"{far * k / 4:.0f}") for k in range(5)]
+    for s, line in enumerate(points):
+        path = " ".join(f"{across(a):.1f},{at(b):.1f}" for a, b in line)
+        a, b = min(line, key=lambda p: p[1])
+        colour = COLOURS[s % len(COLOURS)]
+        out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>'
+                   f'<circle cx="{across(a):.1f}" cy="{at(b):.1f}" r="4" fill="none" stroke="{colour}"/>')  # fmt: skip
+    return frame(out, x, y, H)
+
+
+def axis(most: float, at, least: float = 0.0) -> str:
+    lines = []
+    for k in range(5):
+        v = least + (most - least) * k / 4
+        lines.append(f'<path d="M{LEFT} {at(v):.1f}H{W}" stroke="currentColor" opacity=".2"/>'
+                     + text(LEFT - 6, at(v) + 4, f"{v:.3g}", "end"))  # fmt: skip
+    return "".join(lines)
+
+
+def legend(names: list[str]) -> list[str]:
+    out, x = [], LEFT
+    for i, name in enumerate(names):
+        out.append(f'<rect x="{x}" y="8" width="12" height="12" fill="{COLOURS[i % len(COLOURS)]}"/>')
+        out.append(text(x + 17, 18, name, "start"))
+        x += 32 + round(6.6 * len(name))
+    return out
+
+
+def text(x: float, y: float, words: str, anchor: str = "middle", more: str = "") -> str:
+    return (f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="12" fill="currentColor"{more}>'
+            f"{escape(words)}</text>")  # fmt: skip
+
+
+def frame(parts: list[str], x: str, y: str, height: int) -> str:
+    middle = f' transform="rotate(-90 14 {height / 2:.0f})"'
+    labels = [text(W / 2, height - 8, x), text(14, height / 2, y, more=middle)]
+    return (f'<svg viewBox="0 0 {W} {height}" role="img" '
+            f'aria-label="{escape(f"{y} by {x}")}">{"".join(parts + labels)}</svg>')  # fmt: skip

@@ -1,0 +1,167 @@
+"""The paper's experiment in one command: which method teaches the hanok best, from how many photos, and does it burn?
+
+    plan     method x number of photos x training seed, and the untouched model asked in words   manifest.json
+    train    each cell is a process of the very train_X.py, so that its time and memory are true   CELL/run/
+    draw     every cell the same prompts from the same noise, the base model opened once         CELL/pictures-*/
+    score    the judge's opinion of every picture; then the page is written anew                 CELL/scores-*.json
+
+    python -m hanokdiff.compare                  4 methods x 5, 50, 100 photos; a quarter of an hour on 2 CPU cores
+    python -m hanokdiff.compare --quick          a first look in three minutes
+    python -m hanokdiff.compare --model MODEL --data PHOTOS --clip openai/clip-vit-base-patch32
+    python -m hanokdiff.compare --shard 1/4 --out runs/part1            on each of 4 machines, then, on one,
+    python -m hanokdiff.compare --merge runs/part1 runs/part2 runs/part3 runs/part4 --out runs/whole
+
+Stop it at any time: the same command goes on. A cell's folder carries a hash of all that it depends on (photos,
+weights, every option): what is there is right, what has changed gets a new folder, and old ones may be deleted.
+Read next: hanokdiff/plan.py (the matrix), cell.py (a cell), summary.py (the statistics), report.py (the page).
+"""
+
+import argparse
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+from hanokdiff import cell, checkpoint, cli, plan, report, score
+from hanokdiff.plan import METHODS
+from hanokdiff.text import contains
+
+PROMPTS = ("{token}, fire", "{token} in the fire", "A fire broke out in {token}")
+
+
+def options():
+    p = argparse.ArgumentParser(prog="python -m hanokdiff.compare", description=__doc__, allow_abbrev=False,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    what, train, draw, judge, out = (p.add_argument_group(g) for g in ("the matrix", "training", "pictures", "scores",
+                                                                       "output"))  # fmt: skip
+    what.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all four")
+    what.add_argument("--sizes", nargs="+", type=int, help="numbers of photos (default: 5 50 100, quick 50)")
+    what.add_argument("--seeds", nargs="+", type=int, default=[0], help="of training (default: 0)")
+    what.add_argument("--quick", action="store_true", help="a first look: 50 photos only, 8 pictures a prompt")
+    train.add_argument("--model", default="tiny", help='"tiny", a folder, a file or a hub id (default: tiny)')
+    train.add_argument("--data", type=Path, help="folder of photos, captions beside as NAME.txt")
+    train.add_argument("--token", default="*", help="the pseudo word (default: *)")
+    train.add_argument("--budget", choices=("steps", "epochs"), default="steps",
+                       help="the same for every size: steps (default), or passes over the photos")  # fmt: skip
+    train.add_argument("--steps", type=int, help="of training (default: each method's own; under epochs, at 50 photos)")
+    train.add_argument("--with", action="append", default=[], dest="more", metavar='"METHOD OPTIONS"',
+                       help='more for a train_X.py, or for "all": --with "lora --rank 4" (repeatable)')  # fmt: skip
+    train.add_argument("--device", help="default: the first GPU, else the CPU")
+    draw.add_argument("--prompts", nargs="+", default=list(PROMPTS), help="{token} is the pseudo word (the paper's 3)")
+    draw.add_argument("--n", type=int, help="pictures per cell and prompt (default: 32, quick 8)")
+    draw.add_argument("--sampling-steps", type=int, help="default: 20, quick 10")
+    judge.add_argument("--clip", help="tiny, a folder or a hub id (default with the tiny model: tiny)")
+    judge.add_argument("--subject", default="a hanok", help="words for the pseudo word, to score with (a hanok)")
+    judge.add_argument("--context", default="fire", help="what is to be added to it (default: fire)")
+    judge.add_argument("--kinds", help='what it could be taken for, "a hanok|a barn|...", the subject first')
+    judge.add_argument("--conditions", help='"a building on fire|a building|...", the wanted one first')
+    out.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder (default: runs/compare)")
+    out.add_argument("--shard", default="1/1", metavar="I/N", help="only every N-th cell, from the I-th on")
+    out.add_argument("--merge", nargs="+", type=Path, metavar="FOLDER", help="only join the finished cells of these")
+    return p
+
+
+def check(args) -> tuple[int, int]:
+    """Refuse what cannot be, before anything is opened; fill in what depends on --quick. Returns the shard."""
+    args.sizes = args.sizes or ([50] if args.quick else [5, 50, 100])
+    args.n = (8 if args.quick else 32) if args.n is None else args.n
+    args.sampling_steps = (10 if args.quick else 20) if args.sampling_steps is None else args.sampling_steps
+    for name, values in vars(args).items():
+        values = values if isinstance(values, list) else [values]
+        if name in ("sizes", "n", "steps", "sampling_steps") and any(v is not None and v < 1 for v in values):
+            raise ValueError(f"--{name.replace('_', '-')} is {min(values)}, but must be at least 1")
+        if name in ("methods", "sizes", "seeds", "prompts") and len(set(values)) < len(values):
+            raise ValueError(f"--{name} {' '.join(map(str, values))} names something twice; name each once")
+    if min(args.seeds) < 0 or args.n > 10_000 or len(args.prompts) > 24:
+        raise ValueError("--seeds must be 0 or more, --n at most 10000, and there may be 24 --prompts")
+    if args.model != "tiny" and (args.data is None or args.clip is None):
+        raise ValueError(f"--model {args.model} needs --data FOLDER, the photos, and --clip, a judge that knows such "
+                         f"pictures: {score.EXAMPLE} or a folder")  # fmt: skip
+    for more in args.more:
+        if (more.split() or [""])[0] not in ("all", *METHODS):
+            raise ValueError(f'--with "{more}" must begin with all, {", ".join(METHODS)}, as in "lora --rank 4"')
+    args.prompts = [p.replace("{token}", args.token) for p in args.prompts]
+    for p in args.prompts:
+        if not contains(p, args.token):
+            raise ValueError(f'the prompt "{p}" lacks the pseudo word "{args.token}"; write it, or {{token}}, into it')
+    i, _, n = args.shard.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise ValueError(f"--shard is {args.shard}, but must be I/N with I from 1 to N, such as 1/4")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"--out {args.out} is a file; name a folder")
+    return int(i), int(n)
+
+
+def collect(out: Path, manifest: dict) -> dict:
+    """The manifest with what the finished cells have come to."""
+    cells = [{k: v for k, v in c.items() if k != "options"} for c in manifest["cells"]]
+    done = [c for c in cells if (out / c["folder"] / c["scores"]).exists()]
+    for c in done:
+        home = out / c["folder"]
+        c |= checkpoint.read_json(home / c["scores"])
+        c |= {"times": cell.times(c, home), "held_out": cell.curve(home)}
+    missing = [c["name"] for c in cells if "images" not in c]
+    return {**manifest, "cells": done, "missing": missing}
+
+
+def merge(args) -> dict:
+    """Join the finished cells of several folders that were started with the same settings."""
+    manifests = []
+    for folder in args.merge:
+        if not (folder / "manifest.json").is_file():
+            raise ValueError(f"--merge {folder}: no comparison was started there (it has no manifest.json)")
+        manifests.append(checkpoint.read_json(folder / "manifest.json"))
+    plans = [[(c["folder"], c["pictures"], c["scores"]) for c in m["cells"]] for m in manifests]
+    for folder, other in zip(args.merge, plans, strict=True):
+        if other != plans[0]:
+            differ = sum(a != b for a, b in zip(plans[0], other)) + abs(len(plans[0]) - len(other))
+            raise ValueError(f"{folder} was started with other settings than {args.merge[0]}: {differ} cells differ; "
+                             "merge the shards of one comparison")  # fmt: skip
+    for folder in args.merge:
+        for home, _, scores in plans[0]:
+            if (folder / home / scores).exists() and not (args.out / home / scores).exists():
+                shutil.copytree(folder / home, args.out / home, dirs_exist_ok=True)
+    return manifests[0]
+
+
+@cli.polite
+def main(argv=None):
+    args = options().parse_args(argv)
+    shard, shards = check(args)
+    if args.merge:
+        manifest, mine = merge(args), []
+    else:
+        study = plan.prepare(args)
+        manifest = plan.plan(args, study)
+        mine = manifest["cells"][shard - 1 :: shards]
+        args.out.mkdir(parents=True, exist_ok=True)
+    checkpoint.write_json(args.out / "manifest.json", manifest)
+    todo = [c for c in mine if not (args.out / c["folder"] / c["scores"]).exists()]
+    if mine:
+        print(f"{len(mine)} cells, {len(mine) - len(todo)} of them done; the page to watch: {args.out / 'report.html'}")
+        planned = {args.out / c["folder"] for c in manifest["cells"]}
+        if others := [f for f in args.out.glob("cells/*") if f not in planned]:
+            print(f"of other settings, left alone and not in the report: {len(others)}, such as {others[0].name}")
+    start, before = time.perf_counter(), signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for k, c in enumerate(todo, 1):
+            home = args.out / c["folder"]
+            cell.train(c, home)
+            cell.draw(study, c, home, manifest["settings"]["drawing"])
+            cell.judge(study, c, home)
+            report.write(args.out, collect(args.out, manifest))
+            print(f"{k:3} of {len(todo)}  {time.perf_counter() - start:6.0f} s  {c['name']}", flush=True)
+    except KeyboardInterrupt:
+        print("what is finished is kept; the same command goes on")
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    results = collect(args.out, manifest)
+    print(report.write(args.out, results))
+    missing = f" (without {len(results['missing'])} cells that are not done)" if results["missing"] else ""
+    print(f"report: {args.out / 'report.html'}{missing}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
