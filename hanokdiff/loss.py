@@ -5,8 +5,6 @@
 Ho et al. 2020 (DDPM), equation 14; w = 1, or min-SNR-gamma (Hang et al. 2023, arXiv:2303.09556, equation 6).
 """
 
-import itertools
-
 import torch
 from torch import Tensor
 
@@ -25,13 +23,12 @@ def denoising(sd, latents: Tensor, context: Tensor, batch, min_snr: float = 0.0)
 
 
 @torch.no_grad()
-def unseen(sd, shots, draws: int = 2, at_once: int = 8) -> float:
-    """The mean loss of photos that are not learnt from, unweighted, each at `draws` timesteps and noises that are the
-    same every time: what falls and then rises again as a model goes over from learning to learning by heart."""
-    n = len(shots)
-    losses = []
-    for k, first in itertools.product(range(draws), range(0, n, at_once)):
-        batch = Batch("held out", k, range(first, min(first + at_once, n)), n)
+def unseen(sd, shots, at_once: int = 8) -> float:
+    """The mean loss of photos that are not learnt from, unweighted, each at a timestep and a noise that are the same
+    every time: what falls and then rises again as a model goes over from learning to learning by heart."""
+    n, losses = len(shots), []
+    for first in range(0, n, at_once):
+        batch = Batch("held out", 0, range(first, min(first + at_once, n)), n)
         latents, prompts = shots[batch]
         losses.append(denoising(sd, latents, sd.text(prompts), batch))
     return torch.cat(losses).mean().item()
