@@ -1,16 +1,17 @@
 """Scores: how well a picture fits a text, what it is recognised as, what it resembles, and how sure we are.
 
     CLIP-T     cosine of a picture and a text, on three published scales (Hessel et al. 2021, CLIPScore)
+    CLIP-I     mean cosine of a picture and reference pictures; the nearest of them: memorisation; RefCLIPScore of both
     presence   which of several texts fits a picture best (Radford et al. 2021, zero-shot)
-    nearest    cosine to the most similar of other pictures: identity, or memorisation
-    intervals  Student's t for means, Wilson's for shares
+    intervals  Student's t for means and paired differences, Wilson's for shares
 
-Shapes:  N pictures, M texts, d the width of CLIP's common space; an embedding is a float32 row of length 1.
+Shapes:  N pictures, M texts or references, d the width of CLIP's common space; an embedding is a float32 row of
+length 1.
 """
 
 import json
 import math
-import sys
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -52,22 +53,21 @@ class Clip:
         """(N, d) of N pictures of any size. A generator is fine: no more than a batch is held at a time."""
         images, rows = iter(images), [torch.empty(0, self.model.config.projection_dim)]
         while batch := list(islice(images, BATCH)):
-            pixels = torch.stack(
-                [preprocess(i, self.size, self.mean, self.std) for i in batch]
-            )  # (B, 3, s, s)
+            pixels = torch.stack([preprocess(i, self.size, self.mean, self.std) for i in batch])  # (B, 3, s, s)
             pooled = self.model.vision_model(pixel_values=pixels.to(self.device)).pooler_output
             rows.append(F.normalize(self.model.visual_projection(pooled), dim=-1).cpu())
         return torch.cat(rows)
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """(M, d) of M texts. Too long a text is cut, as CLIPScore does (truncate=True); how many is told."""
+        """(M, d) of M texts. Too long a text is cut, as CLIPScore does (truncate=True), with a warning."""
         ids = [self.tokenizer(t).input_ids for t in texts]  # ragged: start, words, end
-        if cut := sum(len(row) > self.length for row in ids):
-            print(
-                f"note: {cut} of {len(ids)} texts cut to {self.length} tokens, all that CLIP reads",
-                file=sys.stderr,
-            )
+        long = [(len(row), t) for row, t in zip(ids, texts, strict=True) if len(row) > self.length]
+        if long:
+            n, text = max(long)
+            warnings.warn(f"{len(long)} of {len(ids)} texts are longer than the {self.length} tokens that this CLIP "
+                          f'reads (the longest has {n}: "{text[:40]}..."); the rest is not scored: say it in fewer '
+                          "words", stacklevel=2)  # fmt: skip
         ids = [row if len(row) <= self.length else row[: self.length - 1] + row[-1:] for row in ids]
         rows = [torch.empty(0, self.model.config.projection_dim)]
         return torch.cat(rows + [self._texts(ids[i : i + BATCH]) for i in range(0, len(ids), BATCH)])
@@ -83,9 +83,7 @@ class Clip:
         return F.normalize(self.model.text_projection(pooled), dim=-1).cpu()
 
 
-def preprocess(
-    image: Image.Image, size: int, mean: Sequence[float] = MEAN, std: Sequence[float] = STD
-) -> Tensor:
+def preprocess(image: Image.Image, size: int, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
     """(3, size, size) as OpenAI's CLIP makes it: short side to size, Pillow's bicubic, then the centre."""
     image = image.convert("RGB")
     w, h = image.size
@@ -108,9 +106,7 @@ def open_model(model: str | Path):
     folder = Path(model).expanduser()
     local = folder.is_dir()
     if not local and (isinstance(model, Path) or model.startswith(("/", ".", "~")) or model.count("/") > 1):
-        raise ValueError(
-            f"there is no CLIP folder {model}; give one that exists, or a hub id such as {EXAMPLE}"
-        )
+        raise ValueError(f"there is no CLIP folder {model}; give one that exists, or a hub id such as {EXAMPLE}")
     from transformers import CLIPModel, CLIPTokenizer  # here, because the import takes seconds
     from transformers.utils import logging
 
@@ -130,9 +126,8 @@ def open_model(model: str | Path):
                          f"{bad[0]}; give a complete one, such as {EXAMPLE}")  # fmt: skip
     words, rows = len(tokenizer), clip.config.text_config.vocab_size
     if words > rows:
-        raise ValueError(
-            f"{model}: its tokenizer knows {words} words, its model {rows}; give files that belong together"
-        )
+        raise ValueError(f"{model}: its tokenizer knows {words} words, its model {rows}; give files that belong "
+                         "together")  # fmt: skip
     return clip, tokenizer, colours
 
 
@@ -183,6 +178,14 @@ SCALES = {
 }  # fmt: skip
 
 
+LIKENESS = {  # to reference pictures
+    "clip_i": "mean over the references of cos(picture, reference); a picture is no reference of itself",
+    "nearest": "largest of cos(picture, reference): 1 is a copy",
+    "refclipscore": "2ab / (a + b), a = clipscore, b = max(nearest, 0) (Hessel et al. 2021, whose references are "
+    "captions)",
+}
+
+
 def clip_t(images: Tensor, texts: Tensor) -> Tensor:
     """(N,) cosines of picture i (N, d) with text i (N, d), or with the one text (1, d)."""
     return (images * texts).sum(-1)
@@ -204,6 +207,28 @@ def presence(images: Tensor, choices: Tensor) -> Tensor:
 def nearest(a: Tensor, b: Tensor) -> Tensor:
     """(N,) cosines of each row of a (N, d) with the most similar row of b (M, d), e.g. training photos."""
     return (a @ b.T).amax(-1)
+
+
+def likeness(images: Tensor, references: Tensor, clipscore: Tensor, own: Tensor | None = None) -> dict[str, Tensor]:
+    """(N,) clip_i, nearest and refclipscore of pictures (N, d), and `which` of the references (M, d) is the nearest.
+
+    `own` (N, M) is true where a reference is the picture itself, which is then left out: real pictures against
+    one another are the ceiling of clip_i.
+    """
+    cosines = images @ references.T  # (N, M)
+    own = torch.zeros_like(cosines, dtype=torch.bool) if own is None else own
+    if own.all(-1).any():
+        raise ValueError(f"the only reference ({len(references)} given) is the picture itself; give at least one other")
+    near, which = cosines.masked_fill(own, -2).max(-1)
+    mean = cosines.masked_fill(own, 0).sum(-1) / (~own).sum(-1)
+    return {"clip_i": mean, "nearest": near, "refclipscore": refclipscore(clipscore, near), "which": which}
+
+
+def refclipscore(clipscore: Tensor, nearest: Tensor) -> Tensor:
+    """(N,) harmonic mean of the two. The paper judges a caption of a picture, by other captions of it; here a picture
+    of a text is judged, by other pictures of it. As there, only the first of the two is times 2.5."""
+    b = nearest.clamp(min=0)
+    return 2 * clipscore * b / (clipscore + b).clamp(min=1e-12)
 
 
 def kinds() -> dict[str, str]:
@@ -233,6 +258,16 @@ def mean_interval(values: Sequence[float] | Tensor, confidence: float = 0.95) ->
         return float(v[0]), math.nan, math.nan
     half = t_quantile(len(v) - 1, confidence) * v.std(ddof=1) / math.sqrt(len(v))
     return float(v.mean()), float(v.mean() - half), float(v.mean() + half)
+
+
+def paired_interval(
+    a: Sequence[float] | Tensor, b: Sequence[float] | Tensor, confidence: float = 0.95
+) -> tuple[float, float, float]:
+    """(mean, low, high) of a - b over pairs, a[i] with b[i]: what both share, such as prompt and noise, drops out."""
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"{len(a)} values cannot be paired with {len(b)}; give a value of each for every pair")
+    return mean_interval(a - b, confidence)
 
 
 @lru_cache

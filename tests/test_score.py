@@ -5,6 +5,8 @@ import json
 import math
 import subprocess
 import sys
+import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,9 +129,7 @@ def test_unit_length_and_independent_of_the_batch(clip, monkeypatch):
 
 def test_colours_come_from_the_folder(folder, tmp_path):
     (tmp_path / "c").symlink_to(folder, target_is_directory=True)
-    (folder / "preprocessor_config.json").write_text(
-        '{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.4, 0.5]}'
-    )
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.4, 0.5]}')
     try:
         other = score.Clip(str(tmp_path / "c"))
     finally:
@@ -138,12 +138,14 @@ def test_colours_come_from_the_folder(folder, tmp_path):
     assert (other.images(drawings()) - score.Clip(folder).images(drawings())).abs().max() > 1e-3
 
 
-def test_long_texts_are_cut_and_counted(clip, capsys):
-    long = clip.texts(["x y " * 40, "x y " * 50, "a"])
-    assert "2 of 3 texts cut to 16 tokens" in capsys.readouterr().err
+def test_long_texts_are_cut_and_counted(clip):
+    wanted = r'2 of 3 texts are longer than the 16 tokens .*longest has 102: "x y x y .*"\); .*fewer words'
+    with pytest.warns(UserWarning, match=wanted):
+        long = clip.texts(["x y " * 40, "x y " * 50, "a"])
     torch.testing.assert_close(long[0], long[1])
-    torch.testing.assert_close(long[0], clip.texts(["x y " * 7])[0])  # 14 words, start and end
-    assert capsys.readouterr().err == ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(long[0], clip.texts(["x y " * 7])[0])  # 14 words, start and end: just fits
     assert (long[0] - clip.texts(["x y " * 6])[0]).abs().max() > 1e-3
 
 
@@ -184,9 +186,7 @@ def test_hub_out_of_reach(monkeypatch):
         raise OSError("We couldn't connect\nto anything")
 
     monkeypatch.setattr(CLIPModel, "from_pretrained", offline)
-    with pytest.raises(
-        ValueError, match=r"neither a folder here nor .*\(We couldn't connect\); go online once"
-    ):
+    with pytest.raises(ValueError, match=r"neither a folder here nor .*\(We couldn't connect\); go online once"):
         score.Clip("openai/clip-vit-base-patch32")
     with pytest.raises(ValueError, match="there is no CLIP folder ./nowhere"):
         score.Clip("./nowhere")
@@ -216,16 +216,35 @@ def test_presence_and_nearest():
     assert score.clip_t(images, choices[:1]).tolist() == pytest.approx([0.8, 0.6, 0.96])
 
 
+def test_likeness_by_hand():
+    images, real = torch.tensor([[1.0, 0], [0.6, 0.8], [-1, 0]]), torch.tensor([[0.8, 0.6], [0, 1.0]])
+    got = score.likeness(images, real, torch.tensor([0.5, 0, 0.7]))
+    assert got["clip_i"].tolist() == pytest.approx([0.4, 0.88, -0.4])
+    assert got["nearest"].tolist() == pytest.approx([0.8, 0.96, 0]) and got["which"].tolist() == [0, 0, 1]
+    assert got["nearest"].tolist() == score.nearest(images, real).tolist()
+    assert got["refclipscore"].tolist() == pytest.approx([2 * 0.5 * 0.8 / 1.3, 0, 0])
+
+
+def test_refclipscore_is_the_harmonic_mean():
+    got = score.refclipscore(torch.tensor([0.75, 0.5, 0.75, 0]), torch.tensor([0.75, 1, -0.2, -0.2]))
+    assert got.tolist() == pytest.approx([0.75, 1 / 1.5, 0, 0])  # equal; 2 / (1 / 0.5 + 1 / 1); nothing alike; neither
+
+
+def test_a_picture_is_no_reference_of_itself():
+    rows = torch.tensor([[1.0, 0], [0.6, 0.8], [0, 1]])
+    got = score.likeness(rows, rows, torch.ones(3), torch.eye(3, dtype=torch.bool))
+    assert got["clip_i"].tolist() == pytest.approx([0.3, 0.7, 0.4]) and got["which"].tolist() == [1, 2, 1]
+    assert got["nearest"].tolist() == pytest.approx([0.6, 0.8, 0.8])
+    with pytest.raises(ValueError, match=r"the only reference \(1 given\) is the picture itself"):
+        score.likeness(rows, rows[:1], torch.ones(3), torch.eye(3, dtype=torch.bool)[:, :1])
+
+
 def test_prompts_cover_the_world():
     assert tuple(score.kinds()) == world.KINDS and score.kinds()["hanok"] == "a hanok"
-    assert (
-        tuple(score.conditions()) == world.CONDITIONS and score.conditions()["fire"] == "a building on fire"
-    )
+    assert tuple(score.conditions()) == world.CONDITIONS and score.conditions()["fire"] == "a building on fire"
 
 
-@pytest.mark.parametrize(
-    ("n", "t"), [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262), (30, 2.045), (10_001, 1.960)]
-)
+@pytest.mark.parametrize(("n", "t"), [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262), (30, 2.045), (10_001, 1.960)])
 def test_t_quantile_is_the_tables(n, t):
     assert score.t_quantile(n - 1) == pytest.approx(t, abs=6e-4)
 
@@ -241,6 +260,39 @@ def test_mean_interval():
         score.mean_interval([])
 
 
+def test_paired_interval_is_students_t_of_the_differences():
+    a, b = [5, 7, 6, 9, 8], torch.tensor([4, 5, 3, 5, 3])  # differences 1, 2, 3, 4, 5
+    half = 2.776445 * math.sqrt(2.5 / 5)
+    assert score.paired_interval(a, b) == pytest.approx((3, 3 - half, 3 + half), abs=1e-4)
+    assert score.paired_interval(b, a) == pytest.approx((-3, -3 - half, half - 3), abs=1e-4)  # antisymmetric
+    assert math.isnan(score.paired_interval([2], [1])[1])
+    with pytest.raises(ValueError, match="3 values cannot be paired with 1"):
+        score.paired_interval([1, 2, 3], [1])
+    with pytest.raises(ValueError, match="0 values"):
+        score.paired_interval([], [])
+
+
+def test_planted_difference_is_found_and_planted_equality_is_not():
+    """What a pair shares is ten times the difference: two separate intervals would overlap."""
+    random = np.random.default_rng(0)
+    shared, noise = random.normal(0, 1, 20), random.normal(0, 0.05, (2, 20))
+    a, b = shared + noise[0] + 0.1, shared + noise[1]
+    value, low, high = score.paired_interval(a, b)
+    assert 0 < low < 0.1 < high and value == pytest.approx(0.1, abs=0.05)
+    assert score.mean_interval(a)[1] < score.mean_interval(b)[0] < score.mean_interval(b)[2]
+    _, low, high = score.paired_interval(a - 0.1, b)
+    assert low < 0 < high
+
+
+@pytest.mark.parametrize("confidence", [0.8, 0.95])
+def test_paired_intervals_cover_as_often_as_they_say(confidence):
+    random, trials, n = np.random.default_rng(1), 4000, 6
+    shared, noise = random.normal(0, 3, (trials, n)), random.normal(0, 1, (2, trials, n))
+    found = [score.paired_interval(*pair, confidence) for pair in zip(shared + noise[0] + 0.5, shared + noise[1])]
+    covered = np.mean([low < 0.5 < high for _, low, high in found])
+    assert covered == pytest.approx(confidence, abs=4 * math.sqrt(confidence * (1 - confidence) / trials))
+
+
 def test_share_interval():
     assert score.share_interval(8, 10) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-4)
     assert score.share_interval(0, 10) == pytest.approx((0, 0, 0.2775), abs=1e-4)
@@ -252,14 +304,14 @@ def test_share_interval():
 # ----------------------------------------------------------------------------------- script
 
 
-@pytest.mark.parametrize(("text", "prompt"), [
-    ("a castle", "a castle"), ("two\nlines\nNegative prompt: x\nSteps: 1", "two\nlines"),
-    ("a\nSteps: 20, a", "a"),
-    ("Steps: 20", ""), ("Negative prompt: x\nSteps: 20", ""),
-    ("a, Steps: not a line", "a, Steps: not a line"),
+@pytest.mark.parametrize(("text", "prompt", "seed"), [
+    ("a castle", "a castle", None), ("two\nlines\nNegative prompt: x\nSteps: 1, Seed: 0", "two\nlines", 0),
+    ("a\nSteps: 20, a, Seed: 12, Size: 64x64, Variation seed: 3", "a", 12),
+    ("Steps: 20", "", None), ("Negative prompt: x, Seed: 3\nSteps: 20, Seed: 4", "", 4),
+    ("a, Steps: not a line, Seed: 3", "a, Steps: not a line, Seed: 3", None),
 ])  # fmt: skip
-def test_prompt_of(text, prompt):
-    assert clipscore.prompt_of(text) == prompt
+def test_origin(text, prompt, seed):
+    assert clipscore.origin(text) == {"prompt": prompt, "seed": seed}
 
 
 def test_one_folder_everything(clip, folder, pictures, tmp_path, capsys):
@@ -270,22 +322,21 @@ def test_one_folder_everything(clip, folder, pictures, tmp_path, capsys):
     assert "in 3 of 3 prompts" in out and '"a hanok in snow 0"' in out and "pictures only" in out
     assert "2.5 * max(cos, 0)" in out and str(folder) in out and "recognised as" in out
     assert "1 contact sheets skipped (grid-0.png)" in err
-    report, lines = (
-        json.loads((tmp_path / "s.json").read_text("utf-8")),
-        list(csv.DictReader((tmp_path / "s.csv").open())),
-    )
+    report = json.loads((tmp_path / "s.json").read_text("utf-8"))
+    lines = list(csv.DictReader((tmp_path / "s.csv").open()))
     texts = [f"a hanok in snow {i}" for i in range(3)]
     expected = score.scores(clip, clip.images(drawings()), texts)
     choices = score.presence(clip.images(drawings()), clip.texts(["a hanok", "a barn"]))
     for rows in (report["images"], lines):
-        assert [r["text"] for r in rows] == texts and [r["prompt"] for r in rows] == [
-            f"* in snow {i}" for i in range(3)
-        ]
+        assert [r["text"] for r in rows] == texts
+        assert [r["prompt"] for r in rows] == [f"* in snow {i}" for i in range(3)]
+        assert [int(r["seed"]) for r in rows] == [0, 1, 2]
         assert [r["file"] for r in rows] == [str(pictures / f"{i}.png") for i in range(3)]
         assert [r["presence"] for r in rows] == [["a hanok", "a barn"][i] for i in choices]
         for name, values in expected.items():
             assert [float(r[name]) for r in rows] == pytest.approx(values.tolist(), abs=1e-6)
     assert report["scorer"]["model"] == str(folder) and "prefixed" in report["formulas"]["clipscore"]
+    assert report["paired"] is None and "clip_i" not in report["formulas"] and "clip_i" not in out
     (summary,) = report["summary"]
     assert summary["n"] == 3
     assert summary["clipscore"] == pytest.approx(score.mean_interval(expected["clipscore"]), abs=1e-6)
@@ -313,16 +364,174 @@ def test_unreadable_is_named_and_left_out(folder, pictures, capsys):
     (pictures / "1.png").write_bytes(png[: len(png) // 2])  # half a picture
     assert clipscore.main([str(pictures), "--clip", str(folder)]) == 0
     out, err = capsys.readouterr()
-    assert f"{pictures / '1.png'} cannot be read and is left out" in err
+    assert f"note: {pictures / '1.png'} is left out: '1.png' cannot be read: " in err
     assert '"* in snow 0"' in out and '"* in snow 1"' not in out
 
 
-def test_replace_token_is_a_whole_word():
-    rows = [{"prompt": "sks asks, sks."}, {"prompt": "*, fire"}]
-    clipscore.replace_token(rows, "sks", r"a\1 hanok")
-    assert rows[0]["text"] == r"a\1 hanok asks, a\1 hanok." and rows[1]["text"] == "*, fire"
-    clipscore.replace_token(rows, "*", "a hanok")
-    assert rows[1]["text"] == "a hanok, fire"
+def test_replace_token_is_a_whole_word(capsys):
+    rows = [{"prompt": "sks asks, sks.", "file": "a"}, {"prompt": "*, fire", "file": "b"}]
+    clipscore.set_texts(rows, None, [("sks", r"a\1 hanok"), ("*", "a hanok")])
+    assert [row["text"] for row in rows] == [r"a\1 hanok asks, a\1 hanok.", "a hanok, fire"]
+    assert capsys.readouterr().out.count("in 1 of 2 prompts") == 2
+    clipscore.set_texts(rows, " a * ", [("*", "barn")])
+    assert [row["text"] for row in rows] == ["a barn", "a barn"] and rows[0]["prompt"] == "sks asks, sks."
+
+
+# ------------------------------------------------------------------------------- references
+
+
+def test_reference_everything(folder, pictures, tmp_path, capsys):
+    """Against transformers' own embeddings."""
+    from transformers import CLIPModel
+
+    (tmp_path / "real").mkdir()
+    for i, image in enumerate(drawings(5)[2:]):  # the first is a copy of the third picture
+        image.save(tmp_path / "real" / f"{i}.png")
+    (tmp_path / "real" / "broken.png").write_bytes(b"no")
+    files = ["--json", str(tmp_path / "s.json"), "--csv", str(tmp_path / "s.csv")]
+    argv = [str(pictures), "--clip", str(folder), "--reference", str(tmp_path / "real"), *files]
+    assert clipscore.main(argv) == 0
+    out, err = capsys.readouterr()
+    assert "broken.png is left out" in err and "whose references are captions" in out
+    assert f"like {tmp_path / 'real'}" in out and f"2.png to {tmp_path / 'real' / '0.png'}, 1.0000" in out
+
+    pixels = [reference_pixels(i, 32, score.MEAN, score.STD) for i in drawings(5)]
+    model = CLIPModel.from_pretrained(folder).eval()
+    with torch.no_grad():
+        states = model.vision_model(pixel_values=torch.tensor(np.stack(pixels)).float()).pooler_output
+        rows = model.visual_projection(states).double().numpy()
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    cosines = rows[:3] @ rows[2:].T
+    assert cosines.std() > 0.01  # or the comparison says nothing
+    report = json.loads((tmp_path / "s.json").read_text("utf-8"))
+    for found in (report["images"], list(csv.DictReader((tmp_path / "s.csv").open()))):
+        assert [float(r["clip_i"]) for r in found] == pytest.approx(cosines.mean(1), abs=1e-5)
+        assert [float(r["nearest"]) for r in found] == pytest.approx(cosines.max(1), abs=1e-5)
+        assert [r["nearest_file"] for r in found] == [str(tmp_path / "real" / f"{i}.png") for i in cosines.argmax(1)]
+        for r, near in zip(found, cosines.max(1)):
+            a = float(r["clipscore"])
+            assert float(r["refclipscore"]) == pytest.approx(2 * a * near / (a + near) if a else 0, abs=1e-5)
+    (summary,) = report["summary"]
+    assert summary["clip_i"] == pytest.approx(score.mean_interval(cosines.mean(1)), abs=1e-5)
+    assert [Path(f).name for f in report["references"]] == ["0.png", "1.png", "2.png"]
+    assert report["references"][0] != report["unreadable"] == []
+
+
+def test_pictures_as_their_own_references(clip, folder, pictures, tmp_path, capsys):
+    ask = ("--clip", str(folder), "--reference", str(pictures), "--json", str(tmp_path / "s.json"))
+    assert clipscore.main([str(pictures), *ask]) == 0
+    rows = clip.images(drawings())
+    mean = ((rows @ rows.T).sum(1) - 1) / 2
+    images = json.loads((tmp_path / "s.json").read_text("utf-8"))["images"]
+    assert [r["clip_i"] for r in images] == pytest.approx(mean.tolist(), abs=1e-5)
+    assert all(r["nearest_file"] != r["file"] for r in images)
+    ask = ("--clip", folder, "--reference", pictures / "0.png")
+    assert "the picture itself; give at least one other" in refused(capsys, pictures / "0.png", *ask)
+
+
+# ------------------------------------------------------------------------------------ pairs
+
+
+def two_folders(tmp_path, a: list[tuple], b: list[tuple]) -> list[str]:
+    """PNGs 00000.png ... of (prompt, seed), drawn from another scene each, so that scores differ."""
+    for name, drawn in (("a", a), ("b", b)):
+        (tmp_path / name).mkdir()
+        for i, (prompt, seed) in enumerate(drawn):
+            image = world.draw(world.scene(10 * i + (name == "b")))
+            save(tmp_path / name / f"{i:05d}.png", f"{prompt}\nSteps: 20, Sampler: ddim, Seed: {seed}", image)
+    return [str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+def paired(tmp_path, folder, paths, *ask) -> dict:
+    argv = [*paths, "--clip", folder, "--paired", "--json", tmp_path / "s.json", *ask]
+    assert clipscore.main([str(a) for a in argv]) == 0
+    return json.loads((tmp_path / "s.json").read_text("utf-8"))
+
+
+def test_pairs_are_of_the_same_prompt_and_seed(folder, tmp_path, capsys):
+    a = [("*", 0), ("*", 1), ("*, fire", 0), ("* in snow", 3)]
+    b = [("a hanok, fire", 0), ("a hanok", 1), ("a hanok", 0), ("a hanok", 7)]
+    paths = two_folders(tmp_path, a, b)
+    ask = ["--replace-token", "*", "a hanok", "--presence", "a hanok|a barn|a tent", "--reference", paths[1]]
+    report = paired(tmp_path, folder, [paths[0] + "/", paths[1]], *ask)
+    found, rows = report["paired"], {r["file"]: r for r in report["images"]}
+    assert (found["by"], found["pairs"]) == ("prompt and seed", 3)
+    assert found["unmatched"] == [f"{paths[0]}/00003.png", f"{paths[1]}/00003.png"]
+    pairs = [(rows[f"{paths[0]}/0000{i}.png"], rows[f"{paths[1]}/0000{j}.png"]) for i, j in ((0, 2), (1, 1), (2, 0))]
+    assert list(found["scores"]) == [*score.SCALES, *score.LIKENESS, "is a hanok", "is a barn", "is a tent"]
+    for name in ("cosine", "clipscore", "clip_i"):
+        gaps = [x[name] - y[name] for x, y in pairs]
+        assert found["scores"][name]["difference"] == pytest.approx(score.mean_interval(gaps))
+        assert found["scores"][name]["a"] == pytest.approx(sum(x[name] for x, _ in pairs) / 3)
+    for label in ("a hanok", "a barn", "a tent"):
+        got, gaps = (
+            found["scores"][f"is {label}"],
+            [(x["presence"] == label) - (y["presence"] == label) for x, y in pairs],
+        )
+        assert got["difference"][0] == pytest.approx(sum(gaps) / 3) == pytest.approx(got["a"] - got["b"])
+        assert (got["difference"][1] is None) == (len(set(gaps)) == 1)  # all alike: nothing to make an interval of
+    out = capsys.readouterr().out
+    assert "3 pairs" in out and "first - second" in out
+    assert f"matched by prompt and seed; 2 unmatched ({paths[0]}/00003.png, {paths[1]}/00003.png)" in out
+
+
+def test_a_planted_difference_of_pictures_is_found(folder, tmp_path):
+    """The second folder holds the references themselves, the first the same pictures on their heads; and twins."""
+    drawn = [("a", i) for i in range(8)]
+    paths = two_folders(tmp_path, drawn, drawn)
+    (tmp_path / "real").mkdir()
+    for i in range(8):
+        image = Image.open(tmp_path / "b" / f"0000{i}.png")
+        image.save(tmp_path / "real" / f"{i}.png")
+        save(tmp_path / "a" / f"0000{i}.png", f"a\nSteps: 1, Seed: {i}", image.rotate(180))
+    ask = ("--reference", tmp_path / "real")
+    value, low, high = paired(tmp_path, folder, paths, *ask)["paired"]["scores"]["nearest"]["difference"]
+    assert value < high < 0 and low < value
+    for i in range(8):
+        image = Image.open(tmp_path / "b" / f"0000{i}.png").copy()
+        save(tmp_path / "a" / f"0000{i}.png", f"a\nSteps: 1, Seed: {i}", image)
+    assert paired(tmp_path, folder, paths, *ask)["paired"]["scores"]["nearest"]["difference"] == [0, None, None]
+
+
+def test_with_one_prompt_pairs_go_by_the_pictures_own(folder, tmp_path):
+    paths = two_folders(tmp_path, [("*", 0), ("*, fire", 0)], [("*, fire", 0), ("*", 0)])
+    report = paired(tmp_path, folder, paths, "--prompt", "a hanok")
+    assert report["paired"]["pairs"] == 2 and {r["text"] for r in report["images"]} == {"a hanok"}
+
+
+def test_pairs_by_file_name(folder, tmp_path, capsys):
+    paths = two_folders(tmp_path, [("*", 0), ("*", 1)], [("*", 5), ("*", 6), ("*", 7)])
+    Image.open(tmp_path / "b" / "00001.png").convert("RGB").save(tmp_path / "b" / "00001.jpg")
+    (tmp_path / "b" / "00001.png").unlink()  # a JPEG tells no seed
+    found = paired(tmp_path, folder, paths, "--prompt", "a barn")["paired"]
+    assert (found["by"], found["pairs"], found["unmatched"]) == ("file name", 2, [f"{paths[1]}/00002.png"])
+    drawings(1)[0].save(tmp_path / "b" / "00000.jpg")
+    message = refused(capsys, *paths, "--paired", "--clip", folder, "--prompt", "a barn")
+    assert "00000.png are both 00000" in message and "take one of them out" in message
+
+
+def test_refusals_of_pairs(folder, tmp_path, capsys, monkeypatch):
+    paths = two_folders(tmp_path, [("*", 0), ("*, fire", 0)], [("*", 5), ("sks", 6)])
+    monkeypatch.setattr(score, "Clip", None)  # would raise TypeError if it were reached
+    ask = ("--paired", "--clip", folder)
+    assert "but of the 1 paths 1 are; give two: clipscore.py A B" in refused(capsys, paths[0], *ask)
+    assert "but of the 3 paths 2 are" in refused(capsys, *paths, paths[0], *ask)
+    assert "but of the 2 paths 1 are" in refused(capsys, paths[0], f"{paths[1]}/../a", *ask)
+    assert "but of the 2 paths 1 are" in refused(capsys, paths[0], f"{paths[1]}/00000.png", *ask)
+    message = refused(capsys, *paths, *ask)
+    assert (
+        f'no picture of {paths[0]} matches one of {paths[1]} by prompt and seed (the first ones: "*" with seed 0; "*"'
+        in (message)
+        and "draw both from the same" in message
+    )
+    save(tmp_path / "b" / "00002.png", "*\nSteps: 9, Seed: 5")
+    assert "00000.png and " in (message := refused(capsys, *paths, *ask)) and '"*" with seed 5, so it is unc' in message
+    for f in (tmp_path / "b").iterdir():
+        f.write_bytes(b"no")
+    assert "nothing readable" in refused(capsys, *paths, *ask)
+
+
+# --------------------------------------------------------------------------------- refusals
 
 
 def refused(capsys, *argv) -> str:
@@ -346,10 +555,12 @@ def test_refusals_of_input(capsys, folder, pictures, tmp_path):
     assert "none of the 1 pictures can be read" in refused(capsys, tmp_path / "bad.png", *ask)
     assert "mute.png has no prompt" in refused(capsys, pictures, tmp_path / "mute.png", *ask)
     assert "has no prompt" in refused(capsys, pictures, *ask, "--prompt", " ")
-    assert 'none of the 3 prompts holds "sks"' in refused(
-        capsys, pictures, *ask, "--replace-token", "sks", "a"
-    )
+    assert 'none of the 3 prompts holds "sks"' in refused(capsys, pictures, *ask, "--replace-token", "sks", "a")
     assert "empty TOKEN" in refused(capsys, pictures, *ask, "--replace-token", "", "a")
+    for wrong, message in (("nowhere", "does not exist"), ("empty", "holds no pictures"), ("bad.png", "can be read")):
+        assert (
+            f"{wrong}" in (told := refused(capsys, pictures, *ask, "--reference", tmp_path / wrong)) and message in told
+        )
 
 
 @pytest.mark.parametrize("presence", ["a hanok", "", "|", "a hanok|", "a|b|a"])
@@ -361,6 +572,7 @@ def test_refusals_of_scorer(capsys, folder, pictures, tmp_path):
     save(tmp_path / "big.png", "a", Image.new("RGB", (80, 65)))
     message = refused(capsys, pictures, tmp_path / "big.png")
     assert "big.png is 65 px" in message and "--clip openai/clip-vit-base-patch32" in message
+    assert "big.png is 65 px" in refused(capsys, pictures, "--reference", tmp_path / "big.png")
     assert "there is no CLIP folder" in refused(capsys, pictures, "--clip", tmp_path / "nowhere")
     assert "cannot be opened" in refused(capsys, pictures, "--clip", pictures)
     assert "device foo cannot be used" in refused(capsys, pictures, "--clip", folder, "--device", "foo")
@@ -377,11 +589,20 @@ def test_default_is_tiny_up_to_64_pixels(monkeypatch, folder, pictures, capsys):
 def test_unwritable_is_refused_before_the_work(capsys, monkeypatch, pictures, tmp_path, option):
     monkeypatch.setattr(score, "Clip", None)  # would raise TypeError if it were reached
     assert "cannot be written" in refused(capsys, pictures, option, tmp_path / "nowhere" / "s")
+    assert "cannot be written" in refused(capsys, pictures, option, pictures / "0.png" / "s")
     assert "is a folder" in refused(capsys, pictures, option, tmp_path)
 
 
+def test_a_text_too_long_is_told_with_the_way_out(folder, pictures, capsys):
+    argv = [str(pictures / "0.png"), "--clip", str(folder), "--prompt", "x " * 40]
+    assert clipscore.main(argv) == 0
+    err = capsys.readouterr().err
+    assert "note: 1 of 1 texts are longer than the 16 tokens" in err and "the longest has 42" in err
+    assert "say it in fewer words" in err and "Traceback" not in err and ".py" not in err
+
+
 def test_help_imports_nothing_heavy():
-    code = "import clipscore, sys; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
-    root = clipscore.Path(clipscore.__file__).parent
+    code = "import clipscore, sys; print([m for m in ('transformers', 'diffusers', 'tokenizers') if m in sys.modules])"
+    root = Path(clipscore.__file__).parent
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
