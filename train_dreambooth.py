@@ -25,8 +25,8 @@ from hanokdiff.tiny import world
 
 # What the class pictures show is not forgotten: the tiny world's show campfires, smoke and floods too, but no fire.
 DEFAULTS = {
-    "tiny": dict(steps=420, batch_size=8, lr=8e-4, text_lr=8e-4, word_lr=8e-3, text_steps=None, class_images=96,
-                 min_snr=5.0, save_every=0, preview_every=210),
+    "tiny": dict(steps=300, batch_size=8, lr=1e-3, text_lr=1e-3, word_lr=2e-2, text_steps=None, class_images=64,
+                 min_snr=5.0, save_every=100, preview_every=150),
     "sd": dict(steps=800, batch_size=4, lr=2e-6, text_lr=1e-6, word_lr=1e-4, text_steps=None, class_images=200,
                min_snr=0.0, save_every=400, preview_every=200),
 }  # fmt: skip
