@@ -133,13 +133,14 @@ def draw(study: Study, cell: dict, home: Path, drawing: dict) -> None:
         for q, part in todo:
             start, seeds = time.perf_counter(), [noise(cell, q, i) for i in part]
             sd.text.literal_tokens = q["literal_tokens"]
-            how = {k: drawing[k] for k in ("sampler", "steps", "cfg")}
+            how = {k: drawing[k] for k in ("sampler", "steps", "cfg")} | {"size": (drawing["size"],) * 2}
             drawn = sd.draw([q["prompt"]] * len(part), seeds, at_once, **how)
             seconds = time.perf_counter() - start
             for i, seed, image in zip(part, seeds, drawn, strict=True):
                 info = PngImagePlugin.PngInfo()
                 info.add_text("parameters", f"{q['prompt']}\nSteps: {how['steps']}, Sampler: {how['sampler']}, "
-                              f"CFG scale: {how['cfg']:g}, Seed: {seed}, Model: {cell['name']}")  # fmt: skip
+                              f"CFG scale: {how['cfg']:g}, Seed: {seed}, Size: {drawing['size']}x{drawing['size']}, "
+                              f"Model: {cell['name']}")  # fmt: skip
                 aside = folder / (picture(q, i) + ".part")
                 image.save(aside, "png", pnginfo=info)
                 os.replace(aside, folder / picture(q, i))

@@ -51,6 +51,7 @@ def options():
     draw.add_argument("--prompts", nargs="+", default=list(PROMPTS), help="{token} is the pseudo word (the paper's 3)")
     draw.add_argument("--n", type=int, help="pictures per cell and prompt (default: 32, quick 8)")
     draw.add_argument("--sampling-steps", type=int, help="default: 20, quick 10")
+    draw.add_argument("--resolution", type=int, help="of photos and pictures, in pixels (default: the model's own)")
     judge.add_argument("--clip", help="tiny, a folder or a hub id (default with the tiny model: tiny)")
     judge.add_argument("--subject", default="a hanok", help="words for the pseudo word, to score with (a hanok)")
     judge.add_argument("--context", default="fire", help="what is to be added to it (default: fire)")

@@ -27,7 +27,8 @@ SCRIPTS = Path(__file__).resolve().parent.parent  # where train_ti.py and its th
 ASKED = {"untouched-hanok": "hanok", "untouched-described": "a Korean traditional house"}  # beside the pseudo word
 KINDS = "a hanok, a Korean traditional house|a Japanese house|a Chinese pavilion|a western house"
 CONDITIONS = "a building on fire|a building beside a campfire|a building"
-OWN = ("--model", "--data", "--images", "--held-out", "--token", "--seed", "--device", "--out", "--resume")  # our own
+OWN = ("--model", "--data", "--images", "--held-out", "--resolution", "--token", "--seed", "--device", "--out",
+       "--resume")  # not for --with
 HELD_OUT, LEAST_HELD_OUT = 30, 2  # photos that no method sees
 EPOCHS_AT = 50  # photos: there, --budget epochs gives each method its own number of steps
 EXTRA = 32  # pictures at most of what is asked beside the prompts: it is no part of the result
@@ -39,6 +40,7 @@ class Study:
 
     token: str
     sd: model.StableDiffusion
+    resolution: int  # of photos and pictures
     clip: score.Clip
     photos: list[data.Photo]  # to learn from, in their nested order
     held_out: list[data.Photo]  # that no method sees
@@ -53,18 +55,18 @@ def prepare(args) -> Study:
     tiny_judge, most = args.clip in (None, "tiny"), max(args.sizes)
     kinds = choices(args.kinds, KINDS, {"hanok": "", **score.kinds()} if tiny_judge else None)
     conditions = choices(args.conditions, CONDITIONS, {"fire": "", **score.conditions()} if tiny_judge else None)
-    sd = model.load(args.model, args.device)
-    held_out = HELD_OUT
+    sd, held_out = model.load(args.model, args.device), HELD_OUT
+    resolution = cli.check_resolution(args.resolution, sd)
     if args.data:
         spare = len(data.photo_files(args.data)) - most
         held_out = min(HELD_OUT, spare)
         if spare < LEAST_HELD_OUT:
             raise ValueError(f"--sizes asks for {most} photos, and at least {LEAST_HELD_OUT} more are held out to "
                              f"compare with, but {args.data} has {most + spare}; lower --sizes or add photos")
-    photos, unseen = data.load_photos(args.data, sd.resolution, most, held_out)
+    photos, unseen = data.load_photos(args.data, resolution, most, held_out)
     clip = score.Clip(score.TINY if tiny_judge else args.clip, args.device or "cpu")
     seen, held = (clip.images(p.image for p in some) for some in (photos, unseen))
-    return Study(args.token, sd, clip, photos, unseen, seen, held, kinds, conditions)
+    return Study(args.token, sd, resolution, clip, photos, unseen, seen, held, kinds, conditions)
 
 
 def choices(given: str | None, usual: str, tiny: dict | None) -> dict[str, str]:
@@ -101,6 +103,7 @@ def training(args, method: str, photos: int, held_out: int, seed: int) -> tuple[
             "--seed", seed, "--preview-every", 0]  # fmt: skip
     argv += ["--data", args.data.resolve()] if args.data else []
     argv += ["--device", args.device] if args.device else []
+    argv += ["--resolution", args.resolution] if args.resolution else []
     more = sum((words[1:] for words in map(shlex.split, args.more) if words[0] in (method, "all")), [])
     if own := [o for o in OWN if o in more]:
         raise ValueError(f"--with may not set {own[0]} of {method}, which the comparison sets for every cell")
@@ -171,7 +174,7 @@ def plan(args, study: Study) -> dict:
     base, held_out = prior.fingerprint(sd), fingerprint(study.held_out)
     weights = study.clip.model.visual_projection.weight.cpu().numpy().tobytes()
     judge = [Path(study.clip.name).name, hashlib.sha256(weights).hexdigest()[:16], study.kinds, study.conditions]
-    drawing = {"sampler": samplers.DEFAULT, "steps": args.sampling_steps, "cfg": sd.cfg, "size": sd.resolution,
+    drawing = {"sampler": samplers.DEFAULT, "steps": args.sampling_steps, "cfg": sd.cfg, "size": study.resolution,
                "dtype": str(sd.dtype).removeprefix("torch.")}  # fmt: skip
     heads = [(name, "untouched", 0, 0, ask) for name, ask in {"untouched-literal": args.token, **ASKED}.items()]
     heads += [(f"{method}-{photos}-{seed}", method, photos, seed, args.token)

@@ -22,8 +22,8 @@ NAMES = {"ti": "Textual Inversion", "dreambooth": "DreamBooth", "lora": "LoRA", 
 
 def share(v: list | None) -> str:
     """12 % [7, 20]"""
-    if v is None or v[1] is None:
-        return "" if v is None else f"{100 * v[0]:.0f} %"
+    if not v or v[1] is None:
+        return "" if not v else f"{100 * v[0]:.0f} %"
     return f"{100 * v[0]:.0f} % [{max(0, 100 * v[1]):.0f}, {min(100, 100 * v[2]):.0f}]"
 
 
@@ -120,6 +120,8 @@ def opening(page, out: Path, results: dict, summary: dict) -> None:
         told = "; ".join(f'"{r["ask"]}" {share(r["both"])}' for r in asked)
         page.say(f"The untouched model, asked in these words: {told}.")
     sizes, names = sorted(s["sizes"]), [NAMES[m] for m in s["methods"]]
+    rows = [[NAMES[m], *(share(r and r["both"]) for r in (find(summary, m, n) for n in sizes))] for m in s["methods"]]
+    page.table(["both at once, all prompts", *(f"{n} photos" for n in sizes)], rows)
     for name, what in zip(SHARES, (f"recognised as {kind}", f"recognised as {condition}", "both at once")):
         drawn = [[(r := find(summary, m, n)) and r[name] for n in sizes] for m in s["methods"]]
         if found:
