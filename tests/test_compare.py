@@ -2,11 +2,14 @@
 
 import contextlib
 import csv
+import errno
 import json
 import math
 import os
+import random
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -17,6 +20,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from hanokdiff import cell, compare, plan, report, score, summary
 from hanokdiff.model import StableDiffusion
@@ -231,7 +235,8 @@ def test_the_pages(done):
     assert all(ElementTree.parse(done / f).getroot().get("color") for f in files if f.endswith("svg"))
     said = "".join(page.itertext())
     for text in ('as asked: "*, fire"', 'subject\'s words: "a hanok, fire"', "one training, pictures only", "Ceiling",
-                 "our inference", "DreamBooth", "Variety", "How many steps?", "with the captions shuffled"):  # fmt: skip
+                 "our inference", "DreamBooth", "Variety", "How many steps?",
+                 "with the captions shuffled"):  # fmt: skip
         assert text in said and text in words.replace("\\*", "*"), text
     assert "A QUICK LOOK" not in said and "UNFINISHED" not in said
 
@@ -305,6 +310,54 @@ def test_a_stopped_training_is_resumed(tmp_path, monkeypatch):
     assert [a["seconds"] for a in cell.notes(tmp_path / "attempts.jsonl")] == [1.5, 1.5]
 
 
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path):
+    """SIGKILL, HANOKDIFF_KILLS times, wherever it is; then the same results as undisturbed, times aside."""
+    argv = [sys.executable, "-m", "hanokdiff.compare", *SMALL, *ONE, "--methods", "lora", "ti", "--steps", "12",
+            "--with", "all --save-every 4", "--out"]  # fmt: skip
+    home = {"env": {**os.environ, "PYTHONPATH": str(plan.SCRIPTS)}, "stdout": subprocess.DEVNULL}
+    moment = random.Random(7)
+    start = time.perf_counter()
+    subprocess.run([*argv, "whole"], check=True, **home)
+    longest, killed = time.perf_counter() - start, 0
+    for _ in range(int(os.environ.get("HANOKDIFF_KILLS", "10"))):
+        run = subprocess.Popen([*argv, "a"], **home)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.wait(moment.uniform(0, longest))
+        killed += run.poll() is None
+        run.kill()
+        run.wait()
+    subprocess.run([*argv, "a"], check=True, **home)
+    assert killed and results("a") == results("whole")
+    assert Path("a/images.csv").read_bytes() == Path("whole/images.csv").read_bytes()
+
+
+def test_a_disk_that_fills(here, tmp_path, monkeypatch, capsys):
+    """While drawing, and while writing the page: one sentence, no half file taken for a whole one, and on it goes."""
+    argv = [*SMALL, *ONE, "--methods", "ti", "--out"]
+    assert compare.main([*argv, "whole"]) == 0
+    save, count = Image.Image.save, iter(range(100))
+
+    def full(image, fp, *args, **options):
+        save(image, fp, *args, **options)
+        if "pictures" in str(fp) and next(count) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(fp))
+
+    def fails(argv, home):
+        (home / "log.txt").write_text("error: [Errno 28] No space left on device\n")
+        return 2, 0.1, None, False
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", full)
+        refused([*argv, "a"], ["No space left on device"], capsys)
+    with monkeypatch.context() as patch:
+        patch.setattr(cell, "process", fails)
+        refused([*argv, "a"], ["ti-5-0 could not be trained", "No space left", "finished cells are kept"], capsys)
+    assert len(results("a")["cells"]) == 3
+    assert compare.main([*argv, "a"]) == 0
+    assert results("a") == results("whole")
+
+
 def test_ctrl_c_reaches_the_child_once(tmp_path):
     """It may finish its step, and says so; the parent waits."""
     child = """if 1:
@@ -336,9 +389,12 @@ def test_any_model_and_photos(sd1, here, tmp_path):
         image.resize((80, 64)).save(tmp_path / "photos" / f"{i}.jpg")
     argv = ["--model", sd1.folder, "--data", "photos", "--clip", "tiny", "--methods", "lora", "--sizes", "3",
             "--steps", "1", "--n", "1", "--sampling-steps", "2", "--token", "sks", "--kinds", "a barn|a castle",
-            "--with", "all --batch-size 1 --rank 2", "--device", "cpu", "--out", "a"]  # fmt: skip
+            "--with", "all --batch-size 1 --rank 2", "--device", "cpu", "--resolution", "32", "--out", "a"]  # fmt: skip
     assert compare.main([str(a) for a in argv]) == 0
     found = results("a")
+    with Image.open(next(Path("a").glob("cells/lora*/pictures*/*.png"))) as image:
+        assert image.size == (32, 32) and "Size: 32x32" in image.info["parameters"]
+    assert json.loads(next(Path("a").glob("cells/lora*/run/config.json")).read_text())["resolution"] == 32
     assert found["settings"]["questions"][0]["prompt"] == "sks, fire" and found["references"]["held_out"] == 3
     assert list(found["settings"]["kinds"]) == ["a barn", "a castle"]
     assert not any(q["literal_tokens"] for q in found["settings"]["questions"])  # sks is nowhere fused
@@ -392,6 +448,8 @@ def refused(argv, words, capsys) -> None:
     (["--data", "few", "--sizes", "2"], ["--sizes asks for 2 photos", "few has 3; lower --sizes"]),
     (["--with", "lora --rank 0"], ["--rank is 0"]),
     (["--with", "lora --seed 3"], ["--with may not set --seed"]),
+    (["--subject", "a hanok " * 40], ["tokens long", "reads 77", "--subject"]),
+    (["--resolution", "63"], ["63", "divisible by 4"]),
 ])  # fmt: skip
 def test_bad_options(argv, words, capsys, tmp_path):
     (tmp_path / "file").touch()
