@@ -18,7 +18,7 @@ from hanokdiff import cli, data, inversion, loss, model
 from hanokdiff.run import Run
 
 DEFAULTS = {
-    "tiny": dict(steps=300, batch_size=8, lr=2e-2, vectors=8, min_snr=5.0, save_every=100, preview_every=150,
+    "tiny": dict(steps=300, batch_size=8, lr=1e-2, vectors=8, min_snr=5.0, save_every=100, preview_every=150,
                  init="a wide house with a grey curved roof and white walls"),
     "sd": dict(steps=3000, batch_size=4, lr=5e-3, vectors=1, init="building", min_snr=0.0, save_every=500,
                preview_every=500),

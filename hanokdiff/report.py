@@ -158,7 +158,7 @@ def pictures(page, out: Path, results: dict) -> None:
     for q in (q for q in s["questions"] if not q["literal_tokens"]):
         tiles = [[tile(cells.get((m, n)), q["key"]) for m in s["methods"]] for n in sizes]
         if any(t for row in tiles for t in row):
-            image = chart.sheet(tiles, [str(n) for n in sizes], [NAMES[m] for m in s["methods"]])
+            image = chart.sheet(tiles, [f"{n} photos" for n in sizes], [NAMES[m] for m in s["methods"]])
             words = f'Prompt {q["key"]}: "{q["prompt"]}". Photos down, methods across.'
             page.picture(image, out / "grids" / f"{q['key']}.png", words)
     untouched = [c for c in results["cells"] if c["method"] == "untouched"]
