@@ -19,6 +19,8 @@ def polite(main: Callable) -> Callable:
     @functools.wraps(main)
     def run(argv=None) -> int:
         warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+        if hasattr(sys.stdout, "reconfigure"):  # piped on Korean Windows it is cp949, which lacks most of Unicode
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return main(argv) or 0
         except (ValueError, OSError) as e:

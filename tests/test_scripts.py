@@ -3,8 +3,10 @@ input, answered in one sentence, with exit code 2 and nothing written."""
 
 import hashlib
 import importlib
+import io
 import json
 import shutil
+import sys
 import warnings
 
 import numpy as np
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train_lora
-from hanokdiff import lora, model
+from hanokdiff import cli, lora, model
 from hanokdiff.tiny import world
 
 
@@ -244,6 +246,15 @@ def refused(script, argv, words, capsys) -> None:
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err, err
     assert all(word in err for word in words), (words, err)
+
+
+def test_output_piped_in_another_encoding(monkeypatch):
+    """As on Korean Windows: what cp949 cannot say is spelled out, and is no user's mistake."""
+    pipe = io.TextIOWrapper(io.BytesIO(), encoding="cp949")
+    monkeypatch.setattr(sys, "stdout", pipe)
+    assert cli.polite(lambda argv: print("한옥 \U0001f525"))() == 0
+    pipe.flush()
+    assert pipe.buffer.getvalue().decode("cp949").strip() == "한옥 \\U0001f525"
 
 
 def folder_with(tmp_path, **files) -> str:
