@@ -93,7 +93,9 @@ def main(argv=None):
         drawn, words, seconds = prior.pictures(sd, words, args.class_images, args.resolution, args.seed)
         class_shots = data.Shots(sd.vae, drawn, words, args.flip, sd.device)
     else:
-        class_shots, seconds = None, 0.0
+        class_shots, words, seconds = None, [], 0.0
+    if args.freeze_text:
+        sd.text.remember([*captions, *words])  # a frozen encoder says the same every time
 
     # 4. The run
     def save(path):
