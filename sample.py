@@ -5,8 +5,10 @@
     python sample.py "a castle in the snow" "a barn, (fire:1.3)" --n 4
     python sample.py "*, fire" "* in the fire" "A fire broke out in *" --lora runs/lora/lora.safetensors --grid
     python sample.py "* on fire" --lora runs/lora/lora.safetensors --init-image house.png --strength 0.6
+    python sample.py --alert "[행정안전부] 14:20 전주 한옥마을 화재 발생" --lora runs/lora/lora.safetensors
 
 Writes runs/samples/00000-0.png ... (number, seed), each with the WebUI's "parameters" text, and grid.png with --grid.
+A drill, an all-clear and whatever names no disaster are refused by --alert: nothing is drawn, exit code 2.
 Read next: hanokdiff/samplers.py (the step), hanokdiff/model.py (guidance), hanokdiff/unet.py (the network).
 """
 
@@ -18,14 +20,15 @@ from pathlib import Path
 from PIL import ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-from hanokdiff import cli, data, hypernet, inversion, lora, model, samplers
+from hanokdiff import alert, cli, data, hypernet, inversion, lora, model, samplers
 from hanokdiff.text import same
 
 
 def options():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)  # fmt: skip
-    p.add_argument("prompt", nargs="+", help="(word:1.2) (word) [word] weigh, \\( is a bracket, BREAK starts a chunk")
+    p.add_argument("prompt", nargs="*", help="(word:1.2) (word) [word] weigh, \\( is a bracket, BREAK starts a chunk")
+    p.add_argument("--alert", metavar="TEXT", help="instead: a Korean disaster alert, which becomes the prompt")
     what, how, out = (p.add_argument_group(g) for g in ("model", "sampling", "output"))
     what.add_argument("--model", default="tiny", help='"tiny", a folder, a .safetensors or .ckpt file or a hub id')
     what.add_argument("--embedding", action="append", default=[], metavar="FILE[:WORD]", help="repeatable")
@@ -79,6 +82,8 @@ def parse_word(text: str) -> tuple[Path, str | None]:
 
 
 def check(args) -> None:
+    if args.prompt and args.alert is not None:
+        raise ValueError("--alert makes the prompt itself; leave out either the prompts or --alert")
     for name in ("n", "steps", "batch_size", "clip_skip"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -115,6 +120,16 @@ def apply(sd, args) -> None:
         embedded.add(same(word))
 
 
+def from_alert(args, sd, reading: alert.Reading) -> str:
+    """The alert becomes the prompt; returns how it was understood, as one line."""
+    if len(sd.text.words) > 1 and not args.token:
+        raise ValueError(f"learnt are {', '.join(sd.text.words)}; say which is the hanok: --token WORD")
+    word = args.token or next(iter(sd.text.words), None)
+    prompt, notes = alert.prompt(reading, word, alert.tiny_words() if sd.resolution <= 64 else None)
+    args.prompt = [prompt]
+    return alert.line(reading, prompt, notes)
+
+
 def first_picture(args, sd, size):
     """The initial picture at the size to draw, cropped where its shape differs, and that size."""
     if not args.init_image:
@@ -142,8 +157,12 @@ def parameters(prompt: str, seed: int, size: tuple[int, int], args, cfg: float) 
 
 @cli.polite
 def main(argv=None):
-    args = options().parse_args(argv)
+    p = options()
+    args = p.parse_args(argv)
+    if not args.prompt and args.alert is None:
+        p.error("nothing to draw: give a prompt, or --alert TEXT")
     check(args)
+    reading = None if args.alert is None else alert.drawable(args.alert)
     size = parse_size(args.size)
     sd = model.load(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)
     first, size = first_picture(args, sd, size)
@@ -153,6 +172,9 @@ def main(argv=None):
     sd.text.literal_tokens = args.literal_tokens
     sd.text.skip(args.clip_skip)
     apply(sd, args)
+    understood = reading and from_alert(args, sd, reading)
+    if understood:
+        print(understood)
     sd.text.warn_without_word(args.prompt)
 
     out = args.out or cli.free_folder(Path("runs") / "samples")
@@ -172,6 +194,8 @@ def main(argv=None):
             prompt, seed = jobs[i]
             info = PngImagePlugin.PngInfo()
             info.add_text("parameters", parameters(prompt, seed, size, args, cfg))
+            if understood:
+                info.add_text("alert", understood)
             picture.save(out / f"{number + i:05d}-{seed}.png", pnginfo=info)
             drawn[i] = picture
     print(f"wrote {len(drawn)} pictures to {out}")

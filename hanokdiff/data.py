@@ -132,7 +132,7 @@ def load_photos(
         asked = " and ".join([f"--images {images}"] * bool(images) + [f"--held-out {held_out}"] * bool(held_out))
         raise ValueError(
             f"{asked + ', but ' if asked else ''}{folder} has {len(photos) + len(unseen)} readable photos (and "
-            f"{unreadable} unreadable); {'lower that or ' if asked and (photos or unseen) else ''}add photos"
+            f"{unreadable} unreadable); {'lower ' + asked.split()[0] + ' or ' if asked and (photos or unseen) else ''}add photos"
         )
     say(summary(photos, f"photos from {folder}") + (f"; {unreadable} unreadable" if unreadable else ""))
     return photos, unseen
