@@ -130,9 +130,10 @@ def load_photos(
     photos, unreadable = read_until(images, [f for f in files if f.name not in aside], resolution, say)
     if len(photos) < (images or 1) or len(unseen) < held_out:
         asked = " and ".join([f"--images {images}"] * bool(images) + [f"--held-out {held_out}"] * bool(held_out))
+        less = f"lower {asked.split()[0]} or " if asked and (photos or unseen) else ""
         raise ValueError(
             f"{asked + ', but ' if asked else ''}{folder} has {len(photos) + len(unseen)} readable photos (and "
-            f"{unreadable} unreadable); {'lower ' + asked.split()[0] + ' or ' if asked and (photos or unseen) else ''}add photos"
+            f"{unreadable} unreadable); {less}add photos"
         )
     say(summary(photos, f"photos from {folder}") + (f"; {unreadable} unreadable" if unreadable else ""))
     return photos, unseen
