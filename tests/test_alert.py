@@ -115,6 +115,8 @@ def test_drills_and_ends(text, kind):
     ("산사태 우려, 즉시 대피", ("landslide",)),
     ("문화재화재 발생", ("fire",)), ("설악산 산사태 발생", ("landslide",)), ("태풍 '매미' 북상", ("typhoon",)),
     ("태풍급 강풍 예상", ("strong wind",)),
+    ("하회마을 고택에서 불이 나 연기가 확산 중입니다", ("fire",)),
+    ("집중호우로 하천이 범람하여 외암마을 한옥이 침수되고 있습니다", ("heavy rain", "flood")),
 ])  # fmt: skip
 def test_several_disasters(text, expected):
     assert alert.read(text).disaster == expected
