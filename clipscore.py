@@ -312,7 +312,8 @@ def main(argv=None):
         paired |= {"a": o.paths[0], "b": o.paths[1], "pairs": len(pairs),
                    "scores": differences(pairs, list(formulas), labels)}  # fmt: skip
     report = {
-        "scorer": {"model": clip.name, "image_size": clip.size, "device": str(clip.device)},
+        "scorer": {"model": "tiny" if clip.name == str(score.TINY) else clip.name,
+                   "image_size": clip.size, "device": str(clip.device)},
         "formulas": formulas, "interval": INTERVAL, "inputs": o.paths, "unreadable": broken, "labels": labels,
         "replaced": o.replace_token, "reference": o.reference, "references": list(real), "paired": paired,
         "summary": summarise(rows, list(formulas), labels), "images": rows,

@@ -52,7 +52,7 @@ def main(argv=None):
     # 2. What learns
     rows = inversion.insert(sd, args.token, inversion.start(sd, args.init, args.vectors))
     rows.hold_norm = args.hold_norm
-    print(f'learns: {args.vectors} vectors of "{args.init}", {rows.rows.numel():,} numbers')
+    print(f'learns: {args.vectors} vector{"s" * (args.vectors > 1)} of "{args.init}", {rows.rows.numel():,} numbers')
 
     # 3. The data
     photos, unseen = data.load_photos(args.data, args.resolution, args.images, args.held_out)

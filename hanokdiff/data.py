@@ -21,7 +21,8 @@ from tqdm import tqdm
 from hanokdiff.text import contains, word_pattern
 from hanokdiff.tiny import world
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif",
+            ".heic", ".heif"}  # an iPhone's, which Pillow cannot read: so that they are named, not passed over
 ORIENTATION = 0x0112  # EXIF tag: 1 is upright, 2 to 8 are the other ways to hold a camera
 Say = Callable[[str], None]
 
@@ -48,7 +49,8 @@ def read_photo(path: str | Path) -> tuple[Image.Image, str]:
             image.load()  # after asking: a TIFF turns itself as it loads
             image, note = to_rgb(ImageOps.exif_transpose(image))
     except UnidentifiedImageError:
-        raise ValueError(f"{path.name!r} cannot be read: not a picture, or broken at its beginning") from None
+        raise ValueError(f"{path.name!r} cannot be read: not a picture, or broken at its beginning; if other programs "
+                         "show it, save it as JPEG") from None  # fmt: skip
     except Exception as e:  # by format, Pillow raises OSError, SyntaxError, struct.error, EOFError...
         raise ValueError(f"{path.name!r} cannot be read: {str(e) or type(e).__name__}") from e
     return image, listed("rotated by EXIF" if turned else "", note)
@@ -122,7 +124,7 @@ def load_photos(
         raise ValueError(f"--images {images}: at least 1 is needed; leave it out to take them all")
     if folder is None:
         photos, unseen = drawn(images or 50, resolution), drawn(held_out, resolution, held_out=True)
-        say(summary(photos, "drawn photos of a hanok"))
+        say(summary(photos, "drawn photos of a hanok") + told(unseen))
         return photos, unseen
     files = photo_files(Path(folder))
     unseen, _ = read_until(held_out, files[::-1], resolution, lambda _: None)  # what is unreadable is told below
@@ -135,8 +137,12 @@ def load_photos(
             f"{asked + ', but ' if asked else ''}{folder} has {len(photos) + len(unseen)} readable photos (and "
             f"{unreadable} unreadable); {less}add photos"
         )
-    say(summary(photos, f"photos from {folder}") + (f"; {unreadable} unreadable" if unreadable else ""))
+    say(summary(photos, f"photos from {folder}") + (f"; {unreadable} unreadable" if unreadable else "") + told(unseen))
     return photos, unseen
+
+
+def told(unseen: list[Photo]) -> str:
+    return f"; {len(unseen)} held out: {', '.join(p.name for p in unseen)}" if unseen else ""
 
 
 def drawn(n: int, resolution: int, held_out: bool = False) -> list[Photo]:
@@ -213,7 +219,9 @@ def prepare_captions(
     own, default = [s for s in swapped if s], caption.replace("{token}", token)
     if own and replace:
         counts = [count for _, count in own if count]
-        say(f"{replace!r} became {token!r} {sum(counts)} times, in {len(counts)} of {len(own)} captions")
+        had = sum(contains(p.caption, token) for p in photos if p.caption)
+        say(f"{replace!r} became {token!r} {sum(counts)} times, in {len(counts)} of {len(own)} captions"
+            + (f"; {had} had {token!r} already" if had else ""))  # fmt: skip
     if len(own) < len(photos):
         say(f"{len(photos) - len(own)} of {len(photos)} photos have no caption: {default!r} is used")
     check_word([text for text, _ in own] or [default], token, say)

@@ -211,7 +211,8 @@ def references(args, study: Study, replace: str, caption: str) -> dict:
     near = {n: score.nearest(held, study.seen[:n]).double() for n in sorted(args.sizes)}
     kinds = score.presence(held, study.clip.texts(list(study.kinds.values())))
     conditions = score.presence(held, study.clip.texts(list(study.conditions.values())))
-    captions = data.prepare_captions(study.held_out, args.subject, replace, caption, say=lambda _: None)
+    captions = data.prepare_captions(study.held_out, args.token, replace, caption, say=lambda _: None)
+    captions = [word_pattern(args.token).sub(lambda _: args.subject, text) for text in captions]
     fits = held @ study.clip.texts(captions).T                                  # (H, H): photo i with caption j
     return {"held_out": len(held), "ceiling": [round(v, 6) for v in score.mean_interval(apart)],
             "recognised": int((kinds == 0).sum()), "called_wanted": int((conditions == 0).sum()),

@@ -385,8 +385,9 @@ def test_ctrl_c_reaches_the_child_once(tmp_path):
 def test_any_model_and_photos(sd1, here, tmp_path):
     """Nothing is tied to the tiny world: a random model of the real topology, photographs, chosen kinds."""
     (tmp_path / "photos").mkdir()
-    for i, (image, _) in enumerate(world.photos(6)):
+    for i, (image, text) in enumerate(world.photos(6)):  # captions that name the pseudo word already
         image.resize((80, 64)).save(tmp_path / "photos" / f"{i}.jpg")
+        (tmp_path / "photos" / f"{i}.txt").write_text(text.replace("a building with a roof", "sks"))
     argv = ["--model", sd1.folder, "--data", "photos", "--clip", "tiny", "--methods", "lora", "--sizes", "3",
             "--steps", "1", "--n", "1", "--sampling-steps", "2", "--token", "sks", "--kinds", "a barn|a castle",
             "--with", "all --batch-size 1 --rank 2", "--device", "cpu", "--resolution", "32", "--out", "a"]  # fmt: skip
