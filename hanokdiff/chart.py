@@ -139,7 +139,7 @@ def bars(groups: list[str], series: list[str], values: list[list], x: str, y: st
     width = 0.8 * step / max(1, len(series))
 
     def at(v: float) -> float:
-        return TOP + high * (1 - min(v, most) / most)
+        return TOP + high * (1 - min(max(v, 0.0), most) / most)
 
     out = [axis(most, at), *legend(series)]
     for g, name in enumerate(groups):
