@@ -152,7 +152,7 @@ def test_the_loss_has_two_terms(sd1, sd2, photos, size, gamma):
         assert split.loss == pytest.approx(seen.loss, rel=1e-6)
         assert split.gradients.keys() == seen.gradients.keys() and len(seen.gradients) > 700
         scale = max(g.abs().max() for g in seen.gradients.values())
-        assert max((split.gradients[k] - g).abs().max() for k, g in seen.gradients.items()) <= 1e-6 * scale
+        assert max((split.gradients[k] - g).abs().max() for k, g in seen.gradients.items()) <= 1e-5 * scale
 
 
 def test_without_class_pictures(sd1, photos, monkeypatch):
@@ -233,8 +233,9 @@ def test_frozen_text_and_a_crash_while_the_model_is_written(sd1, photos, base, m
 
 
 def test_half_precision(sd1, photos, base):
-    """bf16 weights with fp32 masters; the folder is fp16, as others publish."""
-    half = train(sd1, photos, "half", "--dtype", "bf16", "--class-images", 0, "--steps", 2)
+    """bf16 weights with fp32 masters; the folder is fp16, as others publish. At 64 px: where a convolution of stride 2 has
+    1x1 to go on (at 32 px), torch's CPU gradient of its bf16 weight is memory that nobody wrote."""
+    half = train(sd1, photos, "half", "--dtype", "bf16", "--class-images", 0, "--steps", 2, "--resolution", 64)
     assert {t.dtype for t in half.values()} == {torch.float16} and all(torch.isfinite(t).all() for t in half.values())
     rounded = {k: t.bfloat16().half() for k, t in base.items()}
     assert not of("vae", moved(rounded, half)) and len(moved(rounded, half)) > 500
