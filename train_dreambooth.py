@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from hanokdiff import checkpoint, cli, data, inversion, loss, model, prior
+from hanokdiff import checkpoint, cli, data, inversion, loss, model, prior, several
 from hanokdiff.run import Run
 from hanokdiff.tiny import world
 
@@ -112,7 +112,7 @@ def main(argv=None):
 
     run = Run(out, learns, artefact="model", save=save, preview=preview,
               **(cli.chores(args, sd, shots, unseen) | {"lr": rates}))  # fmt: skip
-    if not (out / "class.json").exists():  # a resumed run has drawn nothing itself
+    if several.RANK == 0 and not (out / "class.json").exists():  # a resumed run has drawn nothing itself
         checkpoint.write_json(out / "class.json", {"pictures": args.class_images, "seconds": round(seconds, 3)})
 
     # 5. The method

@@ -4,12 +4,15 @@ import argparse
 import functools
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from hanokdiff import checkpoint, data, loss, model
+import torch
+
+from hanokdiff import checkpoint, data, loss, model, several
 
 
 def polite(main: Callable) -> Callable:
@@ -22,17 +25,28 @@ def polite(main: Callable) -> Callable:
         if hasattr(sys.stdout, "reconfigure"):  # piped on Korean Windows it is cp949, which lacks most of Unicode
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
-            return main(argv) or 0
+            with several.one_voice():
+                return main(argv) or 0
         except (ValueError, OSError) as e:
             if os.environ.get("HANOKDIFF_DEBUG"):
                 raise
-            print(f"error: {e}", file=sys.stderr)
+            print(f"error: {sentence(e)}", file=sys.stderr)
+            return 2
+        except (torch.OutOfMemoryError, MemoryError) as e:
+            reason = (str(e) or "no more of it").splitlines()[0]
+            print(f"error: out of memory ({reason}); try a lower --micro-batch or --batch-size", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             return 130
 
     return run
+
+
+def sentence(e: Exception) -> str:
+    """On one line, and nothing in it that a terminal would obey: parts of it may come from a file."""
+    text = re.sub(r"[\s\0-\x1f\x7f-\x9f]+", " ", str(e))
+    return text if len(text) <= 1000 else f"{text[:700]} ... {text[-200:]}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,12 +80,26 @@ class Parser(argparse.ArgumentParser):
                 raise ValueError(f"--resume {args.resume}: no run was started there (it has no config.json)")
             config = checkpoint.read_json(args.resume / "config.json")
             known = {k: v for k, v in config.items() if hasattr(args, k) and k not in ("resume", "device")}
+            self.check_types(known, args.resume / "config.json")
             args = argparse.Namespace(**{**vars(args), **known, "out": args.resume})
         column = self.columns["tiny" if args.model == "tiny" else "sd"]
         for key, value in column.items():
             if getattr(args, key) is None:
                 setattr(args, key, value)
         return args
+
+
+    def check_types(self, known: dict, file: Path) -> None:
+        """Whether options that were read from a file are of the types that the command line would have given them."""
+        kinds = {float: (int, float), Path: str, None: str}
+        for a in (a for a in self._actions if a.dest in known and (known[a.dest], a.default) != (None, None)):
+            kind = bool if a.nargs == 0 else kinds.get(a.type, a.type)
+            values = known[a.dest] if isinstance(a.nargs, str) else [known[a.dest]]
+            good = isinstance(values, list) and all(
+                isinstance(v, kind) and (kind is bool or v is not True and v is not False) for v in values)  # fmt: skip
+            if not good or (a.choices and not set(values) <= set(a.choices)):
+                option = a.dest.replace("_", "-")
+                raise ValueError(f"{file}: --{option} is {str(known[a.dest])[:60]}, which cannot be; start a new run")
 
 
 def training_parser(doc: str, defaults: dict[str, dict]) -> tuple[Parser, Callable]:
@@ -125,6 +153,7 @@ def check_training(args) -> None:
     for key in NOT_NEGATIVE:
         if getattr(args, key, None) is not None and getattr(args, key) < 0:
             raise ValueError(f"--{key.replace('_', '-')} is {getattr(args, key)}, but must be 0 or more")
+    several.share(args.batch_size)  # refuses fewer photos than processes
     if not args.token.strip():
         raise ValueError('--token is empty; name the pseudo word, such as "*" or "sks"')
     if args.model != "tiny" and args.data is None:
@@ -134,13 +163,14 @@ def check_training(args) -> None:
 def new_folder(out: Path | None, method: str, artefact: str) -> Path:
     """A run's folder: the named one if nothing ran there, else runs/METHOD, runs/METHOD-2, ..."""
     if out is None:
-        return free_folder(Path("runs") / method)
+        out = free_folder(Path("runs") / method)
     if (out / artefact).exists():
         raise ValueError(f"{out} holds a finished run ({artefact}); name another --out")
     if (out / "config.json").exists():
         raise ValueError(f"{out} holds an unfinished run; go on with --resume {out}, or name another --out")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; name a folder")
+    several.wait()  # all have looked before one makes it
     return out
 
 
@@ -161,8 +191,9 @@ def chores(args: argparse.Namespace, sd, shots: data.Shots, unseen: list[data.Ph
         captions = data.prepare_captions(unseen, args.token, args.replace, args.caption, say=lambda _: None)
         others = data.Shots(sd.vae, [p.image for p in unseen], captions, device=sd.device)
         held_out = functools.partial(loss.unseen, sd, others)
-    return {k: getattr(args, k) for k in same} | {
-        "config": config(args, shots), "resume": args.resume is not None, "held_out": held_out}  # fmt: skip
+    about = config(args, shots) | {"held_out_photos": [p.name for p in unseen]}
+    more = {"config": about, "resume": args.resume is not None, "held_out": held_out}
+    return {k: getattr(args, k) for k in same} | more
 
 
 def config(args: argparse.Namespace, shots) -> dict:

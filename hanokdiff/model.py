@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hanokdiff import checkpoint, samplers, singlefile
+from hanokdiff import checkpoint, samplers, several, singlefile
 from hanokdiff.data import to_tensor
 from hanokdiff.schedule import Schedule
 from hanokdiff.text import Text, TextConfig, TextEncoder
@@ -34,15 +34,20 @@ def choose(device: str | None = None, dtype: str = "auto") -> tuple[torch.device
     """The device and the precision of everything that is frozen, and the reason in words."""
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f'dtype "{dtype}" is not known; choose one of auto, {", ".join(DTYPES)}')
+    why = "named" if device else ("the first GPU" if torch.cuda.is_available() else "no CUDA device here")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and several.COUNT > 1:
+        device, why = f"cuda:{several.LOCAL}", "each process has its own"
     try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0]
         raise ValueError(f'device "{device}" cannot be used ({reason}); try cpu, or leave it out') from None
     if chosen.type == "cpu" and sys.platform == "linux":
         keep_memory()
-    why = "named" if device else ("the first GPU" if chosen.type == "cuda" else "no CUDA device here")
+    if chosen.type == "cuda" and several.COUNT > 1:
+        torch.cuda.set_device(chosen)
     if dtype != "auto":
         return chosen, DTYPES[dtype], f"{chosen} ({why}), {dtype} (named)"
     if chosen.type == "cuda":
@@ -215,21 +220,26 @@ def load(
         word = checkpoint.read_json(path / "hanokdiff.json").get("token")
         if not isinstance(word, str):
             raise ValueError(f'{path / "hanokdiff.json"} names no pseudo word; write {{"token": "..."}} into it')
-        sd.text.add_word(word)
+        try:
+            sd.text.add_word(word)
+        except ValueError as e:
+            raise ValueError(f"{path / 'hanokdiff.json'}: {e}") from None
     return sd
 
 
 def open_folder(folder: Path, tokenizer: str | None, prediction: str | None, say) -> tuple:
     """UNet, VAE, text encoder, tokenizer and schedule of a diffusers folder."""
     checkpoint.read_json(folder / "model_index.json")
-    schedule = Schedule.from_json(checkpoint.read_json(folder / "scheduler" / "scheduler_config.json"))
+    schedule = folder / "scheduler" / "scheduler_config.json"
+    schedule = checkpoint.read_config(schedule, Schedule, "a noise schedule that is known here")
     schedule = replace(schedule, prediction_type=prediction or schedule.prediction_type)
     unet = checkpoint.load_part(folder, "unet", UNet, UNetConfig)
     vae = checkpoint.load_part(folder, "vae", VAE, VAEConfig)
     encoder = checkpoint.load_part(folder, "text_encoder", TextEncoder, TextConfig)
     checkpoint.check_fit(unet.config, encoder.config, folder)
+    own, size = folder / "tokenizer", encoder.config.vocab_size
     words = find_tokenizer(encoder.config, tokenizer, folder) if tokenizer else \
-        checkpoint.load_tokenizer(folder / "tokenizer")  # fmt: skip
+        checkpoint.check_tokenizer(checkpoint.load_tokenizer(own), own, size)  # fmt: skip
     return unet, vae, encoder, words, schedule
 
 

@@ -5,14 +5,13 @@ run finds them.  A few hundred cost minutes on a GPU; their time is told apart f
 """
 
 import hashlib
-import os
 import time
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
-from hanokdiff import data
+from hanokdiff import checkpoint, data, several
 from hanokdiff.prompt import escape
 from hanokdiff.text import word_pattern
 
@@ -42,6 +41,7 @@ def fingerprint(sd) -> str:
     return seen.hexdigest()[:12]
 
 
+@several.first_alone()
 def pictures(sd, texts: list[str], n: int, resolution: int, seed: int, root: Path = Path("runs") / "class"):
     """n class pictures: ([PIL pictures], [prompts], seconds spent on drawing). Picture i has text i, texts repeat."""
     start, texts = time.perf_counter(), [texts[i % len(texts)] for i in range(n)]
@@ -56,9 +56,8 @@ def pictures(sd, texts: list[str], n: int, resolution: int, seed: int, root: Pat
         seeds = [seed + todo[k] for k in part]
         drawn = sd.draw([words[k] for k in part], seeds, at_once, size=(resolution, resolution))
         for i, picture in zip((todo[k] for k in part), drawn, strict=True):
-            aside = files[i].with_suffix(".part")
-            picture.save(aside, "png")
-            os.replace(aside, files[i])
+            with checkpoint.replacing(files[i]) as aside:
+                picture.save(aside, "png")
     seconds = time.perf_counter() - start
     print(f"class: {n} pictures such as \"{texts[0]}\", {len(todo)} drawn in {seconds:.1f} s, the others from {folder}")
     return [read(file) for file in files], texts, seconds

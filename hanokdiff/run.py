@@ -5,8 +5,8 @@
         run.update(losses)                               # (B,) losses of its slots
 
 Randomness is a function of (seed, step, slot), never of a stream that is used up.  So a resumed run needs no generator
-state and is bit-exact, a preview cannot disturb the training, any split into micro-batches sees the same numbers, and
-two methods with one seed see the same photos, timesteps and noise.
+state and is bit-exact, a preview cannot disturb the training, any split into micro-batches or processes sees the same
+numbers, and two methods with one seed see the same photos, timesteps and noise.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hanokdiff import checkpoint
+from hanokdiff import checkpoint, several
 
 
 def stream(*key) -> torch.Generator:
@@ -97,7 +97,9 @@ class Run:
     ):  # fmt: skip
         lrs = lr if isinstance(lr, dict) else {"": lr}
         self.out, self.learns, self.steps, self.batch_size, self.lr = out, learns, steps, batch_size, max(lrs.values())
-        self.micro_batch, self.seed = micro_batch or batch_size, seed
+        self.micro_batch, self.seed, self.slots = micro_batch or batch_size, seed, several.share(batch_size)
+        if several.RANK:  # the first process looks, draws and saves; the others wait for it in their next step
+            save_every, preview, held_out, watch = 0, None, None, None
         self.save, self.save_every, self.artefact = save, save_every, artefact
         self.preview, self.preview_every, self.config = preview, preview_every, config
         self.watch, self.held_out = watch, held_out
@@ -113,15 +115,16 @@ class Run:
         self.loss, self.norm, self.bad = (torch.zeros((), device=device) for _ in range(3))  # since the last log point
         self.step_loss = torch.zeros((), device=device)
         self.interrupted = False
-        out.mkdir(parents=True, exist_ok=True)
         if resume:
             self._check_config()
             self._load_state()
-        else:
+        elif several.RANK == 0:
+            out.mkdir(parents=True, exist_ok=True)
             checkpoint.write_json(out / "config.json", config)
             (out / "log.jsonl").unlink(missing_ok=True)
         rates = ", ".join(f"{value:g} {prefix}".strip() for prefix, value in lrs.items())
-        print(f"{steps} steps of {batch_size} at learning rate {rates}, then {out / artefact}")
+        among = f" in {several.COUNT} processes" if several.COUNT > 1 else ""
+        print(f"{steps} steps of {batch_size}{among} at learning rate {rates}, then {out / artefact}")
 
     # ---------------------------------------------------------------------------------------------- the iterator
 
@@ -135,8 +138,8 @@ class Run:
             while self.step < self.steps:
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.rate(self.step) * group["share"]
-                for first in range(0, self.batch_size, self.micro_batch):
-                    slots = range(first, min(first + self.micro_batch, self.batch_size))
+                for first in self.slots[:: self.micro_batch]:
+                    slots = range(first, min(first + self.micro_batch, self.slots.stop))
                     self.share, self.pending = len(slots) / self.batch_size, True
                     yield Batch(self.seed, self.step, slots, self.batch_size)
                     assert not self.pending, "run.update(loss) was not called for a batch"
@@ -161,6 +164,7 @@ class Run:
 
     def _finish_step(self) -> None:
         """Clip and step. A loss or gradient that is not finite skips the update, on the device: nobody waits for it."""
+        several.add_up([self.step_loss] + [p.grad for p in self.parameters if p.grad is not None])
         halves = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
         for p, m in halves:
             m.grad, p.grad = None if p.grad is None else p.grad.float(), None
@@ -189,9 +193,10 @@ class Run:
             self.save_state()
         if self.preview and self.preview_every and (self.step % self.preview_every == 0 or last):
             self._preview()
-        if self.interrupted and not last:
+        if several.any_of(self.interrupted) and not last:
             self.save_state()
             self.bar.close()
+            several.wait()  # torchrun ends all of them when one ends
             print(f"stopped at step {self.step} of {self.steps}; go on with --resume {self.out}")
             raise SystemExit(130)
 
@@ -217,6 +222,8 @@ class Run:
             self._diverged()
 
     def _write(self, row: dict) -> None:
+        if several.RANK:
+            return
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
 
@@ -244,8 +251,9 @@ class Run:
         self.bar.n = self.step
 
     def _finish(self) -> None:
-        self.save(self.out / self.artefact)
-        self._state_file.unlink(missing_ok=True)
+        if several.RANK == 0:
+            self.save(self.out / self.artefact)
+            self._state_file.unlink(missing_ok=True)
         self.bar.close()
         print(f"{self.seconds:.1f} s of training, {self.steps / max(self.seconds, 1e-9):.1f} steps/s; "
               f"wrote {self.out / self.artefact}")  # fmt: skip
@@ -263,6 +271,8 @@ class Run:
 
     def save_state(self) -> None:
         """Everything a resumed run needs: what learns, the optimiser, the step. Written aside, synced, renamed."""
+        if several.RANK:
+            return
         self._state_file.parent.mkdir(exist_ok=True)
         state = {"step": self.step, "seconds": self.seconds, "lowered": self.lowered,
                  "pending": [t.item() for t in (self.loss, self.norm, self.bad)],
@@ -284,7 +294,8 @@ class Run:
             if (self.out / self.artefact).exists():
                 raise ValueError(f"{self.out} holds a finished run ({self.artefact}): there is nothing to resume")
             print(f"{self.out} holds no saved state yet; starting from step 0")
-            (self.out / "log.jsonl").unlink(missing_ok=True)
+            if several.RANK == 0:
+                (self.out / "log.jsonl").unlink(missing_ok=True)
             return
         try:
             state = torch.load(self._state_file, map_location=self.parameters[0].device, weights_only=True)
@@ -302,7 +313,7 @@ class Run:
         for total, value in zip((self.loss, self.norm, self.bad), state["pending"], strict=True):
             total.fill_(value)
         log = self.out / "log.jsonl"
-        if log.exists():  # lines after the saved step will be written again
+        if several.RANK == 0 and log.exists():  # lines after the saved step will be written again
             rows = [r for r in log.read_text(encoding="utf-8").splitlines() if r.endswith("}")]
             rows = [r for r in rows if json.loads(r)["step"] <= self.step]
             log.write_text("".join(r + "\n" for r in rows), encoding="utf-8")

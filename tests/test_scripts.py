@@ -257,6 +257,16 @@ def test_output_piped_in_another_encoding(monkeypatch):
     assert pipe.buffer.getvalue().decode("cp949").strip() == "한옥 \\U0001f525"
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
+def test_out_of_memory(error, capsys):
+    def main(argv):
+        raise error
+
+    assert cli.polite(main)() == 2
+    err = capsys.readouterr().err
+    assert "out of memory (" in err and "--micro-batch" in err and err.count("\n") == 1
+
+
 def folder_with(tmp_path, **files) -> str:
     folder = tmp_path / "given"
     folder.mkdir()

@@ -1,0 +1,95 @@
+"""Several processes, one training: torchrun starts the same script N times, each learns from its share of every batch.
+
+    torchrun --nproc_per_node=2 train_lora.py ...
+
+Every process loads the model and the photos itself, adds the others' gradients to its own and takes the same step, so
+all hold the same weights to the bit.  Process 0 alone writes files, draws previews and speaks.  What the hosts agree
+upon goes over gloo and never waits for a GPU; gradients go over nccl between GPUs.
+"""
+
+import atexit
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+RANK, COUNT, LOCAL = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+BUCKET = 2**26  # numbers in one message: an adapter goes in one, DreamBooth's 1e9 in 15
+
+
+@functools.cache
+def join() -> None:
+    """Meet the others, once. A day of patience: the first may be drawing a thousand class pictures."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=1))
+    atexit.register(dist.destroy_process_group)
+
+
+def share(slots: int) -> range:
+    """This process's slots of a batch; they need not divide evenly."""
+    if slots < COUNT:
+        raise ValueError(f"--batch-size {slots} is too small for {COUNT} processes: each needs a photo of its own")
+    return range(slots * RANK // COUNT, slots * (RANK + 1) // COUNT)
+
+
+def add_up(tensors: list[Tensor]) -> None:
+    """Each becomes the sum of what all processes have in its place; flattened into a few large messages."""
+    for bucket in buckets(tensors) if COUNT > 1 else []:
+        join()
+        flat = torch.cat([t.flatten() for t in bucket])
+        dist.all_reduce(flat)
+        for t, total in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+            t.copy_(total.view_as(t))
+
+
+def buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one dtype, as many as BUCKET numbers hold."""
+    held: list[Tensor] = []
+    for t in tensors:
+        if held and (t.dtype != held[0].dtype or sum(h.numel() for h in held) + t.numel() > BUCKET):
+            yield held
+            held = []
+        held.append(t)
+    if held:
+        yield held
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it is so in any process."""
+    if COUNT > 1:
+        join()
+        votes = torch.tensor(int(flag))
+        dist.all_reduce(votes)
+        flag = votes.item() > 0
+    return flag
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    any_of(False)
+
+
+@contextlib.contextmanager
+def first_alone() -> Iterator[None]:
+    """Process 0 does it first, and the others when it has: they find the files that it wrote."""
+    if RANK:
+        wait()
+    yield
+    if RANK == 0:
+        wait()
+
+
+@contextlib.contextmanager
+def one_voice() -> Iterator[None]:
+    """Only process 0 prints; an exception is told by whoever has it."""
+    with contextlib.ExitStack() as stack:
+        if RANK:
+            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        yield
