@@ -91,7 +91,7 @@ def collect(paths: list[str]) -> dict[str, str]:
 def origin(parameters: str) -> dict:
     """Prompt and seed in what the WebUI writes: the prompt, "Negative prompt: ...", "Steps: 20, ..., Seed: 0, ..."."""
     prompt = re.split(r"(?:^|\n)(?:Negative prompt|Steps):", parameters, maxsplit=1)[0].strip()
-    seed = re.search(r"^Steps: .*\bSeed: (\d+)", parameters, re.MULTILINE)
+    seed = re.search(r"^Steps: .*\bSeed: (\d{1,19})\b", parameters, re.MULTILINE)
     return {"prompt": prompt, "seed": int(seed[1]) if seed else None}
 
 
@@ -267,9 +267,7 @@ def show_paired(a: str, b: str, by: str, pairs: int, unmatched: list[str], score
 
 def write(path: Path, text: str) -> None:
     """Whole or not at all."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(text, encoding="utf-8", newline="")
-    checkpoint.sync_rename(aside, path)
+    checkpoint.write_text(path, text, newline="")
 
 
 def as_csv(rows: list[dict]) -> str:

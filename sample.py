@@ -20,7 +20,7 @@ from pathlib import Path
 from PIL import ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-from hanokdiff import alert, cli, data, hypernet, inversion, lora, model, samplers
+from hanokdiff import alert, checkpoint, cli, data, hypernet, inversion, lora, model, samplers
 from hanokdiff.text import same
 
 
@@ -196,11 +196,14 @@ def main(argv=None):
             info.add_text("parameters", parameters(prompt, seed, size, args, cfg))
             if understood:
                 info.add_text("alert", understood)
-            picture.save(out / f"{number + i:05d}-{seed}.png", pnginfo=info)
+            with checkpoint.replacing(out / f"{number + i:05d}-{seed}.png") as aside:
+                picture.save(aside, "png", pnginfo=info)
             drawn[i] = picture
     print(f"wrote {len(drawn)} pictures to {out}")
     if args.grid:
-        model.grid([drawn[i] for i in range(len(jobs))], args.n, zoom=max(1, 128 // size[0])).save(out / "grid.png")
+        sheet = model.grid([drawn[i] for i in range(len(jobs))], args.n, zoom=max(1, 128 // size[0]))
+        with checkpoint.replacing(out / "grid.png") as aside:
+            sheet.save(aside, "png")
         print(f"one row per prompt: {out / 'grid.png'}")
 
 

@@ -105,11 +105,14 @@ def open_blip(name: str):
     logging.set_verbosity_error()  # else a table of loaded keys
     if folder.is_dir():
         logging.disable_progress_bar()
-    source = str(folder) if folder.is_dir() else name
+    source, only = (str(folder), {"local_files_only": True}) if folder.is_dir() else (name, {})
     try:
+        if only:
+            checkpoint.check_pretrained(folder, BlipForConditionalGeneration)
         network, info = BlipForConditionalGeneration.from_pretrained(source, output_loading_info=True,
-                                                                     ignore_mismatched_sizes=True)  # fmt: skip
-        tokenizer = AutoTokenizer.from_pretrained(source)
+                                                                     ignore_mismatched_sizes=True, **only)  # fmt: skip
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **only)
+        tokenizer(PROMPT)  # of a damaged one this may fail, too
     except Exception as e:  # offline, unknown id, no JSON, damaged weights: there is a class for each
         reason = (str(e).strip() or type(e).__name__).splitlines()[0].rstrip(".")
         where = "the folder cannot be opened" if folder.is_dir() else "no folder here, nor a model from the hub"
@@ -160,9 +163,7 @@ def existing(path: Path) -> tuple[str | None, str]:
 
 def write(path: Path, text: str) -> None:
     """Aside, then renamed: a caption is there whole or not at all."""
-    aside = path.with_suffix(".part")
-    aside.write_text(text + "\n", encoding="utf-8", newline="\n")
-    checkpoint.sync_rename(aside, path)
+    checkpoint.write_text(path, text + "\n", newline="\n")
 
 
 def caption(todo: list[Path], blip: Callable[[], Blip], batch_size: int, seen: Seen) -> dict[Path, str]:

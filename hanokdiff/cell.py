@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -34,8 +34,12 @@ def note(path: Path, row: dict) -> None:
 
 
 def notes(path: Path) -> list[dict]:
-    lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    """The lines that are whole: the last one before a kill may not be."""
+    rows = []
+    for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else []:
+        with suppress(ValueError):
+            rows.append(checkpoint.parse_json(line, path))
+    return rows
 
 
 def train(cell: dict, home: Path) -> None:
@@ -141,9 +145,8 @@ def draw(study: Study, cell: dict, home: Path, drawing: dict) -> None:
                 info.add_text("parameters", f"{q['prompt']}\nSteps: {how['steps']}, Sampler: {how['sampler']}, "
                               f"CFG scale: {how['cfg']:g}, Seed: {seed}, Size: {drawing['size']}x{drawing['size']}, "
                               f"Model: {cell['name']}")  # fmt: skip
-                aside = folder / (picture(q, i) + ".part")
-                image.save(aside, "png", pnginfo=info)
-                os.replace(aside, folder / picture(q, i))
+                with checkpoint.replacing(folder / picture(q, i)) as aside:
+                    image.save(aside, "png", pnginfo=info)
             note(folder / "times.jsonl", {"pictures": len(part), "seconds": round(seconds, 3)})
             sd.text.literal_tokens = False
 

@@ -6,11 +6,13 @@ Each network is built on the meta device (no memory, no random numbers) and its 
 Whatever is missing, left over or of the wrong shape is an error that names it: a checkpoint never loads halfway.
 """
 
+import contextlib
 import json
 import os
 import re
+import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -25,6 +27,7 @@ PARTS = {  # folder -> file name without its ending, as diffusers and transforme
     "vae": "diffusion_pytorch_model",
     "text_encoder": "model",
 }
+ERRORS = (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
 SINGLE_FILES = (".safetensors", ".ckpt")  # what singlefile.py reads
 HUB_TOKENIZERS = {  # the same words in all three; a single file brings none
     "sd1": ["openai/clip-vit-large-patch14"],
@@ -57,22 +60,58 @@ def find(model: str) -> Path:
         raise ValueError(f'no folder "{model}" here, nor from the hub ({reason}); name a local folder') from None
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, most: int = 16 << 20) -> dict:
+    """The table in a JSON file of at most so many bytes: in memory they become up to 30 times as many."""
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: not a complete model folder in the diffusers layout")
+    check_size(path, most)
+    return parse_json(path.read_bytes(), path)
+
+
+def check_size(path: Path, most: int) -> None:
+    if (size := path.stat().st_size) > most:
+        raise ValueError(f"{path} has {size:,} bytes, more than the {most:,} that are read; it is no such file")
+
+
+def parse_json(text: bytes | str, source) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: not a complete model folder in the diffusers layout") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is not valid JSON ({e}); download it again") from None
+        content = json.loads(text)
+    except (ValueError, RecursionError) as e:  # a number of 5000 digits is a ValueError too
+        raise ValueError(f"{source} is not valid JSON ({e}); download it again") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{source} holds a {type(content).__name__}, not a table of names; download it again")
+    return content
+
+
+def read_config(path: Path, config: type, what: str):
+    """A config class filled from its JSON file."""
+    c = read_json(path)
+    try:
+        return config.from_json(c)
+    except ERRORS as e:
+        raise ValueError(f"{path} does not describe {what} ({reason(e)})") from None
+
+
+def reason(e: Exception) -> str:
+    """An exception in one line; ours speak for themselves, Python's need their name: KeyError('betas')."""
+    return (getattr(e, "strerror", None) or (str(e) if type(e) is ValueError else repr(e))).split("\n")[0]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a .safetensors file (memory-mapped) or of a .bin file (read without running code)."""
     if path.suffix != ".safetensors":
         return read_pickle(path)
+    return read_safetensors(path, "model")[0]
+
+
+def read_safetensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors (memory-mapped) and metadata. The library refuses headers that promise more than the file holds."""
+    if not path.is_file():
+        raise ValueError(f"no {what} file at {path}")
     try:
-        return load_file(path)
-    except (SafetensorError, OSError) as e:
+        with safe_open(path, "pt") as f:
+            return load_file(path), f.metadata() or {}
+    except Exception as e:  # SafetensorError, OSError; of a dtype that torch lacks, others
         raise damaged(path, e) from None
 
 
@@ -89,13 +128,44 @@ def read_pt(path: Path, what: str):
     if not Path(path).is_file():
         raise ValueError(f"no {what} file at {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        zipped = zipfile.is_zipfile(path)
+        if zipped and (packed := [i for i in zipfile.ZipFile(path).infolist() if i.compress_type]):
+            raise RuntimeError(f"{packed[0].filename} in it is compressed, which torch never does")  # may be a bomb
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        check_tensors(content, path.stat().st_size)
+        return content
     except Exception as e:  # a damaged pickle can fail in any way
         calls = re.search(r"GLOBAL (\S+)|persistent_load|[Cc]an only \w+", str(e))
         if calls is None or not isinstance(e, UnpicklingError):
             raise damaged(path, e) from None
         raise ValueError(f"{path} needs more than tensors ({calls[1] or calls[0]}); that could be any code, so it was "
                          f"not run: get this {what} as .safetensors, or convert it where you trust it") from None
+
+
+def check_tensors(content, size: int) -> None:
+    """A pickle can promise tensors that it does not hold: by strides of 0, sparse, or on the meta device."""
+    todo, seen = [content], set()
+    while todo:
+        x = todo.pop()
+        if id(x) in seen:  # a list can hold itself
+            continue
+        seen.add(id(x))
+        if isinstance(x, dict | nn.Module):
+            todo += (x if isinstance(x, dict) else vars(x)).values()
+        elif isinstance(x, list | tuple | set):
+            todo += x
+        elif isinstance(x, Tensor) and (x.layout != torch.strided or x.device.type != "cpu" or x.nbytes > size):
+            raise RuntimeError(f"a tensor of shape {tuple(x.shape)} on {x.device} is not in the file")
+
+
+def whole(x) -> int:
+    """A whole number that some file holds as one or as text; 0 if it is something else."""
+    return int(x) if isinstance(x, int) or (isinstance(x, str) and x.isdecimal() and len(x) < 20) else 0
+
+
+def finite(t: Tensor) -> bool:
+    """Whether every number is; by way of float32, since torch does not compare 8-bit ones."""
+    return bool(torch.isfinite(t.float()).all())
 
 
 def damaged(path: Path, e: Exception) -> ValueError:
@@ -106,9 +176,7 @@ def damaged(path: Path, e: Exception) -> ValueError:
 def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str], int | None]:
     """A single file's tensors, its metadata (.safetensors), and the training step that it tells (.ckpt)."""
     if path.suffix == ".safetensors":
-        tensors = read_tensors(path)
-        with safe_open(path, "pt") as f:
-            return tensors, f.metadata() or {}, None
+        return *read_safetensors(path, "model"), None
     held = read_pickle(path)
     tensors, step = held.get("state_dict", held), held.get("global_step")
     if not isinstance(tensors, dict):
@@ -159,6 +227,8 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], source: Path, asker: str
         if tensor.shape != own[name].shape:
             raise ValueError(f"{source}: {name} has shape {tuple(tensor.shape)}, but {asker} asks for "
                              f"{tuple(own[name].shape)}")  # fmt: skip
+        if not tensor.is_floating_point():
+            raise ValueError(f"{source}: {name} is {tensor.dtype}; only weights in floating point can be used")
     module.load_state_dict(tensors, assign=True)
     return module.requires_grad_(False).eval()
 
@@ -175,13 +245,13 @@ def check_fit(unet, text, source) -> None:
 
 def load_part(folder: Path, part: str, network: type, config: type) -> nn.Module:
     """One network of a model folder, with frozen weights mapped from the file."""
-    c = read_json(folder / part / "config.json")
+    file = folder / part / "config.json"
+    c = read_config(file, config, f"a Stable Diffusion {part}")
     try:
         with torch.device("meta"):
-            module = network(config.from_json(c))
-    except (AttributeError, KeyError, TypeError, ValueError) as e:
-        file = folder / part / "config.json"
-        raise ValueError(f"{file} does not describe a Stable Diffusion {part} ({e!r})") from None
+            module = network(c)
+    except ERRORS as e:
+        raise ValueError(f"{file} does not describe a Stable Diffusion {part} ({reason(e)})") from None
     file = weights_file(folder / part, PARTS[part])
     return fill(module, plain_names(read_tensors(file)), file)
 
@@ -194,7 +264,44 @@ def load_tokenizer(folder: Path, pad: str | None = None):
         raise ValueError(f"{folder / name} is missing: not a complete model folder in the diffusers layout")
     from transformers import CLIPTokenizer  # lazily: half a second that --help need not wait for
 
-    return CLIPTokenizer.from_pretrained(folder, **({"pad_token": pad} if pad else {}))
+    for file in folder.glob("*.[jt]*"):
+        check_size(file, 64 << 20)
+    config = folder / "tokenizer_config.json"
+    held = read_json(config) if config.is_file() else {}
+    if away := [k for k in ("vocab_file", "merges_file", "tokenizer_file") if held.get(k)]:
+        raise ValueError(f"{config} names another file ({away[0]}), but only the folder's own are read: delete that")
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True, **({"pad_token": pad} if pad else {}))
+        ids = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, *tokenizer("a b").input_ids]
+    except BaseException as e:  # the library raises what it comes upon, and its Rust half a BaseException
+        if isinstance(e, KeyboardInterrupt):
+            raise
+        raise ValueError(f"{folder} holds no CLIP tokenizer that can be read ({reason(e)}); fetch it again") from None
+    if not all(isinstance(i, int) for i in ids):
+        raise ValueError(f"{folder}: the tokenizer has no begin, end or padding token; fetch it again")
+    return tokenizer
+
+
+def check_pretrained(folder: Path, kind: type) -> None:
+    """Before transformers opens a folder: no name in it leads elsewhere, and its weights can fill what it describes."""
+    if (folder / "adapter_config.json").is_file():
+        raise ValueError(f"{folder / 'adapter_config.json'} names another model; give a folder with the whole one")
+    for index in folder.glob("*.index.json"):
+        names = read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+            raise ValueError(f"{index} names files that are not in its folder; fetch it again")
+    config = read_json(folder / "config.json")
+    todo = [*config.items()]
+    while todo:
+        name, x = todo.pop()
+        todo += x.items() if isinstance(x, dict) else ()
+        if isinstance(x, int | float) and not abs(x) <= (200 if "layers" in name else 1_000_000):
+            raise ValueError(f"{folder / 'config.json'}: {name} is {str(x)[:40]}, which no model has")
+    with torch.device("meta"):
+        asked = sum(p.numel() for p in kind(kind.config_class.from_dict(config)).parameters())
+    size = sum(f.stat().st_size for end in ("safetensors", "bin") for f in folder.glob(f"*.{end}"))
+    if asked > size:
+        raise ValueError(f"config.json asks for {asked:,} weights, but the files hold {size:,} bytes")
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -211,9 +318,13 @@ def find_tokenizer(named: str | None, beside: Path, vocabulary: int, sd2: bool):
     if folder is None:
         raise ValueError(f"no tokenizer in {', nor in '.join(names)} (a folder with vocab.json and merges.txt, or a "
                          "hub id); name one with --tokenizer FOLDER_OR_HUB_ID")  # fmt: skip
-    tokenizer = load_tokenizer(folder, "!" if sd2 else "<|endoftext|>")
-    if len(tokenizer) > vocabulary:
-        raise ValueError(f"the tokenizer in {folder} knows {len(tokenizer)} tokens, the text encoder {vocabulary}: it "
+    return check_tokenizer(load_tokenizer(folder, "!" if sd2 else "<|endoftext|>"), folder, vocabulary)
+
+
+def check_tokenizer(tokenizer, folder: Path, vocabulary: int):
+    count = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
+    if count > vocabulary:
+        raise ValueError(f"the tokenizer in {folder} knows {count} tokens, the text encoder {vocabulary}: it "
                          "belongs to another model; name the right one with --tokenizer")  # fmt: skip
     return tokenizer
 
@@ -241,19 +352,36 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
         # the extremes are NaN if any value is; isfinite on all of them takes 30 times as long on a CPU
         if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
             raise ValueError(f"{path} was not written: {name} has a value that is not finite; lower the learning rate")
-    aside = path.with_name(path.name + ".part")
-    save_file({k: t.detach().contiguous().cpu() for k, t in tensors.items()}, aside, metadata)
-    os.umask(mask := os.umask(0))
-    os.chmod(aside, 0o666 & ~mask)  # safetensors makes it readable for its owner only
-    sync_rename(aside, path)
+    tensors = {k: t.detach().contiguous().cpu() for k, t in tensors.items()}
+    with replacing(path) as aside:
+        save_file(tensors, aside, metadata)
+        os.umask(mask := os.umask(0))
+        os.chmod(aside, 0o666 & ~mask)  # safetensors makes it readable for its owner only
 
 
 def write_pt(content: dict, path: Path) -> None:
     """Write a .pt that the WebUI accepts: plain containers and tensors in torch's older container. Its checker refuses
     the members that torch.save adds to the newer one since 2.x."""
+    with replacing(path) as aside:
+        torch.save(content, aside, _use_new_zipfile_serialization=False)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside this one to write to, which then takes its name; if that fails, the old file is as it was."""
     aside = path.with_name(path.name + ".part")
-    torch.save(content, aside, _use_new_zipfile_serialization=False)
-    sync_rename(aside, path)
+    try:
+        yield aside
+        sync_rename(aside, path)
+    except (OSError, RuntimeError, SafetensorError) as e:  # of a full disk each library says it in its own way
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise OSError(f"{path} cannot be written ({reason(e)}); what was there before is unchanged") from None
+
+
+def write_text(path: Path, text: str, newline: str | None = None) -> None:
+    with replacing(path) as aside:
+        aside.write_text(text, encoding="utf-8", newline=newline)
 
 
 def sync_rename(aside: Path, path: Path) -> None:
@@ -285,15 +413,20 @@ def save_folder(folder: Path, unet, vae, encoder, tokenizer, schedule, dtype: to
 
 def save_tokenizer(tokenizer, folder: Path) -> None:
     """Today's tokenizer.json, and the vocab.json and merges.txt that older tools read."""
-    tokenizer.save_pretrained(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".part", dir=folder) as aside:
+        try:
+            tokenizer.save_pretrained(aside)
+        except Exception as e:  # the library's Rust half has no OSError
+            raise OSError(f"{folder} cannot be written ({reason(e)})") from None
+        for file in Path(aside).iterdir():
+            sync_rename(file, folder / file.name)
     merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
     lines = ["#version: 0.2", *(m if isinstance(m, str) else " ".join(m) for m in merges), ""]
-    (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+    write_text(folder / "merges.txt", "\n".join(lines))
     vocab = dict(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
+    write_text(folder / "vocab.json", json.dumps(vocab, ensure_ascii=False))
 
 
 def write_json(path: Path, content: dict) -> None:
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    sync_rename(aside, path)
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

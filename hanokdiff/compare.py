@@ -17,6 +17,7 @@ Read next: hanokdiff/plan.py (the matrix), cell.py (a cell), summary.py (the sta
 """
 
 import argparse
+import os
 import shutil
 import signal
 import sys
@@ -27,6 +28,7 @@ from hanokdiff import cell, checkpoint, cli, plan, report, score
 from hanokdiff.plan import METHODS
 from hanokdiff.text import contains
 
+LARGE = 1 << 30  # bytes of a JSON file at most: the scores of 240,000 pictures
 PROMPTS = ("{token}, fire", "{token} in the fire", "A fire broke out in {token}")
 
 
@@ -94,13 +96,43 @@ def check(args) -> tuple[int, int]:
     return int(i), int(n)
 
 
+def show(out: Path, manifest: dict) -> tuple[dict, str]:
+    """The finished cells, and the table of the report that is written of them."""
+    try:
+        results = collect(out, manifest)
+        return results, report.write(out, results)
+    except (AttributeError, IndexError, KeyError, TypeError, ZeroDivisionError) as e:
+        if os.environ.get("HANOKDIFF_DEBUG"):
+            raise
+        raise ValueError(f"{out}: a manifest.json or scores-*.json in it is not what this version writes ({e!r}); "
+                         "delete that cell, or compare anew in another folder") from None  # fmt: skip
+
+
+def read_manifest(folder: Path) -> dict:
+    """A comparison's manifest. What is in it becomes paths, so that every name must be a plain one."""
+    if not (folder / "manifest.json").is_file():
+        raise ValueError(f"--merge {folder}: no comparison was started there (it has no manifest.json)")
+    manifest = checkpoint.read_json(folder / "manifest.json", LARGE)
+    try:
+        names = [n for c in manifest["cells"] for n in (*Path(c["folder"]).parts, c["pictures"], c["scores"])]
+        plain = all(c["folder"].startswith("cells/") for c in manifest["cells"])
+        wrong = next((n for n in names if Path(n).name != n or n in ("", "..")), None)
+    except (AttributeError, KeyError, TypeError) as e:
+        raise ValueError(f"{folder / 'manifest.json'} is no comparison's ({e!r}); fetch it again") from None
+    if wrong is not None or not plain:
+        raise ValueError(f"{folder / 'manifest.json'} names {wrong!r}, which is outside of its folder; fetch it again")
+    return manifest
+
+
 def collect(out: Path, manifest: dict) -> dict:
     """The manifest with what the finished cells have come to."""
     cells = [{k: v for k, v in c.items() if k != "options"} for c in manifest["cells"]]
     done = [c for c in cells if (out / c["folder"] / c["scores"]).exists()]
     for c in done:
         home = out / c["folder"]
-        c |= checkpoint.read_json(home / c["scores"])
+        c |= checkpoint.read_json(home / c["scores"], LARGE)
+        if strange := [r["file"] for r in c["images"] if Path(r["file"]).parent != Path(c["folder"], c["pictures"])]:
+            raise ValueError(f"{home / c['scores']} names {strange[0]!r}, which is no picture of that cell; delete it")
         c |= {"times": cell.times(c, home), "held_out": cell.curve(home)}
     missing = [c["name"] for c in cells if "images" not in c]
     return {**manifest, "cells": done, "missing": missing}
@@ -108,11 +140,7 @@ def collect(out: Path, manifest: dict) -> dict:
 
 def merge(args) -> dict:
     """Join the finished cells of several folders that were started with the same settings."""
-    manifests = []
-    for folder in args.merge:
-        if not (folder / "manifest.json").is_file():
-            raise ValueError(f"--merge {folder}: no comparison was started there (it has no manifest.json)")
-        manifests.append(checkpoint.read_json(folder / "manifest.json"))
+    manifests = [read_manifest(folder) for folder in args.merge]
     plans = [[(c["folder"], c["pictures"], c["scores"]) for c in m["cells"]] for m in manifests]
     for folder, other in zip(args.merge, plans, strict=True):
         if other != plans[0]:
@@ -151,15 +179,15 @@ def main(argv=None):
             cell.train(c, home)
             cell.draw(study, c, home, manifest["settings"]["drawing"])
             cell.judge(study, c, home)
-            report.write(args.out, collect(args.out, manifest))
+            show(args.out, manifest)
             print(f"{k:3} of {len(todo)}  {time.perf_counter() - start:6.0f} s  {c['name']}", flush=True)
     except KeyboardInterrupt:
         print("what is finished is kept; the same command goes on")
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
-    results = collect(args.out, manifest)
-    print(report.write(args.out, results))
+    results, table = show(args.out, manifest)
+    print(table)
     missing = f" (without {len(results['missing'])} cells that are not done)" if results["missing"] else ""
     print(f"report: {args.out / 'report.html'}{missing}")
 

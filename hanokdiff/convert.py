@@ -19,7 +19,6 @@ from functools import reduce
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hanokdiff import checkpoint, cli, hypernet, inversion, lora, lorafile, model, singlefile
@@ -34,11 +33,7 @@ def names(path: Path) -> list:
     if path.suffix in PICKLES:
         content = checkpoint.read_pt(path, "model, LoRA, embedding or hypernetwork")
         return [k for k in content if isinstance(k, str | int)] if isinstance(content, dict) else []
-    try:
-        with safe_open(path, "pt") as f:
-            return list(f.keys())
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path} is not a readable .safetensors file ({e}); damaged, or of another kind") from None
+    return list(checkpoint.read_safetensors(path, "model, LoRA or embedding")[0])
 
 
 def recognise(path: Path, keys: list) -> str:
@@ -58,7 +53,8 @@ def recognise(path: Path, keys: list) -> str:
 
 def precision(args, tensors: Iterable[Tensor]) -> torch.dtype:
     """--dtype, else the narrowest that keeps every weight as it is."""
-    own = reduce(torch.promote_types, (t.dtype for t in tensors if t.is_floating_point()), torch.float16)
+    own = reduce(torch.promote_types, (t.dtype for t in tensors if t.is_floating_point() and t.itemsize > 1),
+                 torch.float16)
     return model.DTYPES.get(args.dtype, own)
 
 

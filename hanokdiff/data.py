@@ -10,6 +10,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
+from hanokdiff import checkpoint
 from hanokdiff.text import contains, word_pattern
 from hanokdiff.tiny import world
 
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif",
             ".heic", ".heif"}  # an iPhone's, which Pillow cannot read: so that they are named, not passed over
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF")  # not EPS: Pillow hands it to Ghostscript
+TEXT = 1 << 20  # bytes of a caption or a list at most
 ORIENTATION = 0x0112  # EXIF tag: 1 is upright, 2 to 8 are the other ways to hold a camera
 Say = Callable[[str], None]
 
@@ -44,16 +48,25 @@ def read_photo(path: str | Path) -> tuple[Image.Image, str]:
     """A picture file (its first frame) -> RGB, upright, transparency over white; and what that took."""
     path = Path(path)
     try:
-        with Image.open(path) as image:
+        if path.exists() and not path.is_file():
+            raise OSError(f"{path} is not a file")  # a pipe would be waited for
+        with Image.open(path, formats=formats()) as image:  # more than 179 million pixels Pillow refuses itself
             turned = image.getexif().get(ORIENTATION) in range(2, 9)
             image.load()  # after asking: a TIFF turns itself as it loads
-            image, note = to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            image, note = to_rgb(image)
     except UnidentifiedImageError:
         raise ValueError(f"{path.name!r} cannot be read: not a picture, or broken at its beginning; if other programs "
                          "show it, save it as JPEG") from None  # fmt: skip
     except Exception as e:  # by format, Pillow raises OSError, SyntaxError, struct.error, EOFError...
         raise ValueError(f"{path.name!r} cannot be read: {str(e) or type(e).__name__}") from e
     return image, listed("rotated by EXIF" if turned else "", note)
+
+
+@cache
+def formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def listed(*notes: str) -> str:
@@ -65,7 +78,7 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
     if image.mode.startswith(("I", "F")):
         image = to_8_bits(image)
     if image.has_transparency_data:  # an alpha channel, or one colour declared transparent
-        image = image.convert("RGBA")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
         if image.getchannel("A").getextrema()[0] < 255:
             # below alpha 0 editors leave any colour at all; dropping the channel would bring it out
             white = Image.new("RGBA", image.size, "white")
@@ -100,6 +113,7 @@ def read_text(path: str | Path) -> tuple[str, str]:
     """A text file in UTF-8, or else in cp949 and a note that it was."""
     if not Path(path).is_file():
         raise ValueError(f"no text file at {path}")
+    checkpoint.check_size(Path(path), TEXT)
     raw, note = Path(path).read_bytes(), ""
     try:
         text = raw.decode("utf-8-sig")  # Windows' Notepad puts a byte order mark in front

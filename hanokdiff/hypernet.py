@@ -29,6 +29,7 @@ def activations() -> dict[str, type[nn.Module] | None]:
 
 
 ACTIVATIONS = activations()
+WIDEST = 16_384  # the widest context that is believed
 TOKEN = "hanokdiff_token="  # what stands before the pseudo word in a file's optional_info
 
 
@@ -197,7 +198,7 @@ def write(path: Path, spec: Spec, nets: dict[int, tuple[dict, dict]], metadata: 
                     raise ValueError(f"{path} was not written: {name} of width {d} is not finite; lower the rate")
         content[int(d)] = tuple({k: t.detach().float().cpu().contiguous() for k, t in s.items()} for s in pair)
     content |= {
-        "step": int(metadata.get("step", 0)), "name": str(metadata.get("name", path.stem)),
+        "step": checkpoint.whole(metadata.get("step")), "name": str(metadata.get("name", path.stem)),
         "layer_structure": [int(x) if x == int(x) else float(x) for x in spec.layers],
         "activation_func": spec.activation, "is_layer_norm": spec.layer_norm,
         "weight_initialization": spec.weight_init, "sd_checkpoint": None,
@@ -213,18 +214,18 @@ def read(path: Path) -> tuple[Spec, dict[int, tuple[dict, dict]], dict]:
     path = Path(path)
     content = checkpoint.read_pt(path, "hypernetwork")
     nets = {k: v for k, v in content.items() if isinstance(k, int)} if isinstance(content, dict) else {}
-    if not nets or not all(d > 0 and is_pair(v) for d, v in nets.items()):
+    if not nets or not all(0 < d <= WIDEST and is_pair(v) for d, v in nets.items()):
         raise ValueError(f"{path} is not a hypernetwork: it has no pairs of networks under whole numbers (such as 768)")
-    layers = tuple(content.get("layer_structure") or (1, 2, 1))
-    dropout = content.get("dropout_structure")
-    if dropout is None and content.get("use_dropout"):  # files from before it was written down
-        last = 0.3 if content.get("last_layer_dropout") else 0.0
-        dropout = [0.0] + [0.3] * (len(layers) - 3) + [last, 0.0]
     try:
+        layers = tuple(content.get("layer_structure") or (1, 2, 1))
+        dropout = content.get("dropout_structure")
+        if dropout is None and content.get("use_dropout"):  # files from before it was written down
+            last = 0.3 if content.get("last_layer_dropout") else 0.0
+            dropout = [0.0] + [0.3] * (len(layers) - 3) + [last, 0.0]
         spec = Spec(layers, content.get("activation_func") or "linear", bool(content.get("is_layer_norm")),
                     tuple(dropout or ()), bool(content.get("activate_output", True)),
                     str(content.get("weight_initialization") or "Normal"))  # fmt: skip
-    except (TypeError, ValueError) as e:
+    except checkpoint.ERRORS as e:
         raise ValueError(f"{path} describes no network that is known here: {e}") from None
     old = {"linear1": "linear.0", "linear2": "linear.1"}
     pairs = {d: tuple({".".join((old.get(k.split(".")[0], k.split(".")[0]), *k.split(".")[1:])): t
@@ -238,7 +239,7 @@ def read(path: Path) -> tuple[Spec, dict[int, tuple[dict, dict]], dict]:
                 odd = sorted(shapes.items() ^ right.items())[0]
                 raise ValueError(f"{path}: width {d} does not fit layers {' '.join(f'{x:g}' for x in layers)} "
                                  f"({odd[0]} {odd[1]}); the file is damaged or of another kind")  # fmt: skip
-            if not all(torch.isfinite(t).all() for t in tensors.values()):
+            if not all(t.is_floating_point() and checkpoint.finite(t) for t in tensors.values()):
                 raise ValueError(f"{path}: width {d} has a value that is not finite; take an earlier file")
     return spec, pairs, {k: v for k, v in content.items() if not isinstance(k, int)}
 

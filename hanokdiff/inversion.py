@@ -10,7 +10,6 @@ import contextlib
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hanokdiff import checkpoint
@@ -112,7 +111,7 @@ def write(path: Path, word: str, vectors: Tensor, metadata: dict | None = None) 
     elif path.suffix == ".pt":
         checkpoint.write_pt({
             "string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": word,
-            "step": int(metadata.get("step", 0)), "sd_checkpoint": None,
+            "step": checkpoint.whole(metadata.get("step")), "sd_checkpoint": None,
             "sd_checkpoint_name": str(metadata["model"]) if "model" in metadata else None,
         }, path)  # fmt: skip
     else:
@@ -125,23 +124,17 @@ def read(path: Path) -> tuple[str, Tensor, dict]:
     path = Path(path)
     metadata: dict = {}
     if path.suffix == ".safetensors":
-        if not path.is_file():
-            raise ValueError(f"no embedding file at {path}")
-        try:
-            with safe_open(path, "pt") as f:
-                metadata, content = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as e:
-            raise ValueError(f"{path} is not a readable .safetensors file ({e}); damaged, or of another kind") from None
+        content, metadata = checkpoint.read_safetensors(path, "embedding")
     else:
         with torch.serialization.safe_globals([nn.ParameterDict]):  # a table of tensors, in the paper's own files
             content = checkpoint.read_pt(path, "embedding")
     word, vectors = find(content, path)
     if vectors.dim() == 1:
         vectors = vectors[None]
-    if vectors.dim() != 2 or not vectors.is_floating_point() or not 0 < len(vectors) <= MOST:
+    if vectors.dim() != 2 or not (vectors.is_floating_point() and 0 < len(vectors) <= MOST and vectors.numel()):
         raise ValueError(f"{path}: {word} is {vectors.dtype} of shape {tuple(vectors.shape)}; an embedding has 1 to "
                          f"{MOST} vectors (n, D)")  # fmt: skip
-    if not torch.isfinite(vectors).all():
+    if not checkpoint.finite(vectors):
         raise ValueError(f"{path} has a value that is not finite; take an earlier file of that training")
     return word, vectors.detach().float(), metadata
 
@@ -150,7 +143,8 @@ def find(content, path: Path) -> tuple[str, Tensor]:
     """The one tensor in a file's content, and its word."""
     if isinstance(content, dict) and isinstance(content.get("string_to_param"), dict | nn.Module):
         param = content["string_to_param"]  # the paper's own code saved an nn.ParameterDict
-        tensors = dict(getattr(param, "_parameters", param))
+        tensors = param if isinstance(param, dict) else vars(param).get("_parameters")
+        tensors = tensors if isinstance(tensors, dict) else {}
         name = content.get("name")
         named = {name if isinstance(name, str) and name else path.stem: next(iter(tensors.values()), None)}
         tensors = named if len(tensors) == 1 else tensors

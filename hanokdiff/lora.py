@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -243,7 +242,12 @@ def read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
         if min(down.dim(), up.dim()) < 2 or not 0 < down.shape[0] == up.shape[1]:
             raise ValueError(f"{path}: {name} has lora_down {tuple(down.shape)} and lora_up {tuple(up.shape)}, which "
                              "share no rank; the file is damaged or of another kind")  # fmt: skip
-        if not all(torch.isfinite(x).all() for x in t.values()):
+        single = t["alpha"].numel() == 1 and not t["alpha"].is_complex() if "alpha" in t else True
+        if not (down.numel() and up.numel() == up.shape[0] * len(down) and single
+                and down.is_floating_point() and up.is_floating_point()):  # fmt: skip
+            raise ValueError(f"{path}: {name} has lora_down {down.dtype} {tuple(down.shape)}, lora_up {up.dtype} "
+                             f"{tuple(up.shape)} or an alpha that is not one number; the file is damaged")  # fmt: skip
+        if not all(checkpoint.finite(x) for x in t.values()):
             raise ValueError(f"{path}: {name} has a value that is not finite; take an earlier file of that training")
         if settings != {} and dotted[name] and "alpha" not in t:
             t["alpha"] = _peft_alpha(path, settings, name, dotted[name], len(down))
@@ -260,11 +264,7 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise ValueError(f"{path} holds no tensors by name, so no LoRA that hanokdiff knows; convert it to "
                              ".safetensors with the tool that made it")  # fmt: skip
         return tensors, {}
-    try:
-        with safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as e:
-        raise ValueError(f"{path} is not a readable .safetensors file ({e}); damaged, or of another kind") from None
+    return checkpoint.read_safetensors(path, "LoRA")
 
 
 def _peft_settings(path: Path, keys: Iterable[str], metadata: dict[str, str]) -> dict:
@@ -274,10 +274,7 @@ def _peft_settings(path: Path, keys: Iterable[str], metadata: dict[str, str]) ->
         if beside.is_file():
             return checkpoint.read_json(beside)
         warnings.warn(f"{beside}, where peft keeps alpha, is missing: {path} is taken with alpha = rank", stacklevel=2)
-    try:
-        return json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}: lora_adapter_metadata in its header is not JSON ({e}); save it again") from None
+    return checkpoint.parse_json(metadata.get("lora_adapter_metadata", "{}"), f"{path}: lora_adapter_metadata")
 
 
 def _peft_alpha(path: Path, settings: dict, name: str, dotted: str, rank: int) -> Tensor:
@@ -287,7 +284,10 @@ def _peft_alpha(path: Path, settings: dict, name: str, dotted: str, rank: int) -
     network, dotted = ("text_encoder.", "text_model." + dotted) if text else ("unet.", dotted)
     try:
         own = {k.removeprefix(network): v for k, v in settings.items() if k.startswith(network)} or settings
-        fits = (a for p, a in (own.get("alpha_pattern") or {}).items() if re.match(rf"(.*\.)?({p})$", dotted))
+        patterns = (own.get("alpha_pattern") or {}).items()
+        if hard := [p for p, _ in patterns if re.search(r"\)[*+?{]", p) or len(re.findall("[*+{]", p)) > 2]:
+            raise ValueError(f"the pattern {hard[0][:40]!r} might take for ever")  # as a regular expression can
+        fits = (a for p, a in patterns if re.match(rf"(.*\.)?({p})$", dotted))
         alpha = float(next(fits, own.get("lora_alpha", rank)))
         return torch.tensor(alpha * math.sqrt(rank) if own.get("use_rslora") else alpha)
     except (TypeError, ValueError, AttributeError, re.error) as e:

@@ -7,10 +7,9 @@ Read next: hanokdiff/summary.py (where the numbers come from), hanokdiff/chart.p
 import csv
 import io
 import json
-import os
 from pathlib import Path
 
-from hanokdiff import chart
+from hanokdiff import chart, checkpoint
 from hanokdiff.summary import SHARES, TEXTS, find, paper, summarise
 
 NAMES = {"ti": "Textual Inversion", "dreambooth": "DreamBooth", "lora": "LoRA", "hypernet": "Hypernetwork",
@@ -55,9 +54,7 @@ def write(out: Path, results: dict) -> str:
     content = json.dumps({**results, "cells": kept, "summary": summary}, indent=1, ensure_ascii=False, allow_nan=False)
     for name, text in (("results.json", content + "\n"), ("images.csv", held.getvalue()),
                        ("report.md", page.markdown()), ("report.html", page.html())):  # fmt: skip
-        aside = out / (name + ".part")
-        aside.write_text(text, encoding="utf-8", newline="")
-        os.replace(aside, out / name)
+        checkpoint.write_text(out / name, text, newline="")
     return terminal(results, summary)
 
 

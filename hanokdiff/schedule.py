@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hanokdiff import config as numbers
+
 PREDICTIONS = ("epsilon", "v_prediction")
 
 
@@ -28,6 +30,7 @@ class Schedule:
     alpha_bar: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
+        numbers.check(self)
         power = {"scaled_linear": 0.5, "linear": 1.0}.get(self.beta_schedule)
         if power is None:
             raise ValueError(f'beta_schedule "{self.beta_schedule}" is not known; known: scaled_linear, linear')

@@ -9,7 +9,6 @@ Shapes:  N pictures, M texts or references, d the width of CLIP's common space; 
 length 1.
 """
 
-import json
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -26,6 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 import hanokdiff
+from hanokdiff import checkpoint
 from hanokdiff.tiny import world
 
 TINY = Path(hanokdiff.__file__).parent / "tiny" / "clip"
@@ -115,8 +115,11 @@ def open_model(model: str | Path):
         logging.disable_progress_bar()
     source, only = (str(folder), {"local_files_only": True}) if local else (str(model), {})
     try:
+        if local:
+            checkpoint.check_pretrained(folder, CLIPModel)
         clip, info = CLIPModel.from_pretrained(source, output_loading_info=True, **only)
         tokenizer = CLIPTokenizer.from_pretrained(source, **only)
+        tokenizer("a b")  # of a damaged one this may fail, too
         colours = mean_std(source, **only)
     except Exception as e:  # noqa: BLE001  (OSError, JSON, safetensors, KeyError: for the user all are one)
         raise ValueError(cannot_open(model, local, e)) from None
@@ -148,10 +151,13 @@ def mean_std(source: str, **only) -> tuple[tuple, tuple]:
     from transformers.utils import cached_file
 
     try:
-        config = json.loads(Path(cached_file(source, "preprocessor_config.json", **only)).read_text("utf-8"))
+        config = checkpoint.read_json(Path(cached_file(source, "preprocessor_config.json", **only)))
     except OSError:
         config = {}
-    return tuple(config.get("image_mean", MEAN)), tuple(config.get("image_std", STD))
+    colours = tuple(tuple(map(float, config.get(k, own))) for k, own in (("image_mean", MEAN), ("image_std", STD)))
+    if not all(len(c) == 3 and all(map(math.isfinite, c)) for c in colours) or min(colours[1]) <= 0:
+        raise ValueError(f"preprocessor_config.json has image_mean and image_std of {str(colours)[:80]}")
+    return colours
 
 
 # -------------------------------------------------------------------------------------------------- scores

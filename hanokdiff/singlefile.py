@@ -153,6 +153,7 @@ def split_qkv(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     out = {}
     for name, tensor in tensors.items():
         head, stacked, kind = name.partition(".in_proj_")
+        stacked = stacked and tensor.dim()
         out |= {f"{head}.{x}.{kind}": t for x, t in zip("qkv", tensor.chunk(3))} if stacked else {name: tensor}
     return out
 
@@ -190,7 +191,7 @@ def infer_unet(tensors: dict[str, Tensor], sd2: bool, v: bool) -> UNetConfig:
         out_channels=shape["out.2.weight"][0],
         block_out_channels=channels,
         attention=tuple(f"{block}.1.proj_in.weight" in shape for block in first),
-        heads=tuple(ch // 64 for ch in channels) if sd2 else (8,) * len(channels),
+        heads=tuple(max(ch // 64, 1) for ch in channels) if sd2 else (8,) * len(channels),
         layers_per_block=per - 1,
         cross_attention_dim=shape["middle_block.1.transformer_blocks.0.attn2.to_k.weight"][1],
         use_linear_projection=len(shape["middle_block.1.proj_in.weight"]) == 2,
@@ -273,10 +274,10 @@ def read(path: Path | str, prediction: str | None = None, say=None) -> tuple[UNe
     tensors, metadata, step = checkpoint.read_file(path)
     tensors = {NO_PREFIX.sub(CLIP, k): t for k, t in tensors.items() if not IGNORED.match(k)}
     sd2 = recognise(tensors, path)
-    kind, reason = prediction_type(tensors, sd2, prediction, metadata, step)
-    schedule = Schedule(prediction_type=kind)
     try:
-        if own := json.loads(metadata.get("hanokdiff_config", "{}")):
+        kind, reason = prediction_type(tensors, sd2, prediction, metadata, step)
+        schedule = Schedule(prediction_type=kind)
+        if own := checkpoint.parse_json(metadata.get("hanokdiff_config", "{}"), "hanokdiff_config"):
             schedule = Schedule.from_json({**own["scheduler"], "prediction_type": kind})
             unet_c, vae_c = UNetConfig.from_json(own["unet"]), VAEConfig.from_json(own["vae"])
             text_c = TextConfig.from_json(own["text_encoder"])
@@ -285,8 +286,9 @@ def read(path: Path | str, prediction: str | None = None, say=None) -> tuple[UNe
             unet_c, vae_c, text_c = infer_unet(tensors, sd2, v2), infer_vae(tensors, v2), infer_text(tensors, sd2)
         with torch.device("meta"):
             networks = UNet(unet_c), VAE(vae_c), TextEncoder(text_c)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{path} is not a complete checkpoint of Stable Diffusion 1.x or 2.x ({e!r})") from None
+    except checkpoint.ERRORS as e:
+        why = checkpoint.reason(e)
+        raise ValueError(f"{path} is not a complete checkpoint of Stable Diffusion 1.x or 2.x ({why})") from None
     checkpoint.check_fit(unet_c, text_c, path)
     fill(networks, tensors, path)
     if say:

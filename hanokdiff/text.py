@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hanokdiff import config as numbers
 from hanokdiff import prompt as language
 
 
@@ -30,6 +31,10 @@ class TextConfig:
     max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        numbers.check(self)
+        numbers.check_heads([self.hidden_size], [self.num_attention_heads])
 
     @classmethod
     def from_json(cls, c: dict) -> "TextConfig":
@@ -164,9 +169,14 @@ class Text:
 
     def add_word(self, word: str, ids: list[int] | None = None) -> list[int]:
         """Make this a pseudo word, with ids of its own beyond the vocabulary or, by default, those it has alone."""
+        if re.search("[\0-\x1f\x7f-\x9f\ud800-\udfff]", word):
+            raise ValueError(f"{word[:40]!r} has control characters; choose another pseudo word")
         ids = ids or self._tokens(word)
         if not word.strip() or not ids:
             raise ValueError(f'"{word}" has no token in this vocabulary; choose another pseudo word')
+        if len(ids) > self.length - 2:
+            raise ValueError(f"{word[:40]!r} has {len(ids)} tokens, more than the {self.length - 2} of a prompt; "
+                             "choose another pseudo word")  # fmt: skip
         others = {w: own for w, own in self.words.items() if same(w) != same(word)}  # the last one given has the word
         self.words = dict(sorted({**others, word: ids}.items(), key=lambda item: -len(item[0])))  # longest first
         self._known.clear()

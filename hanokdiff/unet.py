@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hanokdiff import config as numbers
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -32,6 +34,10 @@ class UNetConfig:
     upcast_attention: bool = False  # SD 2.1: attention in fp32, which fp16 would overflow
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        numbers.check(self)
+        numbers.check_heads(self.block_out_channels, self.heads)
 
     @classmethod
     def from_json(cls, c: dict) -> "UNetConfig":

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hanokdiff import config as numbers
 from hanokdiff.unet import ResBlock
 
 
@@ -25,6 +26,9 @@ class VAEConfig:
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215  # 1 / std of SD's latents, so that the UNet sees unit variance (LDM appendix G)
     sample_size: int = 512  # pixels per side that it was trained at
+
+    def __post_init__(self):
+        numbers.check(self)
 
     @classmethod
     def from_json(cls, c: dict) -> "VAEConfig":

@@ -465,7 +465,7 @@ def larger_vocabulary(folder):
 
 
 @pytest.mark.parametrize("damage,message", [
-    (no_config, "no whole BLIP captioner: [0-9]+ tensors"),
+    (no_config, "the folder cannot be opened .*config.json is missing"),
     (no_tokenizer, "the tokenizer of .* does not fit it"),
     (cut_weights, "the folder cannot be opened"),
     (missing_tensor, "no whole BLIP captioner: 1 tensors .* such as vision_model.post_layernorm.weight"),

@@ -307,7 +307,7 @@ def test_what_is_refused(tmp_path, kind):
 
 
 @pytest.mark.parametrize("settings, words", [
-    ("{", "is not JSON"), ("[]", "settings beside"), ('{"unet.lora_alpha": "six"}', "settings beside"),
+    ("{", "is not valid JSON"), ("[]", "not a table"), ('{"unet.lora_alpha": "six"}', "settings beside"),
     ('{"lora_alpha": 4, "alpha_pattern": {"(": 1}}', "settings beside"), ('{"alpha_pattern": 3}', "settings beside"),
 ])  # fmt: skip
 def test_broken_settings_of_peft(tmp_path, settings, words):
@@ -488,7 +488,7 @@ def test_what_the_command_refuses(run, sd1, tmp_path):
         ("nix.safetensors", "a"): "no file at nix.safetensors",
         ("nix", "a"): 'no model folder at "nix"',
         ("empty", "a.safetensors"): "model_index.json is missing",
-        ("text.safetensors", "a"): "text.safetensors is not a readable .safetensors file",
+        ("text.safetensors", "a"): "text.safetensors cannot be read",
         ("text.pt", "a"): "text.pt cannot be read",
         ("list.pt", "a.pt"): "no model, LoRA, embedding or hypernetwork that hanokdiff knows: it holds nothing",
         (unet, "a"): "it holds conv_in.bias ...; of a model in several files, give the folder",

@@ -1,0 +1,448 @@
+"""Damaged and hostile files, by the thousand, into every reader:   python tests/fuzz.py --files 20000
+
+A case is a number: it chooses a reader, a good file, and what happens to it, so that `--first N --files 1` repeats case
+N alone.  Whatever the file holds, the reader opens it or raises a ValueError or OSError that names it; it takes at most
+SECONDS of a processor and MEMORY more than it had, and it never hangs or dies.  The cases run in a child process with
+RLIMIT_AS, which a hang or a crash costs nothing but that child.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import select
+import shutil
+import struct
+import sys
+import tempfile
+import time
+import warnings
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import torch
+from PIL import Image, PngImagePlugin
+
+import clipscore
+import train_lora
+from hanokdiff import (
+    checkpoint,
+    cli,
+    compare,
+    convert,
+    data,
+    hypernet,
+    inversion,
+    lora,
+    model,
+    prior,
+    score,
+    singlefile,
+)
+from hanokdiff.schedule import Schedule
+from hanokdiff.text import TextConfig, TextEncoder
+from hanokdiff.unet import UNet, UNetConfig
+from hanokdiff.vae import VAE, VAEConfig
+
+SECONDS, MEMORY, ADDRESSES = 5, 1 << 30, 4 << 30  # processor time; resident bytes and address space more than before
+
+# ---------------------------------------------------------------------------------------------------- the good files
+
+
+def small_model():
+    words = checkpoint.load_tokenizer(model.TINY / "tokenizer")
+    configs = (UNetConfig(8, block_out_channels=(32, 64), attention=(True, False), heads=(8, 8), layers_per_block=1,
+                          cross_attention_dim=64),
+               VAEConfig((32, 64), 1, sample_size=16), TextConfig(len(words), 64, 96, 2, 1))  # fmt: skip
+    return [kind(c).eval() for kind, c in zip((UNet, VAE, TextEncoder), configs, strict=True)], words
+
+
+def pictures(folder: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (24, 32, 4), dtype=np.uint8)
+    image, exif, info = Image.fromarray(noise[..., :3]), Image.Exif(), PngImagePlugin.PngInfo()
+    exif[data.ORIENTATION] = 6
+    info.add_text("parameters", "a barn\nSteps: 20, Sampler: ddim, Seed: 3, Size: 8x8", zip=True)
+    Image.fromarray(noise).save(folder / "a.png", pnginfo=info)
+    image.save(folder / "plain.png", pnginfo=info)
+    image.convert("P").save(folder / "palette.gif", transparency=3)
+    Image.fromarray(noise[..., :2].copy().view("<u2")[..., 0]).save(folder / "deep.tif")
+    for name in ("a.jpg", "a.webp", "a.tiff"):
+        image.save(folder / name, exif=exif)
+    image.save(folder / "a.bmp")
+
+
+def small_files(folder: Path, sd) -> None:
+    """LoRAs, embeddings, hypernetworks in every container, captions, and a run's files."""
+    names = list(lora.layers(sd))[:3]
+    weights = [lora.innermost(net.get_submodule(path)).weight for net, path in map(lora.layers(sd).get, names)]
+    loras = {n: {"down": torch.randn(2, *w.shape[1:]), "up": torch.randn(len(w), 2, *[1] * (w.dim() - 2)),
+                 "alpha": torch.tensor(2.0)} for n, w in zip(names, weights, strict=True)}  # fmt: skip
+    lora.write(folder / "kohya.safetensors", loras, {"ss_network_dim": "2", "hanokdiff_token": "*"})
+    lora.write_native(folder / "peft.safetensors", loras, {"lora_adapter_metadata": '{"unet.lora_alpha": 4}'})
+    torch.save(checkpoint.read_tensors(folder / "kohya.safetensors"), folder / "lora.bin")
+    vectors = torch.randn(2, sd.text.encoder.config.hidden_size)
+    inversion.write(folder / "word.safetensors", "*", vectors, {"step": "3"})
+    inversion.write(folder / "word.pt", "*", vectors)
+    torch.save(torch.load(folder / "word.pt"), folder / "zipped.pt")
+    spec, width = hypernet.Spec((1, 2, 1), "relu", True), sd.unet.config.cross_attention_dim
+    pair = tuple(hypernet.Net(width, spec).state_dict() for _ in range(2))
+    hypernet.write(folder / "hyper.pt", spec, {width: pair}, {"step": 3, "info": hypernet.TOKEN + "*"})
+    torch.save(torch.load(folder / "hyper.pt"), folder / "hyperzip.pt")
+    (folder / "caption.txt").write_text("a building with a roof on fire")
+    (folder / "cp949.txt").write_bytes("눈 오는 한옥".encode("cp949"))
+    (folder / "prompts.txt").write_text("a house\na house in the snow\n")
+    args = train_lora.options().parse(["--steps", "5"])
+    (folder / "config.json").write_text(json.dumps({**vars(args), "photos": "0123"}))
+    cells = [{"name": n, "folder": f"cells/{n}", "pictures": "pictures-a", "scores": "scores-b.json"} for n in "xy"]
+    (folder / "manifest.json").write_text(json.dumps({"settings": {}, "cells": cells}))
+    checkpoint.write_json(folder / "log.jsonl", {"step": 1, "seconds": 0.5})
+
+
+def good_files(home: Path) -> None:
+    (networks, words), schedule = small_model(), Schedule()
+    checkpoint.save_folder(home / "model", *networks, words, schedule)
+    checkpoint.write_json(home / "model" / "hanokdiff.json", {"token": "*"})
+    shutil.copytree(score.TINY, home / "clip")
+    for name in ("pictures", "files", "single"):
+        (home / name).mkdir()
+    pictures(home / "pictures")
+    sd = model.load(str(home / "model"), "cpu", say=None)
+    small_files(home / "files", sd)
+    singlefile.write(home / "single" / "a.safetensors", *networks, schedule)
+    tensors = checkpoint.read_tensors(home / "single" / "a.safetensors")
+    checkpoint.write_tensors(tensors, home / "single" / "bare.safetensors")
+    torch.save({"state_dict": dict(tensors), "global_step": 5}, home / "single" / "a.ckpt")
+    torch.save(dict(tensors), home / "single" / "old.ckpt", _use_new_zipfile_serialization=False)
+
+
+# ------------------------------------------------------------------------------------------------------- the readers
+
+
+class Readers:
+    """Each takes the path of a file and opens it the way a command does."""
+
+    def __init__(self, home: Path):
+        self.home, self.sd = home, model.load(str(home / "model"), "cpu", say=None)
+        self.out = home / "out"
+        files = home / "files"
+        kinds = {
+            self.photo: sorted((home / "pictures").iterdir()),
+            self.text: [files / n for n in ("caption.txt", "cp949.txt", "prompts.txt")],
+            self.lora: [files / n for n in ("kohya.safetensors", "peft.safetensors", "lora.bin")],
+            self.word: [files / n for n in ("word.safetensors", "word.pt", "zipped.pt")],
+            self.hyper: [files / n for n in ("hyper.pt", "hyperzip.pt")],
+            self.single: sorted((home / "single").iterdir()),
+            self.folder: sorted(f for f in (home / "model").rglob("*") if f.is_file()),
+            self.clip: sorted((home / "clip").iterdir()),
+            self.config: [files / "config.json"], self.manifest: [files / "manifest.json"],
+            self.log: [files / "log.jsonl"],
+            self.convert: [f for f in sorted(files.iterdir()) if f.suffix in (".safetensors", ".pt", ".bin")],
+        }  # fmt: skip
+        self.jobs = list(kinds.items())
+
+    def photo(self, file):
+        data.read_photo(file)
+        with contextlib.redirect_stderr(io.StringIO()):
+            clipscore.look([file])
+
+    def text(self, file):
+        data.read_caption(file)
+        prior.prompts(["* on fire"], "*", "a house", file)
+
+    def lora(self, file):
+        loras, metadata = lora.load(self.sd, file, say=None)
+        lora.remove(self.sd, loras)
+        self.known(metadata.get("hanokdiff_token"))
+
+    def known(self, word):
+        """What sample.py does with a word that came in a file; a refusal names the word."""
+        with contextlib.suppress(ValueError):
+            if word:
+                self.sd.text.add_word(word)
+        self.sd.text.words.clear()
+
+    def word(self, file):
+        inversion.remove(self.sd, *inversion.load(self.sd, file, say=None))
+
+    def hyper(self, file):
+        net, metadata = hypernet.load(self.sd, file, say=None)
+        hypernet.remove(self.sd, net)
+        self.known(hypernet.word(metadata))
+
+    def single(self, file):
+        singlefile.read(file)
+
+    def folder(self, file):
+        with self.beside(file, self.home / "model") as folder:
+            sd = model.load(str(folder), "cpu", say=None)
+            sd.draw(["a barn, (fire:1.3)"], [0], steps=2, size=(16, 16))
+
+    def clip(self, file):
+        with self.beside(file, self.home / "clip") as folder:
+            clip = score.Clip(folder)
+            score.scores(clip, clip.images([Image.new("RGB", (64, 64))]), ["a barn"])
+
+    @contextlib.contextmanager
+    def beside(self, file: Path, whole: Path):
+        """The folder of a whole model, this file in the place of the one of its name."""
+        folder = file.parents[len(file.relative_to(self.out).parts) - 2]
+        for other in whole.rglob("*"):
+            if other.is_file() and not (mine := folder / other.relative_to(whole)).exists():
+                mine.parent.mkdir(parents=True, exist_ok=True)
+                mine.symlink_to(other)
+        yield folder
+
+    def config(self, file):
+        args = train_lora.options().parse(["--resume", str(file.parent)])
+        args.alpha = args.rank if args.alpha is None else args.alpha  # as train_lora.py has it
+        cli.check_training(args)
+
+    def manifest(self, file):
+        compare.read_manifest(file.parent)
+
+    def log(self, file):
+        compare.cell.notes(file)
+
+    def convert(self, file):
+        out = self.out / ("out.pt" if file.name.startswith(("word", "hyper", "zipped")) else "out.safetensors")
+        with contextlib.redirect_stdout(io.StringIO()):
+            convert.main.__wrapped__([str(file), str(out), "--overwrite"])
+
+
+# -------------------------------------------------------------------------------------------------------- the damage
+
+ODD = [None, True, False, -1, 0, 1, 2, 3, 1e308, -1e-308, 10**9, 2**31, 2**63, 10**30, float("nan"), float("inf"), "",
+       "x", "F16", "F8_E4M3", "BOOL", "U8", "C64", "../../x", "/etc/passwd", "\x1b[2J\n", "\ud800", "가" * 3000, [], {},
+       [[]], [0, 0], [1, 10**12], [10**9] * 9, [0.5] * 3, {"a": {}}, "{" * 3000]  # fmt: skip
+
+
+def bend(value, r: random.Random):
+    """One place in JSON-like data becomes another type, is doubled, renamed or lost."""
+    if isinstance(value, dict | list) and value and r.random() < 0.9:
+        key = r.choice(list(value) if isinstance(value, dict) else range(len(value)))
+        what = r.random()
+        if what < 0.75:
+            value[key] = bend(value[key], r)
+        elif what < 0.85:
+            del value[key]
+        elif isinstance(value, dict):
+            value[r.choice([key + "x", "", "\n", "../x", key * 300])] = value.pop(key)
+        else:
+            value *= r.choice([2, 50])
+        return value
+    if isinstance(value, int | float) and r.random() < 0.4:
+        return r.choice([value * 2, -value, value + 1, value * 1000, value / 3, str(value), value * 10**6])
+    return r.choice(ODD)
+
+
+def bend_json(raw: bytes, r: random.Random) -> bytes:
+    if r.random() < 0.1:
+        return r.choice([b"[" * 100_000, b'{"a":' * 50_000, b"9" * 5000, b"null", b"[]", b"", b"{}", b'{"a": 1e999}'])
+    text = json.dumps(bend(json.loads(raw), r), ensure_ascii=r.random() < 0.5)
+    return text.encode(r.choice(["utf-8", "utf-8", "utf-8", "utf-8-sig", "utf-16"]), "surrogatepass")
+
+
+def bend_header(raw: bytes, r: random.Random) -> bytes:
+    """safetensors: the length of the header, or what it says."""
+    size = struct.unpack("<Q", raw[:8])[0]
+    if r.random() < 0.2:
+        other = r.choice([0, 1, size - 1, size + 1, 2**63, 2**40, 99_999_999, len(raw)])
+        return struct.pack("<Q", other) + raw[8:]
+    head = json.loads(raw[8 : 8 + size])
+    if r.random() < 0.5:
+        for _ in range(r.choice([1, 1, 3])):
+            head = bend(head, r)
+    else:  # consistent: some tensor's numbers are read as another dtype or shape
+        key = r.choice([k for k in head if k != "__metadata__"])
+        width = {"F64": 8, "F32": 4, "F16": 2}.get(head[key]["dtype"], 4)
+        head[key]["dtype"] = r.choice({8: ["I64", "C64"], 4: ["I32", "U32"], 2: ["I16", "BF16"]}[width])
+        head[key]["shape"] = r.choice([head[key]["shape"], head[key]["shape"][::-1], [1, *head[key]["shape"]]])
+    head = json.dumps(head).encode()
+    return struct.pack("<Q", len(head)) + head + raw[8 + size :]
+
+
+def bend_zip(raw: bytes, r: random.Random) -> bytes:
+    """torch's container: an entry damaged, packed, renamed, doubled or lost."""
+    out, source = io.BytesIO(), zipfile.ZipFile(io.BytesIO(raw))
+    names = source.namelist()
+    chosen, what = r.choice([*names, *[n for n in names if n.endswith("data.pkl")] * 5]), r.random()
+    with warnings.catch_warnings(), zipfile.ZipFile(out, "w", zipfile.ZIP_STORED) as target:
+        warnings.simplefilter("ignore")
+        for name in names:
+            content, packed, new = source.read(name), zipfile.ZIP_STORED, name
+            if name == chosen:
+                content = bend_bytes(content, r) if what < 0.6 else content
+                packed = zipfile.ZIP_DEFLATED if 0.6 < what < 0.7 else packed
+                new = r.choice(["../x", "/x", "x", names[0]]) if 0.7 < what < 0.8 else name
+                if 0.8 < what < 0.9:
+                    target.writestr(new, content[: len(content) // 2])
+                if what > 0.9:
+                    continue
+            target.writestr(zipfile.ZipInfo(new), content, packed)
+    return out.getvalue()
+
+
+def bend_text(raw: bytes, r: random.Random) -> bytes:
+    text = raw.decode("utf-8", "replace")
+    return r.choice([
+        text.encode("utf-16"), text.encode("utf-32"), b"\xef\xbb\xbf" + raw, b"\0" + raw, raw + b"\0", raw * 100_000,
+        text.encode("cp949", "replace"), b"\xff" * 50, b"", b"\r" * 100, b"\x1b[2J" + raw, "🔥 한옥 *\r\n".encode(),
+        b"\xed\xa0\x80" + raw, "a " * 100_000 + "\n", b"(" * 9000, "*\u202e\u200d\ue000 a\u0301".encode(),
+    ]) if r.random() < 0.7 else bend_bytes(raw, r)  # fmt: skip
+
+
+def bend_bytes(raw: bytes, r: random.Random) -> bytes:
+    """What a bad disk, a stopped download or a patient attacker does."""
+    b = bytearray(raw)
+    for _ in range(r.choice([1, 1, 1, 2, 5, 20])):
+        # often at the beginning, where the headers are
+        at = r.randrange(min(len(b), r.choice([16, 64, 500, len(b) or 1]))) if b else 0
+        what = r.randrange(8)
+        if what == 0 and b:
+            b[at] ^= 1 << r.randrange(8)
+        elif what == 1 and b:
+            b[at] = r.randrange(256)
+        elif what == 2 and r.random() < 0.5:
+            del b[r.randrange(len(b) + 1) :]
+        elif what == 3:
+            del b[at : at + r.choice([1, 4, 100])]
+        elif what == 4:
+            b[at:at] = b[at : at + r.choice([1, 8, 200])]
+        elif what == 5:
+            b[at : at + 4] = struct.pack(r.choice("<>") + "I", r.choice([2**32 - 1, 2**31 - 1, 0, 65_535, 70_000]))
+        elif what == 6:
+            b[at : at + 8] = struct.pack(r.choice("<>") + "Q", r.choice([2**64 - 1, 2**63, 2**40, 10**6]))
+        else:
+            b[at:at] = r.randbytes(r.choice([1, 20]))
+    return bytes(b)
+
+
+def damage(raw: bytes, name: str, r: random.Random) -> bytes:
+    special = {".json": bend_json, ".safetensors": bend_header, ".txt": bend_text, ".jsonl": bend_text}
+    bender = bend_zip if raw[:2] == b"PK" else special.get(Path(name).suffix, bend_bytes)
+    bender = bender if r.random() < 0.7 else bend_bytes
+    out = bender(raw, r)
+    return out.encode() if isinstance(out, str) else out
+
+
+# --------------------------------------------------------------------------------------------------------- the cases
+
+
+def case(readers: Readers, number: int) -> tuple[str, str]:
+    """(what was opened, what came of it): "opened", "refused", or what is wrong."""
+    r = random.Random(f"case {number}")
+    reader, files = readers.jobs[number % len(readers.jobs)]
+    file = r.choice(files)
+    shutil.rmtree(readers.out, ignore_errors=True)
+    whole = next((d for d in ("model", "clip") if (readers.home / d) in file.parents), None)
+    place = readers.out / (Path("case") / file.relative_to(readers.home / whole) if whole else Path("case") / file.name)
+    place.parent.mkdir(parents=True)
+    place.write_bytes(damage(file.read_bytes(), file.name, r))
+    return f"{reader.__name__} {file.name}", judged(lambda: reader(place), place, readers.out)
+
+
+def judged(work, file: Path, out: Path) -> str:
+    start = time.process_time()
+    try:
+        work()
+        said = "opened"
+    except (ValueError, OSError) as e:
+        named = any(str(n) in str(e) for n in (file, file.name, out / "case")) or str(e).startswith("--")  # an option
+        line = cli.sentence(e)
+        said = "refused" if named and "\n" not in line else f"does not name the file: {type(e).__name__}: {line[:300]}"
+    except Exception as e:
+        place = e.__traceback__
+        while place.tb_next:
+            place = place.tb_next
+        said = f"{type(e).__name__} from {place.tb_frame.f_code.co_filename.rpartition('/')[2]}:{place.tb_lineno}: " \
+               f"{str(e)[:200]!r}"  # fmt: skip
+    used = time.process_time() - start
+    return said if used < SECONDS else f"{used:.1f} s of processor time ({said})"
+
+
+def status(name: str) -> int:
+    """Bytes that this process has: "VmSize" of addresses, "VmHWM" resident at most."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def child(readers: Readers, numbers: range, pipe: int) -> None:
+    import resource  # not on Windows
+
+    before = status("VmRSS")
+    resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + ADDRESSES,) * 2)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    warnings.simplefilter("ignore")
+    for number in numbers:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        what, said = case(readers, number)
+        if (more := status("VmHWM") - before) > MEMORY:
+            said = f"{more >> 20} MiB ({said})"
+        os.write(pipe, json.dumps([number, what, said]).encode() + b"\n")
+
+
+def batch(readers: Readers, numbers: range) -> list:
+    """The results of these cases as far as a child came; the last one may be that it hung or died."""
+    receive, send = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            child(readers, numbers, send)
+        finally:
+            os._exit(0)
+    os.close(send)
+    got = b""
+    while select.select([receive], [], [], 12 * SECONDS)[0] and (part := os.read(receive, 1 << 16)):
+        got += part
+    rows = [json.loads(line) for line in got.decode().splitlines()]
+    os.close(receive)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, 9)
+    code = os.waitpid(pid, 0)[1]
+    if len(rows) < len(numbers):
+        rows.append([numbers[len(rows)], "?", f"hung, or died with status {code}"])
+    return rows
+
+
+def run(first: int, count: int, say=None) -> tuple[Counter, list]:
+    """({"reader: outcome": cases}, what went wrong)."""
+    torch.set_num_threads(1)
+    table, wrong, done, numbers = Counter(), [], 0, range(first, first + count)
+    with tempfile.TemporaryDirectory() as folder:
+        good_files(Path(folder))
+        readers = Readers(Path(folder))
+        while done < count:
+            rows = batch(readers, numbers[done : done + 2000])
+            done += len(rows)
+            for number, what, said in rows:
+                table[f"{what.split()[0]:9}{said if said in ('opened', 'refused') else 'WRONG'}"] += 1
+                if said not in ("opened", "refused"):
+                    wrong.append((number, what, said))
+                    if say:
+                        say(f"case {number}, {what}: {said}")
+    return table, wrong
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--files", type=int, default=1000, help="damaged files in all (default: 1000)")
+    p.add_argument("--first", type=int, default=0, help="the number of the first case (default: 0)")
+    args = p.parse_args()
+    start = time.perf_counter()
+    table, wrong = run(args.first, args.files, say=lambda line: print(line, flush=True))
+    print(*(f"{count:7}  {what}" for what, count in sorted(table.items())), sep="\n")
+    print(f"{args.files} files in {time.perf_counter() - start:.0f} s, {len(wrong)} wrong")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
