@@ -55,7 +55,7 @@ def in_child(work) -> str:
     receive, send = os.pipe()
     if not (pid := os.fork()):
         try:
-            torch.set_num_threads(1)  # the parent's other threads are not in the child: OpenMP would wait for them
+            torch.set_num_threads(1)  # the parent's threads are not in the child, where OpenMP would wait for them
             work()
         except (ValueError, OSError) as e:
             os.write(send, cli.sentence(e).encode())
