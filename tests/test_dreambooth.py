@@ -233,8 +233,8 @@ def test_frozen_text_and_a_crash_while_the_model_is_written(sd1, photos, base, m
 
 
 def test_half_precision(sd1, photos, base):
-    """bf16 weights with fp32 masters; the folder is fp16, as others publish. At 64 px: where a convolution of stride 2 has
-    1x1 to go on (at 32 px), torch's CPU gradient of its bf16 weight is memory that nobody wrote."""
+    """bf16 weights with fp32 masters; the folder is fp16, as others publish. At 64 px: where a convolution of stride 2
+    has 1x1 to go on (at 32 px), torch's CPU gradient of its bf16 weight is memory that nobody wrote."""
     half = train(sd1, photos, "half", "--dtype", "bf16", "--class-images", 0, "--steps", 2, "--resolution", 64)
     assert {t.dtype for t in half.values()} == {torch.float16} and all(torch.isfinite(t).all() for t in half.values())
     rounded = {k: t.bfloat16().half() for k, t in base.items()}
