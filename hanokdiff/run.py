@@ -96,7 +96,8 @@ class Run:
         held_out: Callable | None = None, resume: bool = False,
     ):  # fmt: skip
         lrs = lr if isinstance(lr, dict) else {"": lr}
-        self.out, self.learns, self.steps, self.batch_size, self.lr = out, learns, steps, batch_size, max(lrs.values())
+        self.out, self.learns, self.steps, self.batch_size = out, learns, steps, batch_size
+        self.lr = next(iter(lrs.values()))  # the first of several is the one to log; the others keep their distance
         self.micro_batch, self.seed, self.slots = micro_batch or batch_size, seed, several.share(batch_size)
         if several.RANK:  # the first process looks, draws and saves; the others wait for it in their next step
             save_every, preview, held_out, watch = 0, None, None, None
@@ -235,7 +236,8 @@ class Run:
     def _preview(self) -> None:
         start, folder = time.perf_counter(), self.out / "previews"
         folder.mkdir(exist_ok=True)
-        self.preview().save(folder / f"{self.step:06d}.png")
+        with checkpoint.replacing(folder / f"{self.step:06d}.png") as aside:
+            self.preview().save(aside, "png")
         self.clock += time.perf_counter() - start  # previews are not training time
 
     def _diverged(self) -> None:
@@ -278,9 +280,21 @@ class Run:
                  "pending": [t.item() for t in (self.loss, self.norm, self.bad)],
                  "learns": {k: m.detach() for k, m in zip(self.learns, self.masters, strict=True)},
                  "optimizer": self.optimizer.state_dict()}  # fmt: skip
-        aside = self._state_file.with_suffix(".part")
-        torch.save(state, aside)
-        checkpoint.sync_rename(aside, self._state_file)
+        with checkpoint.replacing(self._state_file) as aside:
+            torch.save(state, aside)
+
+    def _take(self, state: dict) -> None:
+        """All that a state holds, and nothing else."""
+        if state["learns"].keys() != self.learns.keys():
+            raise KeyError("other parameters")
+        with torch.no_grad():
+            for (name, p), m in zip(self.learns.items(), self.masters, strict=True):
+                m.copy_(state["learns"][name])
+                p.copy_(m)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds, self.lowered = state["step"], state["seconds"], state["lowered"]
+        for total, value in zip((self.loss, self.norm, self.bad), state["pending"], strict=True):
+            total.fill_(value)
 
     def _check_config(self) -> None:
         before = checkpoint.read_json(self.out / "config.json")
@@ -302,22 +316,24 @@ class Run:
         except Exception as e:  # torch has an exception for each kind of damage
             reason = str(e).split("\n")[0] or type(e).__name__
             raise ValueError(f"{self._state_file} cannot be read ({reason}); start again without --resume") from None
-        if state["learns"].keys() != self.learns.keys():
-            raise ValueError(f"{self._state_file} belongs to other options than {self.out / 'config.json'} says")
-        with torch.no_grad():
-            for (name, p), m in zip(self.learns.items(), self.masters, strict=True):
-                m.copy_(state["learns"][name])
-                p.copy_(m)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.seconds, self.lowered = state["step"], state["seconds"], state["lowered"]
-        for total, value in zip((self.loss, self.norm, self.bad), state["pending"], strict=True):
-            total.fill_(value)
+        try:
+            self._take(state)
+        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as e:
+            raise ValueError(f"{self._state_file} belongs to other options than {self.out / 'config.json'} says, or is "
+                             f"no state at all ({type(e).__name__}); start again without --resume") from None
         log = self.out / "log.jsonl"
         if several.RANK == 0 and log.exists():  # lines after the saved step will be written again
-            rows = [r for r in log.read_text(encoding="utf-8").splitlines() if r.endswith("}")]
-            rows = [r for r in rows if json.loads(r)["step"] <= self.step]
-            log.write_text("".join(r + "\n" for r in rows), encoding="utf-8")
+            rows = [r for r in log.read_text("utf-8", "replace").splitlines() if step_of(r) <= self.step]
+            checkpoint.write_text(log, "".join(r + "\n" for r in rows))
         print(f"going on from step {self.step} of {self.steps}")
+
+
+def step_of(line: str) -> float:
+    """The step of a line of the log; of a damaged one, which is written again, none that was reached."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def _main_thread() -> bool:
