@@ -6,7 +6,7 @@
     score    the judge's opinion of every picture; then the page is written anew                 CELL/scores-*.json
 
     python -m hanokdiff.compare                  4 methods x 5, 50, 100 photos; a quarter of an hour on 2 CPU cores
-    python -m hanokdiff.compare --quick          a first look in three minutes
+    python -m hanokdiff.compare --quick          a first look in three to four minutes
     python -m hanokdiff.compare --model MODEL --data PHOTOS --clip openai/clip-vit-base-patch32
     python -m hanokdiff.compare --shard 1/4 --out runs/part1            on each of 4 machines, then, on one,
     python -m hanokdiff.compare --merge runs/part1 runs/part2 runs/part3 runs/part4 --out runs/whole
