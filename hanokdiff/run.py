@@ -285,7 +285,7 @@ class Run:
 
     def _take(self, state: dict) -> None:
         """All that a state holds, and nothing else."""
-        if state["learns"].keys() != self.learns.keys():
+        if {k: t.shape for k, t in state["learns"].items()} != {k: p.shape for k, p in self.learns.items()}:
             raise KeyError("other parameters")
         with torch.no_grad():
             for (name, p), m in zip(self.learns.items(), self.masters, strict=True):
