@@ -507,8 +507,9 @@ def test_what_cannot_be_resumed(tmp_path):
         with pytest.raises(ValueError, match=r"last.pt cannot be read .*; start again without --resume"):
             toy(tmp_path, resume=True)
     good = torch.load(io.BytesIO(whole), weights_only=True)
-    for other in ([1], {}, {**good, "learns": {}}, {**good, "learns": {k: 1 for k in good["learns"]}},
-                  {**good, "learns": {k: t[:1] for k, t in good["learns"].items()}}, {**good, "optimizer": {}}, {**good, "pending": [1]}):  # fmt: skip
+    first, flat = ({k: f(t) for k, t in good["learns"].items()} for f in (lambda t: t[:1], lambda t: 1))
+    for other in ([1], {}, {**good, "learns": {}}, {**good, "learns": first}, {**good, "learns": flat},
+                  {**good, "optimizer": {}}, {**good, "pending": [1]}):  # fmt: skip
         torch.save(other, state)
         with pytest.raises(ValueError, match=r"last.pt belongs to other options .*; start again without --resume"):
             toy(tmp_path, resume=True)
