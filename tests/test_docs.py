@@ -24,7 +24,6 @@ from hanokdiff.tiny import world
 
 ROOT = Path(__file__).resolve().parent.parent
 READ = sorted([*ROOT.glob("README*.md"), *ROOT.glob("docs/**/*.md")])  # their links are followed
-COMING = ("README.ko.md", "docs/guide.md", "docs/guide.ko.md", "docs/study/README.md", "docs/alerts.png")  # links first
 RUN = [doc for doc in READ if doc.parent in (ROOT, ROOT / "docs")]  # their commands are run
 SKIPPED = ("pip ", "git ", "cd ", ". ", "torchrun ", "python -m venv ", "python -m pip ", "python -m pytest ",
            "python -m hanokdiff.tiny.build ")  # the last trains the tiny world itself, for an hour  # fmt: skip
@@ -64,9 +63,8 @@ def test_links(doc):
         path, _, anchor = link.partition("#")
         target = (doc.parent / path).resolve() if path else doc
         assert target.is_relative_to(ROOT), f"{name(doc)}: {link} leads out of the repository"
-        if not target.exists():
-            assert name(target) in COMING, f"{name(doc)}: {link} leads nowhere"
-        elif anchor and target.suffix == ".md":
+        assert target.exists(), f"{name(doc)}: {link} leads nowhere"
+        if anchor and target.suffix == ".md":
             assert anchor in anchors(target), f"{name(doc)}: {link}: no such heading"
 
 
