@@ -20,7 +20,7 @@ from pathlib import Path
 from PIL import ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-from hanokdiff import alert, checkpoint, cli, data, hypernet, inversion, lora, model, samplers
+from hanokdiff import alert, checkpoint, cli, data, hypernet, inversion, lean, lora, model, samplers
 from hanokdiff.text import same
 
 
@@ -52,6 +52,7 @@ def options():
     how.add_argument("--clip-skip", type=int, default=1, help="2 leaves the text encoder's last layer out (default: 1)")
     how.add_argument("--init-image", type=Path, metavar="FILE", help="a picture to begin with")
     how.add_argument("--strength", type=float, help="how far from it to go, up to 1 (default: 0.75)")
+    how.add_argument("--compile", action="store_true", help="torch.compile: minutes at first, for many pictures")
     out.add_argument("--grid", action="store_true", help="also grid.png, a row per prompt")
     out.add_argument("--out", type=Path, help="folder (default: runs/samples, numbered if taken)")
     return p
@@ -107,7 +108,9 @@ def apply(sd, args) -> None:
     """Every artefact into the model, and the pseudo words that came with them."""
     words = list(sd.text.words)
     for path, scale in map(parse_scale, args.lora):
-        words.append(lora.load(sd, path, scale)[1].get("hanokdiff_token"))
+        loras, metadata = lora.load(sd, path, scale)
+        lora.merge(sd, loras)  # into the weights: no step costs more than without it
+        words.append(metadata.get("hanokdiff_token"))
     for path, scale in map(parse_scale, args.hypernet):
         words.append(hypernet.word(hypernet.load(sd, path, scale)[1]))
     for word in [args.token] if args.token else sorted(filter(None, set(words))):
@@ -172,6 +175,8 @@ def main(argv=None):
     sd.text.literal_tokens = args.literal_tokens
     sd.text.skip(args.clip_skip)
     apply(sd, args)
+    if args.compile:
+        lean.compile(sd.unet)
     understood = reading and from_alert(args, sd, reading)
     if understood:
         print(understood)

@@ -63,7 +63,8 @@ def main(argv=None):
     out = args.resume or cli.new_folder(args.out, "dreambooth", "model")
 
     # 1. The base model
-    sd = model.load(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)
+    sd = model.load(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction,
+                    masters=True)  # fmt: skip
     sd.text.literal_tokens = args.literal_tokens
     sd.text.add_word(args.token)
     args.resolution = cli.check_resolution(args.resolution, sd)

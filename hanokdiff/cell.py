@@ -112,9 +112,9 @@ def applied(study: Study, cell: dict, run: Path):
         yield sd
         inversion.remove(sd, word, rows)
     elif cell["method"] == "lora":
-        loras, _ = lora.load(sd, file, say=None)
+        before = lora.merge(sd, lora.load(sd, file, say=None)[0])
         yield sd
-        lora.remove(sd, loras)
+        lora.unmerge(sd, before)
     elif cell["method"] == "hypernet":
         net, _ = hypernet.load(sd, file, say=None)
         yield sd

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from hanokdiff import checkpoint, data, loss, model, several
+from hanokdiff import checkpoint, data, lean, loss, model, several
 
 
 def polite(main: Callable) -> Callable:
@@ -130,6 +130,10 @@ def training_parser(doc: str, defaults: dict[str, dict]) -> tuple[Parser, Callab
     o(train, "--seed", "seed of everything random", type=int, default=0)
     o(train, "--device", "cuda, cpu, ... (default: the first GPU, else the CPU)")
     o(train, "--dtype", "precision of what is frozen: auto, fp32, bf16 or fp16", default="auto")
+    o(train, "--checkpointing", "run each block again in the backward pass: a third slower, far less memory",
+      action="store_true")  # fmt: skip
+    o(train, "--compile", "torch.compile of each block: minutes at the start, for long runs on a GPU",
+      action="store_true")  # fmt: skip
     o(out, "--out", "folder of the run (default: runs/METHOD, numbered if taken)", type=Path)
     o(out, "--save-every", "steps between saved states and files, 0 for none", type=int)
     o(out, "--preview-every", "steps between preview pictures, 0 for none", type=int)
@@ -184,7 +188,11 @@ def free_folder(wanted: Path) -> Path:
 
 
 def chores(args: argparse.Namespace, sd, shots: data.Shots, unseen: list[data.Photo]) -> dict:
-    """What every method tells its Run in the same way; `unseen` are the photos held out."""
+    """What every method tells its Run in the same way; `unseen` are the photos held out. The last thing before it."""
+    if args.compile:
+        lean.compile(sd.unet)
+    if args.checkpointing:
+        lean.checkpoint(sd.unet)
     same = ("steps", "batch_size", "micro_batch", "lr", "seed", "save_every", "preview_every")
     held_out = None
     if unseen:

@@ -99,17 +99,20 @@ class Hypernet(nn.Module):
         super().__init__()
         self.spec, self.strength = spec, strength
         self.pairs = nn.ModuleDict({str(d): nn.ModuleList([Net(d, spec), Net(d, spec)]) for d in sorted(widths)})
-        self._last: dict = {}
+        self._last: dict = {}  # of this forward: the words rewritten, and the weights in the network's precision
+        self._cast: dict = {}
 
     def rewrite(self, x: Tensor, which: int) -> Tensor:
-        """x + strength f(x), in fp32 inside; which is 0 for keys, 1 for values."""
+        """x + strength f(x); which is 0 for keys, 1 for values. The weights learn in fp32 and work in x's precision."""
         if str(x.shape[-1]) not in self.pairs:
             return x
-        f = self.pairs[str(x.shape[-1])][which]
-        return (x.float() + self.strength * f(x.float())).to(x.dtype)
+        f, key = self.pairs[str(x.shape[-1])][which], (x.shape[-1], which, x.dtype, torch.is_grad_enabled())
+        if key not in self._cast:
+            self._cast[key] = {name: p.to(x.dtype) for name, p in f.named_parameters()}
+        return x + self.strength * torch.func.functional_call(f, self._cast[key], (x,))
 
     def once(self, x: Tensor, which: int) -> Tensor:
-        """The same for the words' context, which all layers of a forward share: computed for the first of them."""
+        """The same for the words' context, which all layers share: computed for the first of them."""
         key = (self.strength, self.training, torch.is_grad_enabled())
         seen, how, y = self._last.get(which, (None, None, None))
         if seen is not x or how != key:
@@ -118,10 +121,9 @@ class Hypernet(nn.Module):
         return y
 
     def forget(self, *_) -> None:
-        """Before a forward in which something learns: the graph of the last one is spent, the weights have moved. Only
-        a finished hypernetwork keeps its words from one step of a sampler to the next."""
-        if torch.is_grad_enabled() or any(p.requires_grad for p in self.parameters()):
-            self._last.clear()
+        """Before a forward: the graph of the last one is spent, the weights may have moved."""
+        self._last.clear()
+        self._cast.clear()
 
     @torch.no_grad()
     def ratio(self, context: Tensor) -> float:

@@ -93,13 +93,13 @@ class StableDiffusion:
 
         Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): out = un + cfg (cond - un), both halves in one
         batch; `negative` (B, T, D) is the context to move away from, None switches guidance off."""
-        both = context if negative is None else torch.cat([negative, context])
+        both = self.unet.read((context if negative is None else torch.cat([negative, context])).to(self.dtype))
 
         def denoise(x: Tensor, sigma: float, t: float) -> Tensor:
             c_in = (sigma**2 + 1) ** -0.5
             inputs = (x * c_in).to(self.dtype)
             inputs = inputs if negative is None else torch.cat([inputs, inputs])
-            out = self.unet(inputs, torch.full((len(inputs),), t, device=x.device), both).float()
+            out = self.unet(inputs, torch.tensor([t], device=x.device), both).float()
             if negative is not None:
                 un, cond = out.chunk(2)
                 out = un + cfg * (cond - un)
@@ -197,19 +197,25 @@ def check_size(size: tuple[int, int], factor: int) -> tuple[int, int]:
 
 def load(
     model: str = "tiny", device: str | None = None, dtype: str = "auto", say=print, tokenizer: str | None = None,
-    prediction: str | None = None,
+    prediction: str | None = None, masters: bool = False,
 ) -> StableDiffusion:  # fmt: skip
     """Open a model: "tiny", a diffusers folder, a hub id, or a single file (.safetensors, .ckpt). Everything is
     frozen; what learns is up to the method.
 
     tokenizer    folder or hub id of another tokenizer than the model's own
-    prediction   "epsilon" or "v_prediction": what the UNet predicts, where the model is silent or wrong about it"""
+    prediction   "epsilon" or "v_prediction": what the UNet predicts, where the model is silent or wrong about it
+    masters      keep UNet and text encoder in fp32 too, as `master` of each parameter: to learn from what the file
+                 says, not from what half precision leaves of it"""
     start, (dev, precision, reason) = time.perf_counter(), choose(device, dtype)
     path = TINY if model == "tiny" else checkpoint.find(model)
     open_ = open_file if path.is_file() else open_folder
     unet, vae, encoder, words, schedule = open_(path, tokenizer, prediction, say)
     for part in (unet, vae, encoder):
+        exact = [p.detach() for p in part.parameters()]
         part.to(dev, precision)
+        if masters and part is not vae and precision != torch.float32:
+            for p, full in zip(part.parameters(), exact, strict=True):
+                p.master = full.to(dev, torch.float32)
     if say:
         millions = sum(p.numel() for p in unet.parameters()) / 1e6
         say(f"model {model}: UNet of {millions:.1f} M parameters, {schedule.prediction_type}, "

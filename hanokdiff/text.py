@@ -249,7 +249,8 @@ class Text:
     def __call__(self, texts: list[str]) -> Tensor:
         if all(p in self._known for p in texts):
             return torch.stack([self._known[p] for p in texts])
-        return self._encode([self.ids(p) for p in texts])
+        distinct = list(dict.fromkeys(texts))  # what a batch says twice is read once
+        return self._encode([self.ids(p) for p in distinct])[[distinct.index(p) for p in texts]]
 
     def _encode(self, ids: list[list[int]]) -> Tensor:
         device = self.encoder.final_layer_norm.weight.device

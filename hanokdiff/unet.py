@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hanokdiff import config as numbers
+from hanokdiff.lean import Conv2d, geglu, norm_silu
 
 
 @dataclass(frozen=True)
@@ -92,18 +93,18 @@ class ResBlock(nn.Module):
     def __init__(self, cin: int, cout: int, time: int | None, groups: int, eps: float):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, cin, eps)
-        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
+        self.conv1 = Conv2d(cin, cout, 3, padding=1)
         if time is not None:
             self.time_emb_proj = nn.Linear(time, cout)
         self.norm2 = nn.GroupNorm(groups, cout, eps)
-        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else None
+        self.conv2 = Conv2d(cout, cout, 3, padding=1)
+        self.conv_shortcut = Conv2d(cin, cout, 1) if cin != cout else None
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))                    # (B, cout, h, w)
+        h = self.conv1(norm_silu(self.norm1, x))                 # (B, cout, h, w)
         if temb is not None:
             h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(norm_silu(self.norm2, h))
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
 
 
@@ -118,9 +119,15 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_width, width, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])   # a list, for the checkpoint name to_out.0
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)               # (B, N, C), (B, T, C) twice
-        q, k, v = (a.unflatten(-1, (self.heads, -1)).transpose(1, 2) for a in (q, k, v))  # (B, heads, N, C / heads)
+    def read(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """context (B, T, D) -> keys and values, each (B, heads, T, C / heads)."""
+        return self.split(self.to_k(context)), self.split(self.to_v(context))
+
+    def split(self, a: Tensor) -> Tensor:                        # (B, N, C) -> (B, heads, N, C / heads)
+        return a.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:      # (B, N, C), what `read` gave
+        q, k, v = self.split(self.to_q(x)), *keys_values
         if self.upcast:
             q, k, v = q.float(), k.float(), v.float()
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)     # (B, N, C)
@@ -133,8 +140,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(width, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        x, gate = self.proj(x).chunk(2, dim=-1)
-        return x * F.gelu(gate)
+        return geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -156,10 +162,10 @@ class TransformerBlock(nn.Module):
         self.attn2 = Attention(width, c.cross_attention_dim, heads, c.upcast_attention)
         self.ff = FeedForward(width)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:     # (B, N, C), (B, T, D)
+    def forward(self, x: Tensor, words: tuple[Tensor, Tensor]) -> Tensor:            # (B, N, C), attn2's `read`
         y = self.norm1(x)
-        x = x + self.attn1(y, y)
-        x = x + self.attn2(self.norm2(x), context)
+        x = x + self.attn1(y, self.attn1.read(y))
+        x = x + self.attn2(self.norm2(x), words)
         return x + self.ff(self.norm3(x))
 
 
@@ -169,13 +175,13 @@ class SpatialTransformer(nn.Module):
     def __init__(self, width: int, heads: int, c: UNetConfig):
         super().__init__()
         self.linear = c.use_linear_projection
-        project = nn.Linear if self.linear else lambda i, o: nn.Conv2d(i, o, 1)
+        project = nn.Linear if self.linear else lambda i, o: Conv2d(i, o, 1)
         self.norm = nn.GroupNorm(c.norm_num_groups, width, 1e-6)
         self.proj_in = project(width, width)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, heads, c)])
         self.proj_out = project(width, width)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, words: tuple[Tensor, Tensor]) -> Tensor:
         def tokens(a):                                           # (B, C, h, w) -> (B, N, C)
             return a.flatten(2).transpose(1, 2)
 
@@ -184,7 +190,7 @@ class SpatialTransformer(nn.Module):
 
         y = self.norm(x)
         y = self.proj_in(tokens(y)) if self.linear else tokens(self.proj_in(y))
-        y = self.transformer_blocks[0](y, context)
+        y = self.transformer_blocks[0](y, words)
         return x + (picture(self.proj_out(y)) if self.linear else self.proj_out(picture(y)))
 
 
@@ -193,7 +199,7 @@ class Resample(nn.Module):
 
     def __init__(self, width: int, stride: int):
         super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=stride, padding=1)
+        self.conv = Conv2d(width, width, 3, stride=stride, padding=1)
 
     def forward(self, x: Tensor, size=None) -> Tensor:
         return self.conv(x if size is None else F.interpolate(x, size=size, mode="nearest"))
@@ -223,7 +229,8 @@ class UNet(nn.Module):
     """x_t, t, words -> predicted noise (or v).
 
     x (B, 4, h, w) noisy latents, t (B,) timesteps 0 to 999, context (B, T, D) from the text encoder -> (B, 4, h, w).
-    h and w may be any size: going up, each level takes the size of the level that it mirrors.
+    h and w may be any size: going up, each level takes the size of the level that it mirrors.  In place of the context
+    there may be what `read` made of it, and one t (1,) for all: a sampler's words stay, and its pictures share a time.
     """
 
     def __init__(self, config: UNetConfig = UNetConfig()):
@@ -231,7 +238,7 @@ class UNet(nn.Module):
         self.config = c = config
         chans, layers, last = c.block_out_channels, c.layers_per_block, len(c.block_out_channels) - 1
         self.time_embedding = TimeEmbedding(chans[0], 4 * chans[0])
-        self.conv_in = nn.Conv2d(c.in_channels, chans[0], 3, padding=1)
+        self.conv_in = Conv2d(c.in_channels, chans[0], 3, padding=1)
 
         self.down_blocks, skips, width = nn.ModuleList(), [chans[0]], chans[0]
         for i, (ch, heads, attends) in enumerate(zip(chans, c.heads, c.attention, strict=True)):
@@ -251,28 +258,34 @@ class UNet(nn.Module):
             self.up_blocks.append(Block(ins, ch, heads, "up" if i < last else None, attends, c))
 
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, chans[0], c.norm_eps)
-        self.conv_out = nn.Conv2d(chans[0], c.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(chans[0], c.out_channels, 3, padding=1)
+        self.listeners = [m.attn2 for m in self.modules() if isinstance(m, TransformerBlock)]  # in order of their turn
 
-    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    def read(self, context: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What each cross-attention hears of the words (B, T, D): the same at every step of a sampler."""
+        return [attention.read(context) for attention in self.listeners]
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor | list) -> Tensor:
+        words = iter(self.read(context) if isinstance(context, Tensor) else context)
         temb = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))  # (B, E)
         x = self.conv_in(x)                                      # (B, C0, h, w)
         skips = [x]
         for block in self.down_blocks:
             for resnet, attend in block.layers():
                 x = resnet(x, temb)
-                x = attend(x, context) if attend else x
+                x = attend(x, next(words)) if attend else x
                 skips.append(x)
             if hasattr(block, "downsamplers"):
                 x = block.downsamplers[0](x)                     # (B, C, h / 2, w / 2)
                 skips.append(x)
 
         first, second = self.mid_block.resnets
-        x = second(self.mid_block.attentions[0](first(x, temb), context), temb)
+        x = second(self.mid_block.attentions[0](first(x, temb), next(words)), temb)
 
         for block in self.up_blocks:
             for resnet, attend in block.layers():
                 x = resnet(torch.cat([x, skips.pop()], dim=1), temb)
-                x = attend(x, context) if attend else x
+                x = attend(x, next(words)) if attend else x
             if hasattr(block, "upsamplers"):
                 x = block.upsamplers[0](x, size=skips[-1].shape[-2:])
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(norm_silu(self.conv_norm_out, x))

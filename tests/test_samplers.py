@@ -122,6 +122,17 @@ def network(x, t, context=None):
     return torch.tanh(1.3 * x + 0.5 * x.roll(1, -1) * torch.cos(phase)) * (0.6 + 0.3 * torch.sin(phase)) + 0.1
 
 
+class Listening:
+    """The same as what a sampler is given: it reads its words first, and is told one time for all pictures."""
+
+    def read(self, context):
+        return ["words"]
+
+    def __call__(self, x, t, words):
+        assert words == ["words"] and t.shape == (1,)
+        return network(x, t.expand(len(x)), None)
+
+
 def picture():
     """Smooth latents of two pictures to begin with."""
     x = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(3))
@@ -154,6 +165,8 @@ def theirs_final(s, steps: int, net=network, context=None, first=None, strength:
 
 def ours_final(name: str, schedule: Schedule, steps: int, net=network, context=None, first=None, strength=1.0):
     generators = streams()
+    if net is network:
+        net, context = Listening(), torch.zeros(2, 1, 1)
     sd = StableDiffusion(net, None, None, schedule, torch.device("cpu"), torch.float32)
 
     def noise():

@@ -1,0 +1,107 @@
+"""The same numbers for less memory: layers that keep less of the forward pass for the backward pass.
+
+Autograd keeps the inputs and outputs of every operation that asks for them. Of three of them a backward pass can do
+with less, and make the rest again for a few per cent more memory traffic and no matrix product:
+
+    norm_silu   silu(group_norm(x)): keeps x; torch keeps the normalised x as well
+    geglu       a * gelu(b): keeps (a, b), one tensor; torch keeps gelu(b) as well
+    Conv2d      a frozen one keeps nothing of what went in; torch keeps it all (its issue 133566)
+
+Results and gradients are those of torch's own operations, to the bit on a CPU. Where that is not enough, `checkpoint`
+keeps only what goes into each block and runs the block twice (Chen et al. 2016, arXiv:1604.06174).
+"""
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as run_twice
+
+
+class NormSiLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+        ctx.shape = (x.shape[0], x.shape[1], x[0, 0].numel(), groups)  # as torch's operation wants it
+        ctx.eps = eps
+        y, mean, rstd = torch.native_group_norm(x, weight, bias, *ctx.shape, eps)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return F.silu(y)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        y = torch.native_group_norm(x, weight, bias, *ctx.shape, ctx.eps)[0]
+        grad = torch.ops.aten.silu_backward(grad, y)
+        needed = list(ctx.needs_input_grad[:3])
+        grads = torch.ops.aten.native_group_norm_backward(grad, x, mean, rstd, weight, *ctx.shape, needed)
+        return *grads, None, None
+
+
+def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """silu(norm(x)), x (B, C, ...)."""
+    if not torch.is_grad_enabled():
+        return F.silu(norm(x))
+    return NormSiLU.apply(x.contiguous(), norm.weight, norm.bias, norm.num_groups, norm.eps)
+
+
+class GEGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
+        x, gate = both.chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        x, gate = ctx.saved_tensors[0].chunk(2, dim=-1)
+        return torch.cat([grad * F.gelu(gate), torch.ops.aten.gelu_backward(grad * x, gate)], dim=-1)
+
+
+def geglu(both: Tensor) -> Tensor:
+    """(..., 2 C) -> (..., C): the first half times gelu of the second (Shazeer 2020, arXiv:2002.05202)."""
+    return GEGLU.apply(both)
+
+
+class FrozenConv(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, stride, padding) -> Tensor:
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.how = x.shape, (stride, padding)
+        return F.conv2d(x, weight, bias, stride, padding)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (weight,) = ctx.saved_tensors
+        return nn.grad.conv2d_input(ctx.shape, weight, grad, *ctx.how), None, None, None, None
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution that keeps its input for the backward pass only if it learns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        learns = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        if learns or not x.requires_grad or not torch.is_grad_enabled():
+            return super().forward(x)
+        return FrozenConv.apply(x, self.weight, self.bias, self.stride, self.padding)
+
+
+def blocks(unet: nn.Module):
+    """The parts that repeat, each of one shape: every resnet and every transformer."""
+    for block in [*unet.down_blocks, unet.mid_block, *unet.up_blocks]:
+        yield from block.resnets
+        yield from getattr(block, "attentions", ())
+
+
+def checkpoint(unet: nn.Module) -> None:
+    """Keep only what goes into each block, and run it a second time in the backward pass: a third of a step's time for
+    most of its memory."""
+    for block in blocks(unet):
+        block.forward = functools.partial(run_twice, block.forward, use_reentrant=False)
+
+
+def compile(unet: nn.Module) -> None:
+    """Let torch write kernels for each block, at its first call: a minute or two that only a long run wins back."""
+    torch._dynamo.config.recompile_limit = 128  # one for every shape of the same code
+    for block in blocks(unet):
+        block.forward = torch.compile(block.forward, dynamic=False)

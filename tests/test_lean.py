@@ -1,0 +1,198 @@
+"""Layers that keep less: the same numbers to the bit as torch's own, forward and backward, and less kept."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hanokdiff import hypernet, lean, lora, loss, model
+from hanokdiff.run import Batch
+from hanokdiff.unet import ResBlock, SpatialTransformer
+
+
+def normal(*shape, seed: int = 0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def both(ours, plain, *tensors):
+    """(value, gradients) of each on the same leaves, with the same gradient coming back."""
+    out = []
+    for f in (ours, plain):
+        leaves = [t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]
+        y = f(*leaves)
+        y.backward(normal(*y.shape, seed=9, dtype=y.dtype))
+        out.append((y.detach(), [t.grad for t in leaves]))
+    return out
+
+
+def same(a, b) -> bool:
+    return torch.equal(a[0], b[0]) and all(
+        (x is None and y is None) or torch.equal(x, y) for x, y in zip(a[1], b[1], strict=True))  # fmt: skip
+
+
+def kept(f, *tensors) -> int:
+    """Bytes that autograd keeps for the backward, beside the leaves."""
+    own, storages = {t.untyped_storage()._cdata for t in tensors}, {}
+
+    def keep(t):
+        s = t.untyped_storage()
+        if s._cdata not in own:
+            storages[s._cdata] = s
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = f(*tensors)
+    del y
+    return sum(s.nbytes() for s in storages.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("shape", [(2, 64, 8, 8), (1, 32, 1, 3), (3, 96, 5)])
+def test_norm_silu(shape, learns, dtype):
+    norm = nn.GroupNorm(32, shape[1], 1e-5).to(dtype)
+    x, w, b = normal(*shape, dtype=dtype), normal(shape[1], seed=1, dtype=dtype), normal(shape[1], seed=2, dtype=dtype)
+    x.requires_grad_(True), w.requires_grad_(learns), b.requires_grad_(learns)
+
+    def ours(x, w, b):
+        norm.weight, norm.bias = (nn.Parameter(t, t.requires_grad) for t in (w, b))
+        return lean.NormSiLU.apply(x, w, b, norm.num_groups, norm.eps)
+
+    def plain(x, w, b):
+        return F.silu(F.group_norm(x, 32, w, b, 1e-5))
+
+    assert same(*both(ours, plain, x, w, b))
+    statistics = 2 * shape[0] * 32 * x.element_size()
+    assert kept(ours, x, w, b) == statistics and kept(plain, x, w, b) == statistics + x.nbytes
+    with torch.no_grad():
+        assert torch.equal(lean.norm_silu(norm, x), F.silu(norm(x)))
+    assert torch.equal(lean.norm_silu(norm, x), F.silu(norm(x)))
+
+
+def test_norm_silu_of_what_is_not_contiguous():
+    norm, x = nn.GroupNorm(4, 8), normal(2, 6, 8).transpose(1, 2)
+    assert torch.equal(lean.norm_silu(norm, x), F.silu(norm(x)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_geglu(dtype):
+    x = normal(2, 9, 64, dtype=dtype).requires_grad_(True)
+
+    def plain(both):
+        a, gate = both.chunk(2, dim=-1)
+        return a * F.gelu(gate)
+
+    assert same(*both(lean.geglu, plain, x))
+    made = normal(2, 9, 64, dtype=dtype).requires_grad_(True)  # in a network the projection is no leaf
+    assert kept(lambda t: lean.geglu(t * 1), made) == x.nbytes
+    assert kept(lambda t: plain(t * 1), made) == 1.5 * x.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("how", [dict(kernel_size=3, padding=1), dict(kernel_size=3, padding=1, stride=2),
+                                 dict(kernel_size=1), dict(kernel_size=3, padding=1, bias=False)])  # fmt: skip
+def test_frozen_convolution(how, dtype):
+    ours, torchs = lean.Conv2d(8, 12, **how).to(dtype), nn.Conv2d(8, 12, **how).to(dtype)
+    torchs.load_state_dict(ours.state_dict())
+    x = normal(2, 8, 7, 6, dtype=dtype).requires_grad_(True)
+    for network in (ours, torchs):
+        network.requires_grad_(False)
+    assert same(*both(ours, torchs, x))
+    weights = list(ours.parameters())
+    assert kept(lambda t, *_: ours(t * 1), x, *weights) == 0
+    assert kept(lambda t, *_: torchs(t * 1), x, *torchs.parameters()) == x.nbytes
+    for network in (ours, torchs):
+        network.requires_grad_(True)
+        network.zero_grad()
+    assert same(*both(ours, torchs, x))
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours.parameters(), torchs.parameters(), strict=True))
+
+
+def test_a_convolution_that_is_half_frozen():
+    """The weight stands still, the bias learns: torch's own way is taken, and the bias has its gradient."""
+    conv = lean.Conv2d(4, 4, 3)
+    conv.weight.requires_grad_(False)
+    conv(normal(1, 4, 5, 5).requires_grad_(True)).sum().backward()
+    assert conv.bias.grad is not None and conv.bias.grad.abs().min() > 0
+
+
+# ------------------------------------------------------------------------------------------------- whole networks
+
+
+def fresh(reference):
+    """A model that nobody else uses."""
+    return model.load(str(reference.folder), say=None)
+
+
+def method(sd, name: str) -> list:
+    """What learns, moved away from where it starts at zero."""
+    if name == "hypernet":
+        net = hypernet.insert(sd, hypernet.Hypernet(hypernet.Spec(dropout=(0, 0.3, 0)), hypernet.widths(sd)["all"]))
+        learns = list(net.parameters())
+    elif name == "lora":
+        learns = [p for m in lora.insert(sd, 2, 2, "attention+ff+conv").values() for p in (m.down, m.up)]
+    else:
+        learns = list(sd.unet.requires_grad_(True).parameters())
+    with torch.no_grad():
+        for i, p in enumerate(learns):
+            if name != "unet":
+                p.copy_(0.05 * normal(*p.shape, seed=i))
+    return learns
+
+
+def gradients(sd, learns) -> list:
+    torch.manual_seed(1)  # for dropout
+    for p in learns:
+        p.grad = None
+    context = sd.text(["a barn", "a castle"]).detach()
+    loss.denoising(sd, normal(2, 4, 8, 8), context, Batch(0, 0, range(2), 2)).mean().backward()
+    return [p.grad for p in learns]
+
+
+@pytest.mark.parametrize("name", ["unet", "lora", "hypernet"])
+def test_checkpointing_changes_no_number(sd1, name):
+    """And keeps less; dropout draws the same twice."""
+    plain, again = fresh(sd1), fresh(sd1)
+    a = method(plain, name)
+    b = method(again, name)
+    lean.checkpoint(again.unet)
+    assert len(list(lean.blocks(again.unet))) == sum(
+        isinstance(m, ResBlock | SpatialTransformer) for m in again.unet.modules())  # fmt: skip
+    assert all((x is None and y is None) or torch.equal(x, y)
+               for x, y in zip(gradients(plain, a), gradients(again, b), strict=True))  # fmt: skip
+    context = plain.text(["a barn"]).detach()
+    x, t = normal(1, 4, 16, 16), torch.tensor([5])
+    sizes = [kept(lambda *_, sd=sd: sd.unet(x, t, context), *sd.unet.parameters()) for sd in (plain, again)]
+    assert sizes[1] < 0.4 * sizes[0]
+
+
+def test_the_words_may_be_read_first(sd1):
+    """What a sampler does once, the network does in every call; and pictures share one time."""
+    sd = fresh(sd1)
+    x, t, context = normal(2, 4, 8, 8), torch.tensor([500, 500]), normal(2, 77, 48, seed=3)
+    with torch.no_grad():
+        whole = sd.unet(x, t, context)
+        read = sd.unet.read(context)
+        assert len(read) == 16 and read[0][0].shape[2] == 77
+        assert torch.equal(sd.unet(x, t, read), whole)
+        assert (sd.unet(x, t[:1], read) - whole).abs().max() < 1e-5
+
+
+def test_blocks_are_compiled_each_alone(sd1, monkeypatch):
+    """Through torch.compile's front, without its code generator, which takes minutes: no block breaks in two, each
+    shape has its own graph, and the numbers stay."""
+    sd, graphs = fresh(sd1), []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    learns = method(sd, "lora")
+    before = gradients(sd, learns)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 128)
+    for block in lean.blocks(sd.unet):
+        block.forward = torch.compile(block.forward, dynamic=False, backend=backend, fullgraph=True)
+    after = gradients(sd, learns)
+    torch._dynamo.reset()
+    assert len(graphs) > 10
+    assert all((x is None and y is None) or (x - y).abs().max() <= 1e-5 for x, y in zip(before, after, strict=True))
