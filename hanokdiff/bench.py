@@ -1,0 +1,332 @@
+"""How fast, and in how much memory: a training step of each method and a picture, here and in the field's usual tools.
+
+    python -m hanokdiff.bench                                        ours, on the tiny world
+    python -m hanokdiff.bench --size small --vs diffusers            beside diffusers (and peft), where they are installed
+    python -m hanokdiff.bench --size sd15 --batch-size 8 --vs diffusers --cap 44 --memory     on a GPU
+    python -m hanokdiff.bench start --vs diffusers                   from the start of a process to the first step
+
+Both sides have the same weights, batch and precision and take turns in one process, a few steps each; the ratio is of
+their fastest steps (of their medians in brackets): a machine's other work slows some turns, never speeds one up. With
+--memory each side runs once more, alone in a process of its own. Without weights on disk: they are random.
+Read next: hanokdiff/peers.py (the peers' loops), hanokdiff/budget.py (the same step counted, without a GPU).
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hanokdiff import checkpoint, cli, data, hypernet, inversion, lean, lora, loss, model
+from hanokdiff.model import StableDiffusion
+from hanokdiff.run import Batch, Run
+from hanokdiff.schedule import Schedule
+from hanokdiff.text import Text, TextConfig, TextEncoder
+from hanokdiff.unet import UNet, UNetConfig
+from hanokdiff.vae import VAE, VAEConfig
+
+TRAINED = ("ti", "dreambooth", "lora", "hypernet", "hypernet-all")
+WORKS = (*TRAINED, "sample", "start")
+STEPS = 20  # of a sampler, for one picture
+
+
+@dataclass(frozen=True)
+class Size:
+    """A Stable Diffusion's numbers, the side of its pictures in pixels, and the usual batch."""
+
+    unet: UNetConfig
+    text: TextConfig
+    vae: VAEConfig
+    side: int
+    batch: int
+
+
+_NARROW = dict(cross_attention_dim=64, sample_size=16)
+_TEXT = TextConfig(hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4)
+_VAE = VAEConfig(block_out_channels=(32, 32, 64, 64), sample_size=128)
+SIZES = {
+    # all of SD 1.5's layers, so narrow that what is left is the cost of calling them
+    "overhead": Size(UNetConfig(block_out_channels=(32, 32, 32, 32), **_NARROW), _TEXT, _VAE, 128, 2),
+    "small": Size(UNetConfig(block_out_channels=(64, 128, 128), attention=(True, True, True), heads=(8, 8, 8),
+                             **_NARROW), _TEXT, _VAE, 128, 8),
+    "sd15": Size(UNetConfig(), TextConfig(), VAEConfig(), 512, 8),
+}  # fmt: skip
+
+
+def build(size: str, device: str, dtype: torch.dtype) -> StableDiffusion:
+    """A model of this size with random weights, made on the device; "tiny" is the embedded one."""
+    if size == "tiny":
+        return model.load("tiny", device, {v: k for k, v in model.DTYPES.items()}[dtype], say=None)
+    numbers = SIZES[size]
+    torch.manual_seed(0)
+    with torch.device(device):
+        parts = UNet(numbers.unet), VAE(numbers.vae), TextEncoder(numbers.text)
+    unet, vae, encoder = (part.to(dtype).requires_grad_(False) for part in parts)
+    words = checkpoint.load_tokenizer(model.TINY / "tokenizer")
+    return StableDiffusion(unet, vae, Text(encoder, words), Schedule(), torch.device(device), dtype, size)
+
+
+# ------------------------------------------------------------------------------------------------------------- ours
+
+
+def photos(side: int, n: int = 8) -> tuple[list[Image.Image], list[str]]:
+    """Something to learn from, with as many captions."""
+    images = [Image.effect_noise((side, side), 50 + i).convert("RGB") for i in range(n)]
+    return images, [f"* {word}" for word in "in the snow,at night,with trees,by day,in fog,from above,in rain,old".split(",")]
+
+
+def prepare(sd: StableDiffusion, method: str, side: int, batch: int) -> tuple[dict, Callable[[Batch], Tensor]]:
+    """What learns, and the losses of a batch, as train_METHOD.py has them."""
+    images, captions = photos(side)
+    sd.text.add_word("*")
+    if method == "lora":
+        loras = lora.insert(sd, 4, 4)
+        learns = {f"{name}.{part}": getattr(m, part) for name, m in loras.items() for part in ("down", "up")}
+    elif method.startswith("hypernet"):
+        widths = hypernet.widths(sd)["all" if method == "hypernet-all" else "context"]
+        learns = dict(hypernet.insert(sd, hypernet.Hypernet(hypernet.Spec(), widths)).named_parameters())
+    elif method == "ti":
+        learns = {"rows": inversion.insert(sd, "*", inversion.table(sd)[[400]]).rows}
+    else:
+        learns = {f"unet.{k}": p for k, p in sd.unet.named_parameters()}
+        learns |= {f"text.{k}": p for k, p in sd.text.encoder.named_parameters() if "token_embedding" not in k}
+        learns["word"] = inversion.insert(sd, "*", inversion.table(sd)[sd.text.words["*"]]).rows
+    for p in learns.values():
+        p.requires_grad_(True)
+    shots = data.Shots(sd.vae, images, captions, device=sd.device)
+    if method not in ("ti", "dreambooth"):
+        sd.text.remember(captions)
+
+    def losses(batch: Batch) -> Tensor:
+        latents, prompts = shots[batch]
+        return loss.denoising(sd, latents, sd.text(prompts), batch)
+
+    return learns, losses
+
+
+def train(sd: StableDiffusion, method: str, side: int, batch: int, folder: Path) -> Iterator[None]:
+    """Our training, a step at a time, chores and all."""
+    learns, losses = prepare(sd, method, side, batch)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        run = Run(folder / "run", learns, steps=10**6, batch_size=batch, lr=1e-5, save=None, artefact="none", config={})
+        steps = iter(run)
+        first = next(steps)
+    for part in [first] + [None] * 10**6:
+        run.update(losses(part if part is not None else next(steps)))
+        yield
+
+
+def sample(sd: StableDiffusion, side: int, batch: int) -> Iterator[None]:
+    """Our sampler: STEPS steps of a picture for each of `batch` prompts, from the prompt to the latents."""
+    while True:
+        for _ in sd.sample(["a house in the snow"] * batch, list(range(batch)), sampler="ddim", steps=STEPS, cfg=7.5,
+                           size=(side, side)):  # fmt: skip
+            pass
+        yield
+
+
+def contestants(args, work: str, only: str | None = None) -> dict[str, Iterator[None]]:
+    """name -> what does one step of the work at every next()."""
+    dtype, out = model.choose(args.device, args.dtype)[1], {}
+
+    def fresh():
+        sd = build(args.size, args.device, dtype)
+        if args.channels_last:
+            sd.unet.to(memory_format=torch.channels_last)
+        return sd
+
+    if only in (None, "ours"):
+        sd, folder = fresh(), Path(tempfile.mkdtemp(prefix="hanokdiff-"))
+        out["ours"] = sample(sd, args.side, args.batch) if work == "sample" else \
+            train(sd, work, args.side, args.batch, folder)  # fmt: skip
+        if args.compile:
+            lean.compile(sd.unet)
+        if args.checkpointing:
+            lean.checkpoint(sd.unet)
+    if args.vs and not work.startswith("hypernet"):  # which it has not
+        from hanokdiff import peers  # needs diffusers, which is no package of ours
+
+        for kind in peers.KINDS[work == "sample"]:
+            if only in (None, kind):
+                out[kind] = peers.run(fresh(), work, kind, args.side, args.batch, *photos(args.side))
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------- measuring
+
+
+def race(sides: dict[str, Iterator[None]], rounds: int, turn: int, wait: Callable) -> dict[str, list[float]]:
+    """Seconds of a step on each side; they take turns of `turn` steps. The first turn warms up."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for i in range(rounds + 1):
+        for name, steps in sides.items():
+            for _ in range(turn):
+                start = time.perf_counter()
+                next(steps)
+                wait()
+                if i:
+                    times[name].append(time.perf_counter() - start)
+    return times
+
+
+def waiter(device: str) -> Callable:
+    return torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+
+
+def alone(args, work: str, side: str, pipe) -> None:
+    """In a process of its own: three steps, and the most memory they took."""
+    limit(args)
+    steps = contestants(args, work, side)[side]
+    for _ in range(3):
+        next(steps)
+    cuda = args.device.startswith("cuda")
+    pipe.send(torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def memory(args, work: str, side: str) -> int | None:
+    spawn = multiprocessing.get_context("spawn")
+    here, there = spawn.Pipe()
+    process = spawn.Process(target=alone, args=(args, work, side, there))
+    process.start()
+    there.close()
+    try:
+        return here.recv()
+    except EOFError:  # it did not fit, and has said so
+        return None
+    finally:
+        process.join()
+
+
+def limit(args) -> None:
+    """Stand for a card of --cap GiB on a larger one."""
+    if args.cap and args.device.startswith("cuda"):
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap * 2**30 / torch.cuda.mem_get_info()[1]))
+
+
+def fastest_product(device: str, dtype: torch.dtype) -> float:
+    """Operations a second of a large matrix product, the limit that can be reached here."""
+    n = 8192 if device.startswith("cuda") else 1024
+    a, best, wait = torch.randn(n, n, device=device, dtype=dtype), float("inf"), waiter(device)
+    for _ in range(10):
+        wait()
+        start = time.perf_counter()
+        a @ a
+        wait()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def start(args) -> dict[str, list[float]]:
+    """Seconds from the start of a process to the end of the first sampling step, with the embedded model."""
+    ours = "from hanokdiff import model; next(model.load(say=None).sample(['a house'], [0]))"
+    theirs = f"from hanokdiff import peers; peers.first_step({str(model.TINY)!r})"
+    times: dict[str, list[float]] = {}
+    for i in range(args.rounds + 1):  # the first fills the page cache
+        for name, code in [("ours", ours)] + [("diffusers", theirs)] * bool(args.vs):
+            begin = time.perf_counter()
+            subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "1"})  # fmt: skip
+            if i:
+                times.setdefault(name, []).append(time.perf_counter() - begin)
+    return times
+
+
+# -------------------------------------------------------------------------------------------------------- the command
+
+
+def rows(args, work: str) -> list[dict]:
+    """One row for each side."""
+    times = start(args) if work == "start" else race(contestants(args, work), args.rounds, args.turn,
+                                                     waiter(args.device))  # fmt: skip
+    pictures = {"start": 0, "sample": args.batch * STEPS}.get(work, args.batch)
+    operations, out = None, []
+    if args.share and work in TRAINED:
+        from hanokdiff import budget
+
+        operations = budget.step(work, args.size, args.batch, args.checkpointing)[0]
+    for name, seconds in times.items():
+        low, middle = min(seconds), statistics.median(seconds)
+        row = {"work": work, "side": name, "seconds_min": low, "seconds_median": middle,
+               "seconds_spread": statistics.quantiles(seconds, n=4)[2] - statistics.quantiles(seconds, n=4)[0],
+               "steps": len(seconds), "images_per_second": pictures / low,
+               "ratio_min": low / min(times["ours"]), "ratio_median": middle / statistics.median(times["ours"])}  # fmt: skip
+        if operations:
+            row["share_of_limit"] = operations / low / args.share
+        if args.memory and work != "start":
+            row["peak_bytes"] = memory(args, work, name)
+        out.append(row)
+    return out
+
+
+def line(row: dict) -> str:
+    peak = f"{row['peak_bytes'] / 2**30:9.2f}" if row.get("peak_bytes") else " " * 9
+    share = f"{row['share_of_limit']:6.0%}" if "share_of_limit" in row else " " * 6
+    ratio = "" if row["side"] == "ours" else f"{row['ratio_min']:7.2f} ({row['ratio_median']:.2f})"
+    return (f"{row['work']:13}{row['side']:19}{1e3 * row['seconds_min']:10.1f}{1e3 * row['seconds_median']:10.1f}"
+            f"{1e3 * row['seconds_spread']:9.1f}{row['images_per_second']:11.2f} {peak} {share} {ratio}")  # fmt: skip
+
+
+@cli.polite
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("works", nargs="*", metavar="WORK", help=f"what to do: {', '.join(WORKS)} (default: all but start)")
+    p.add_argument("--size", default="tiny", choices=("tiny", *SIZES), help="default: tiny")
+    p.add_argument("--vs", choices=("diffusers",), help="the other side: its scripts' defaults, and its best flags")
+    p.add_argument("--batch-size", type=int, help="pictures a step (default: the size's own)")
+    p.add_argument("--rounds", type=int, default=7, help="turns of each side that count (default: 7)")
+    p.add_argument("--turn", type=int, default=2, help="steps in a turn (default: 2)")
+    p.add_argument("--device", help="default: the first GPU, else the CPU")
+    p.add_argument("--dtype", default="auto", help="auto, fp32, bf16 or fp16 (default: auto)")
+    p.add_argument("--cap", type=float, help="GiB of GPU memory to get by with: 44 stands for a 48 GB card")
+    p.add_argument("--memory", action="store_true", help="also the peak of each side, alone in a process")
+    p.add_argument("--share", action="store_true", help="also the share of the fastest matrix product")
+    p.add_argument("--compile", action="store_true", help="ours compiled, and the peer at its best as well")
+    p.add_argument("--checkpointing", action="store_true", help="ours with checkpointing")
+    p.add_argument("--channels-last", action="store_true", help="ours with convolutions in that layout")
+    p.add_argument("--json", type=Path, help="write the figures here too")
+    args = p.parse_args(argv)
+    if strange := [w for w in args.works if w not in WORKS]:
+        raise ValueError(f"{strange[0]} is nothing to measure; choose of {', '.join(WORKS)}")
+    for name in ("batch_size", "rounds", "turn"):
+        if (getattr(args, name) or 1) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be at least 1")
+    device, dtype, why = model.choose(args.device, args.dtype)
+    args.device, tiny = str(device), args.size == "tiny"
+    args.batch = args.batch_size or (8 if tiny else SIZES[args.size].batch)
+    args.side = 64 if tiny else SIZES[args.size].side
+    limit(args)
+    if args.share:
+        args.share = fastest_product(args.device, dtype)
+        print(f"the fastest matrix product here: {args.share / 1e12:.2f}e12 operations a second")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{args.size}, {args.side} px, {args.batch} pictures a step; {name}, {why}; torch {torch.__version__}\n")
+    print(f"{'work':13}{'side':19}{'min ms':>10}{'median':>10}{'quartiles':>9}{'images/s':>11}  peak GiB  limit  "
+          "theirs / ours: min (median)")  # fmt: skip
+    done = []
+    for work in args.works or WORKS[:-1]:
+        for row in rows(args, work):
+            print(line(row), flush=True)
+            done.append(row)
+    if args.json:
+        about = {"size": args.size, "side": args.side, "batch": args.batch, "device": name, "dtype": str(dtype),
+                 "torch": torch.__version__, "cap": args.cap, "compile": args.compile,
+                 "checkpointing": args.checkpointing}  # fmt: skip
+        checkpoint.write_json(args.json, {**about, "rows": done})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

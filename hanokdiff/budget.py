@@ -1,0 +1,134 @@
+"""What a training step costs, without a GPU: on the meta device tensors have shapes and no numbers.
+
+    python -m hanokdiff.budget                    the largest batch of each method on a 48 GB card, simulated
+
+Counted are the operations of matrix products, convolutions and attention, and the bytes alive at every moment, of our
+own loops at the size of SD 1.5 (512 px, bf16). Not counted: what an allocator wastes, cuDNN's workspaces and CUDA's own
+memory, 1 to 2 GB together; so the limit is 44 GiB of a 48 GB card.
+"""
+
+import argparse
+import math
+import sys
+import tempfile
+import weakref
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from hanokdiff import bench, cli, lean
+
+LIMIT = 44 * 2**30
+
+
+class Attention(torch.autograd.Function):
+    """What a fused kernel costs: it keeps q, k, v, out and the log-sum-exp, and does 2 products forward and 5 back."""
+
+    done = 0
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        *heads, n, d = q.shape
+        out, lse = torch.empty_like(q), q.new_empty(*heads, n, dtype=torch.float32)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.product = 2 * math.prod(heads) * n * k.shape[-2] * d
+        Attention.done += 2 * ctx.product
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        Attention.done += 5 * ctx.product
+        return tuple(torch.empty_like(a) for a in ctx.saved_tensors[:3])
+
+
+@contextmanager
+def fused():
+    """Attention as a fused kernel does it, where torch on meta would do it by hand."""
+    with mock.patch.object(F, "scaled_dot_product_attention", lambda q, k, v, is_causal=False: Attention.apply(q, k, v)):
+        yield
+
+
+class Count(TorchDispatchMode):
+    """While it is on: operations, and the most bytes that were alive at once beside what was there before."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.fp32, self.live, self.peak, self.known = 0, 0, 0, 0, {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            count = flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+            self.products += count
+            self.fp32 += count * (args[0].dtype == torch.float32)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
+                self.see(tensor.untyped_storage())
+        return out
+
+    def see(self, storage) -> None:
+        """A view is of a storage that is known; a new one counts until it dies."""
+        key = storage._cdata
+        if key not in self.known:
+            self.known[key] = size = storage.nbytes()
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self.gone, key)
+
+    def gone(self, key) -> None:
+        self.live -= self.known.pop(key)
+
+    def __enter__(self):
+        self.before = Attention.done
+        return super().__enter__()
+
+    @property
+    def operations(self) -> int:
+        return self.products + Attention.done - self.before
+
+
+def step(method: str, size: str = "sd15", batch: int = 1, checkpointing: bool = False) -> tuple[int, int, int]:
+    """One training step of a method: operations, the most bytes at once, and of these what stays from step to step:
+    the weights, and for what learns the fp32 master and Adam's two averages."""
+    with fused(), tempfile.TemporaryDirectory() as folder, mock.patch.object(torch.Tensor, "item", lambda _: 0.0):
+        sd = bench.build(size, "meta", torch.bfloat16)
+        if checkpointing:
+            lean.checkpoint(sd.unet)
+        learns, losses = bench.prepare(sd, method, bench.SIZES[size].side, batch)
+        count = Count()
+        weights = sum(p.nbytes for part in (sd.unet, sd.text.encoder) for p in part.parameters())
+        adam = sum(p.numel() * (8 + 4 * (p.dtype != torch.float32)) for p in learns.values())
+        with count:
+            losses(bench.Batch(0, 0, range(batch), batch)).mean().backward()
+    return count.operations, weights + adam + count.peak, weights + adam
+
+
+def largest(method: str, limit: int, checkpointing: bool) -> int:
+    """The most photos a step within `limit` bytes: memory grows by the same for each."""
+    (_, one, _), (_, three, _) = (step(method, batch=b, checkpointing=checkpointing) for b in (1, 3))
+    return 1 + int((limit - one) // ((three - one) / 2))
+
+
+@cli.polite
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--limit", type=float, default=LIMIT / 2**30, help="GiB (default: %(default)g)")
+    args = p.parse_args(argv)
+    print(f"SD 1.5 at 512 px in bf16, simulated on the meta device; largest batch within {args.limit:g} GiB\n")
+    print("| | operations a photo | resident | 1 photo | 8 | 32 | largest | with --checkpointing: 32 | largest |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for method in bench.TRAINED:
+        (ops, one, resident), (_, eight, _), (_, many, _) = (step(method, batch=b) for b in (1, 8, 32))
+        _, again, _ = step(method, batch=32, checkpointing=True)
+        gb = " | ".join(f"{n / 1e9:.1f} GB" for n in (resident, one, eight, many))
+        most, twice = (largest(method, int(args.limit * 2**30), c) for c in (False, True))
+        print(f"| {method} | {ops / 1e12:.2f}e12 | {gb} | {most} | {again / 1e9:.1f} GB | {twice} |", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

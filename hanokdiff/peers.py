@@ -1,0 +1,123 @@
+"""The other side of hanokdiff.bench: diffusers' and peft's training and sampling, as their own scripts go about it.
+
+Not used by anything else, and the only file here that needs diffusers and peft (pip install -r requirements-dev.txt).
+Each loop follows the script named in it (diffusers 0.42), without accelerate, which only hands the calls on:
+
+    default     as the script is when no flag is given: photos encoded in every step, the text encoder run in every
+                step, AdamW as torch picks it; on a GPU fp32 weights under bf16 autocast (--mixed_precision bf16)
+    best        what the script or a reader of its documentation can turn on and keep the mathematics: latents (and the
+                words of a frozen text encoder) encoded once, fused AdamW, gradients set to None; on a GPU also
+                convolutions in channels_last
+"""
+
+import contextlib
+import io
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
+
+from hanokdiff import checkpoint, data
+from hanokdiff.bench import STEPS
+
+KINDS = {False: ("diffusers default", "diffusers best"), True: ("diffusers",)}
+diffusers.utils.logging.set_verbosity_error()
+diffusers.utils.logging.disable_progress_bar()
+
+
+def pipeline(sd) -> StableDiffusionPipeline:
+    """Their pipeline with our weights, through a folder on disk."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        checkpoint.save_folder(Path(folder), sd.unet, sd.vae, sd.text.encoder, sd.text.tokenizer, sd.schedule)
+        pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(sd.device)
+
+
+def run(sd, work: str, kind: str, side: int, batch: int, images, captions) -> Iterator[None]:
+    pipe = pipeline(sd)
+    if work == "sample":
+        return sample(pipe, sd.dtype, side, batch)
+    return train(pipe, work, kind.endswith("best"), sd.dtype, batch, images, captions)
+
+
+def sample(pipe, dtype: torch.dtype, side: int, batch: int) -> Iterator[None]:
+    """StableDiffusionPipeline.__call__, to the latents."""
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+    pipe.to(dtype)
+    while True:
+        pipe(["a house in the snow"] * batch, num_inference_steps=STEPS, guidance_scale=7.5, height=side, width=side,
+             output_type="latent")  # fmt: skip
+        yield
+
+
+def train(pipe, method: str, best: bool, dtype: torch.dtype, batch: int, images, captions) -> Iterator[None]:
+    """train_dreambooth.py with --train_text_encoder, train_dreambooth_lora.py, textual_inversion.py."""
+    unet, text, vae, tokenizer = pipe.unet, pipe.text_encoder, pipe.vae, pipe.tokenizer
+    device, noise_scheduler = unet.device, DDPMScheduler.from_config(pipe.scheduler.config)
+    for part in (unet, text, vae):
+        part.requires_grad_(False)
+    vae.to(dtype)
+    if method == "dreambooth":  # fp32 weights
+        learns = [*unet.requires_grad_(True).parameters(), *text.requires_grad_(True).parameters()]
+    elif method == "lora":
+        from peft import LoraConfig
+
+        unet.to(dtype), text.to(dtype)
+        unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian",
+                                    target_modules=["to_k", "to_q", "to_v", "to_out.0"]))  # fmt: skip
+        learns = [p for p in unet.parameters() if p.requires_grad]
+        for p in learns:  # cast_training_params
+            p.data = p.data.float()
+    else:
+        tokenizer.add_tokens(["*"])
+        text.resize_token_embeddings(max(len(tokenizer), text.config.vocab_size + 1))
+        unet.to(dtype)
+        learns = list(text.get_input_embeddings().requires_grad_(True).parameters())
+        before, row = learns[0].data.clone(), learns[0].shape[0] - 1
+        other = torch.ones(len(before), dtype=torch.bool)
+        other[row] = False
+    if best and device.type == "cuda":
+        unet.to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(learns, lr=1e-5, **({"fused": True} if best else {}))
+    pixels = torch.stack([data.to_tensor(image) for image in images]).to(device, dtype)
+    ids = tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    ids = ids.to(device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+    @torch.no_grad()
+    def encoded(x):
+        return vae.encode(x).latent_dist.sample() * vae.config.scaling_factor
+
+    latents = torch.cat([encoded(x[None]) for x in pixels]) if best else None
+    with torch.no_grad(), autocast:
+        words = text(ids)[0] if best and method == "lora" else None
+    for step in range(10**9):
+        pick = torch.arange(step * batch, (step + 1) * batch) % len(images)
+        with autocast:
+            x = latents[pick] if best else encoded(pixels[pick])
+            noise = torch.randn_like(x)
+            t = torch.randint(0, 1000, (batch,), device=device)
+            context = words[pick] if words is not None else text(ids[pick])[0]
+            out = unet(noise_scheduler.add_noise(x, noise, t), t, context, return_dict=False)[0]
+            loss = F.mse_loss(out.float(), noise.float(), reduction="mean")
+        loss.backward()
+        if method != "ti":
+            torch.nn.utils.clip_grad_norm_(learns, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=best)
+        if method == "ti":
+            with torch.no_grad():
+                learns[0][other] = before[other]
+        loss.detach().item()
+        yield
+
+
+def first_step(folder: str) -> None:
+    """Load a model and do one step of sampling."""
+    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True)
+    pipe("a house", num_inference_steps=1, output_type="latent")
