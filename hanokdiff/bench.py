@@ -1,7 +1,7 @@
 """How fast, and in how much memory: a training step of each method and a picture, here and in the field's usual tools.
 
     python -m hanokdiff.bench                                        ours, on the tiny world
-    python -m hanokdiff.bench --size small --vs diffusers            beside diffusers (and peft), where they are installed
+    python -m hanokdiff.bench --size small --vs diffusers            beside diffusers and peft, where they are installed
     python -m hanokdiff.bench --size sd15 --batch-size 8 --vs diffusers --cap 44 --memory     on a GPU
     python -m hanokdiff.bench start --vs diffusers                   from the start of a process to the first step
 
@@ -14,7 +14,6 @@ Read next: hanokdiff/peers.py (the peers' loops), hanokdiff/budget.py (the same 
 import argparse
 import contextlib
 import io
-import json
 import multiprocessing
 import os
 import resource
@@ -86,7 +85,7 @@ def build(size: str, device: str, dtype: torch.dtype) -> StableDiffusion:
 def photos(side: int, n: int = 8) -> tuple[list[Image.Image], list[str]]:
     """Something to learn from, with as many captions."""
     images = [Image.effect_noise((side, side), 50 + i).convert("RGB") for i in range(n)]
-    return images, [f"* {word}" for word in "in the snow,at night,with trees,by day,in fog,from above,in rain,old".split(",")]
+    return images, [f"* {i} in the snow" for i in range(n)]
 
 
 def prepare(sd: StableDiffusion, method: str, side: int, batch: int) -> tuple[dict, Callable[[Batch], Tensor]]:
@@ -260,10 +259,12 @@ def rows(args, work: str) -> list[dict]:
         operations = budget.step(work, args.size, args.batch, args.checkpointing)[0]
     for name, seconds in times.items():
         low, middle = min(seconds), statistics.median(seconds)
+        quartiles = statistics.quantiles(seconds, n=4)
         row = {"work": work, "side": name, "seconds_min": low, "seconds_median": middle,
-               "seconds_spread": statistics.quantiles(seconds, n=4)[2] - statistics.quantiles(seconds, n=4)[0],
+               "seconds_spread": quartiles[2] - quartiles[0],
                "steps": len(seconds), "images_per_second": pictures / low,
-               "ratio_min": low / min(times["ours"]), "ratio_median": middle / statistics.median(times["ours"])}  # fmt: skip
+               "ratio_min": low / min(times["ours"]),
+               "ratio_median": middle / statistics.median(times["ours"])}  # fmt: skip
         if operations:
             row["share_of_limit"] = operations / low / args.share
         if args.memory and work != "start":

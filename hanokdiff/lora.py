@@ -49,11 +49,12 @@ class LoRA(nn.Module):
         self.up = nn.Parameter(torch.zeros(w.shape[0], rank, *[1] * (w.dim() - 2), device=w.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        down, up = self.down.to(x.dtype), (self.up * (self.strength * self.alpha / self.rank)).to(x.dtype)
-        if down.dim() == 2:
-            return self.base(x) + F.linear(F.linear(x, down), up)
+        y, scale = self.base(x), self.strength * self.alpha / self.rank
+        down, up = self.down.to(x.dtype), self.up.to(x.dtype)
+        if down.dim() == 2:  # scaled and added inside the product: no operation more for it
+            return torch.addmm(y.flatten(0, -2), F.linear(x, down).flatten(0, -2), up.t(), alpha=scale).view_as(y)
         conv = innermost(self.base)
-        return self.base(x) + F.conv2d(F.conv2d(x, down, None, conv.stride, conv.padding), up)
+        return y + F.conv2d(F.conv2d(x, down, None, conv.stride, conv.padding), up * scale)
 
     def delta(self) -> Tensor:
         """What this adds to the weight, in fp32 and in its shape."""

@@ -10,6 +10,11 @@ from hanokdiff.run import Batch
 from hanokdiff.unet import ResBlock, SpatialTransformer
 
 
+@pytest.fixture(autouse=True)
+def on_a_cpu_too(monkeypatch):
+    monkeypatch.setattr(lean, "ON_CPU", True)
+
+
 def normal(*shape, seed: int = 0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
@@ -164,6 +169,20 @@ def test_checkpointing_changes_no_number(sd1, name):
     x, t = normal(1, 4, 16, 16), torch.tensor([5])
     sizes = [kept(lambda *_, sd=sd: sd.unet(x, t, context), *sd.unet.parameters()) for sd in (plain, again)]
     assert sizes[1] < 0.4 * sizes[0]
+
+
+@pytest.mark.parametrize("name", ["unet", "lora", "hypernet"])
+def test_a_whole_network_keeps_less_and_changes_no_number(sd1, name, monkeypatch):
+    """As on a GPU, against torch's own operations, which a CPU is given."""
+    plain, ours = fresh(sd1), fresh(sd1)
+    a, b = method(plain, name), method(ours, name)
+    x, t, context = normal(1, 4, 16, 16), torch.tensor([5]), plain.text(["a barn"]).detach()
+    sizes = [kept(lambda *_: ours.unet(x, t, context), *ours.unet.parameters())]
+    less = gradients(ours, b)
+    monkeypatch.setattr(lean, "ON_CPU", False)
+    assert all((x is None and y is None) or torch.equal(x, y) for x, y in zip(gradients(plain, a), less, strict=True))
+    sizes.append(kept(lambda *_: plain.unet(x, t, context), *plain.unet.parameters()))
+    assert sizes[0] < 0.9 * sizes[1]
 
 
 def test_the_words_may_be_read_first(sd1):
