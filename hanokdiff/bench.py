@@ -16,7 +16,7 @@ import contextlib
 import io
 import multiprocessing
 import os
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -138,6 +138,15 @@ def sample(sd: StableDiffusion, side: int, batch: int) -> Iterator[None]:
         yield
 
 
+def peer():
+    """hanokdiff/peers.py, which needs diffusers and peft; they are no packages of ours."""
+    try:
+        from hanokdiff import peers
+    except ImportError as e:
+        raise ValueError(f"--vs diffusers needs both sides: pip install -r requirements-dev.txt ({e})") from None
+    return peers
+
+
 def contestants(args, work: str, only: str | None = None) -> dict[str, Iterator[None]]:
     """name -> what does one step of the work at every next()."""
     dtype, out = model.choose(args.device, args.dtype)[1], {}
@@ -157,8 +166,7 @@ def contestants(args, work: str, only: str | None = None) -> dict[str, Iterator[
         if args.checkpointing:
             lean.checkpoint(sd.unet)
     if args.vs and not work.startswith("hypernet"):  # which it has not
-        from hanokdiff import peers  # needs diffusers, which is no package of ours
-
+        peers = peer()
         for kind in peers.KINDS[work == "sample"]:
             if only in (None, kind):
                 out[kind] = peers.run(fresh(), work, kind, args.side, args.batch, *photos(args.side))
@@ -192,8 +200,11 @@ def alone(args, work: str, side: str, pipe) -> None:
     steps = contestants(args, work, side)[side]
     for _ in range(3):
         next(steps)
-    cuda = args.device.startswith("cuda")
-    pipe.send(torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    if args.device.startswith("cuda"):
+        pipe.send(torch.cuda.max_memory_allocated())
+    else:  # getrusage would count what the parent had before this process became its own
+        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        pipe.send(int(peak[1]) * 1024)
 
 
 def memory(args, work: str, side: str) -> int | None:
@@ -234,6 +245,8 @@ def start(args) -> dict[str, list[float]]:
     ours = "from hanokdiff import model; next(model.load(say=None).sample(['a house'], [0]))"
     theirs = f"from hanokdiff import peers; peers.first_step({str(model.TINY)!r})"
     times: dict[str, list[float]] = {}
+    if args.vs:
+        peer()
     for i in range(args.rounds + 1):  # the first fills the page cache
         for name, code in [("ours", ours)] + [("diffusers", theirs)] * bool(args.vs):
             begin = time.perf_counter()
@@ -259,7 +272,7 @@ def rows(args, work: str) -> list[dict]:
         operations = budget.step(work, args.size, args.batch, args.checkpointing)[0]
     for name, seconds in times.items():
         low, middle = min(seconds), statistics.median(seconds)
-        quartiles = statistics.quantiles(seconds, n=4)
+        quartiles = statistics.quantiles([*seconds, middle], n=4)  # two at least
         row = {"work": work, "side": name, "seconds_min": low, "seconds_median": middle,
                "seconds_spread": quartiles[2] - quartiles[0],
                "steps": len(seconds), "images_per_second": pictures / low,
@@ -303,7 +316,7 @@ def main(argv=None):
     if strange := [w for w in args.works if w not in WORKS]:
         raise ValueError(f"{strange[0]} is nothing to measure; choose of {', '.join(WORKS)}")
     for name in ("batch_size", "rounds", "turn"):
-        if (getattr(args, name) or 1) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be at least 1")
     device, dtype, why = model.choose(args.device, args.dtype)
     args.device, tiny = str(device), args.size == "tiny"

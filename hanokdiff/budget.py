@@ -54,11 +54,12 @@ def fused():
 
 
 class Count(TorchDispatchMode):
-    """While it is on: operations, and the most bytes that were alive at once beside what was there before."""
+    """While it is on: operations, the most bytes that were alive at once beside what was there before, and `waits`:
+    what would make the host wait for a GPU, and the GPU then for the host."""
 
     def __init__(self):
         super().__init__()
-        self.products, self.fp32, self.live, self.peak, self.known = 0, 0, 0, 0, {}
+        self.products, self.fp32, self.live, self.peak, self.known, self.waits = 0, 0, 0, 0, {}, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -66,6 +67,8 @@ class Count(TorchDispatchMode):
             count = flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
             self.products += count
             self.fp32 += count * (args[0].dtype == torch.float32)
+        if waits(func._overloadpacket, args, kwargs or {}, out):
+            self.waits.append(str(func))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
                 self.see(tensor.untyped_storage())
@@ -92,9 +95,20 @@ class Count(TorchDispatchMode):
         self.operations = self.products + Attention.done - self.before
 
 
+def waits(op, args, more: dict, out) -> bool:
+    """Whether an operation reads a number back, or copies one over (an index, say) and waits until it is there."""
+    aten, inputs = torch.ops.aten, [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
+    if op in (aten._local_scalar_dense, aten.nonzero, aten.masked_select):
+        return any(t.is_meta for t in inputs)
+    crosses = any(not t.is_meta and t.dim() for t in inputs) and any(
+        isinstance(t, torch.Tensor) and t.is_meta for t in [*inputs, *tree_leaves(out)])  # fmt: skip
+    return crosses and not (more.get("non_blocking") or (op is aten.copy_ and len(args) > 2 and args[2]))
+
+
 def step(method: str, size: str = "sd15", batch: int = 1, checkpointing: bool = False) -> tuple[int, int, int]:
     """One training step of a method: operations, the most bytes at once, and of these what stays from step to step:
-    the weights, and for what learns the fp32 master and Adam's two averages."""
+    the weights, and for what learns the fp32 master and Adam's two averages. With few photos the most is at the update,
+    when a bf16 network's gradients stand there in fp32."""
     with fused():
         sd = bench.build(size, "meta", torch.bfloat16)
         if checkpointing:
@@ -102,10 +116,11 @@ def step(method: str, size: str = "sd15", batch: int = 1, checkpointing: bool = 
         learns, losses = bench.prepare(sd, method, bench.SIZES[size].side, batch)
         count = Count()
         weights = sum(p.nbytes for part in (sd.unet, sd.text.encoder) for p in part.parameters())
-        adam = sum(p.numel() * (8 + 4 * (p.dtype != torch.float32)) for p in learns.values())
+        half = sum(4 * p.numel() for p in learns.values() if p.dtype != torch.float32)
+        stays = weights + half + sum(8 * p.numel() for p in learns.values())
         with count:
             losses(bench.Batch(0, 0, range(batch), batch)).mean().backward()
-    return count.operations, weights + adam + count.peak, weights + adam
+    return count.operations, stays + max(count.peak, half), stays
 
 
 def largest(method: str, limit: int, checkpointing: bool) -> int:

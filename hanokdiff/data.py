@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hanokdiff import checkpoint
+from hanokdiff.lean import put
 from hanokdiff.text import contains, word_pattern
 from hanokdiff.tiny import world
 
@@ -282,8 +283,8 @@ class Shots:
     def __getitem__(self, batch) -> tuple[Tensor, list[str]]:
         index = batch.pick(len(self))  # (B,) the photo in each slot
         mirrored = (batch.uniform("flip") < 0.5).long() if self.flip else torch.zeros_like(index)
-        noise = batch.normal("latent", tuple(self.mean.shape[2:])).to(self.device)  # (B, 4, h, w)
-        at = mirrored.to(self.device), index.to(self.device)
+        noise = put(batch.normal("latent", tuple(self.mean.shape[2:])), self.device)  # (B, 4, h, w)
+        at = put(mirrored, self.device), put(index, self.device)
         return self.mean[at] + self.std[at] * noise, [self.prompts[i] for i in index.tolist()]
 
 

@@ -97,6 +97,13 @@ class Conv2d(nn.Conv2d):
         return super().forward(x)
 
 
+def put(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """To the device without waiting for it: at an ordinary copy the host waits until a GPU has done all before it."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def blocks(unet: nn.Module):
     """The parts that repeat, each of one shape: every resnet and every transformer."""
     for block in [*unet.down_blocks, unet.mid_block, *unet.up_blocks]:

@@ -8,14 +8,15 @@ Ho et al. 2020 (DDPM), equation 14; w = 1, or min-SNR-gamma (Hang et al. 2023, a
 import torch
 from torch import Tensor
 
+from hanokdiff.lean import put
 from hanokdiff.run import Batch
 from hanokdiff.schedule import Schedule
 
 
 def denoising(sd, latents: Tensor, context: Tensor, batch, min_snr: float = 0.0) -> Tensor:
     """One loss per picture (B,): latents x_0 (B, 4, h, w) and context (B, T, D) with the batch's own t and noise."""
-    eps = batch.normal("noise", latents.shape[1:]).to(latents.device)
-    t = batch.integers("timestep", sd.schedule.num_train_timesteps).to(latents.device)
+    eps = put(batch.normal("noise", latents.shape[1:]), latents.device)
+    t = put(batch.integers("timestep", sd.schedule.num_train_timesteps), latents.device)
     x_t = sd.schedule.add_noise(latents, eps, t)
     out = sd.unet(x_t.to(sd.dtype), t, context.to(sd.dtype)).float()
     losses = (out - sd.schedule.target(latents, eps, t)).square().mean((1, 2, 3))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hanokdiff import checkpoint, samplers, several, singlefile
 from hanokdiff.data import to_tensor
+from hanokdiff.lean import put
 from hanokdiff.schedule import Schedule
 from hanokdiff.text import Text, TextConfig, TextEncoder
 from hanokdiff.unet import UNet, UNetConfig
@@ -99,7 +100,7 @@ class StableDiffusion:
             c_in = (sigma**2 + 1) ** -0.5
             inputs = (x * c_in).to(self.dtype)
             inputs = inputs if negative is None else torch.cat([inputs, inputs])
-            out = self.unet(inputs, torch.tensor([t], device=x.device), both).float()
+            out = self.unet(inputs, torch.full((1,), t, device=x.device), both).float()
             if negative is not None:
                 un, cond = out.chunk(2)
                 out = un + cfg * (cond - un)
@@ -124,7 +125,7 @@ class StableDiffusion:
         streams = [torch.Generator().manual_seed(s) for s in seeds]  # on the CPU: the same noise on every device
 
         def noise() -> Tensor:
-            return torch.stack([torch.randn(shape, generator=g) for g in streams]).to(self.device)
+            return put(torch.stack([torch.randn(shape, generator=g) for g in streams]), self.device)
 
         with torch.inference_mode():
             both = self.text.prompts([*prompts, negative] if cfg != 1 else prompts)     # (B or B + 1, 77 k, D)

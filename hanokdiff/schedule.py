@@ -28,6 +28,7 @@ class Schedule:
     steps_offset: int = 1
     timestep_spacing: str | None = None  # None: each sampler's own habit
     alpha_bar: Tensor = field(init=False, repr=False, compare=False)
+    _copies: dict = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self):
         numbers.check(self)
@@ -52,9 +53,15 @@ class Schedule:
         return {"_class_name": "DDIMScheduler", **{k: v for k, v in own.items() if v is not None},
                 "clip_sample": False, "set_alpha_to_one": False}  # fmt: skip
 
+    def _alpha_bar(self, t: Tensor) -> Tensor:
+        """alpha_bar at timesteps t (B,), from a copy on t's device."""
+        if t.device not in self._copies:
+            self._copies[t.device] = self.alpha_bar.to(t.device)
+        return self._copies[t.device][t]
+
     def _at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(alpha_bar), sqrt(1 - alpha_bar) at timesteps t (B,), shaped to multiply `like` (B, ...)."""
-        a = self.alpha_bar.to(t.device)[t].to(like.device).view(-1, *[1] * (like.dim() - 1))
+        a = self._alpha_bar(t).to(like.device).view(-1, *[1] * (like.dim() - 1))
         return a.sqrt().to(like.dtype), (1 - a).sqrt().to(like.dtype)
 
     def add_noise(self, x_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
@@ -71,5 +78,5 @@ class Schedule:
 
     def snr(self, t: Tensor) -> Tensor:
         """Signal to noise, alpha_bar / (1 - alpha_bar), at t (B,)."""
-        a = self.alpha_bar.to(t.device)[t]
+        a = self._alpha_bar(t)
         return a / (1 - a)

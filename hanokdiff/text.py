@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from hanokdiff import config as numbers
 from hanokdiff import prompt as language
+from hanokdiff.lean import put
 
 
 @dataclass(frozen=True)
@@ -250,11 +251,12 @@ class Text:
         if all(p in self._known for p in texts):
             return torch.stack([self._known[p] for p in texts])
         distinct = list(dict.fromkeys(texts))  # what a batch says twice is read once
-        return self._encode([self.ids(p) for p in distinct])[[distinct.index(p) for p in texts]]
+        z = self._encode([self.ids(p) for p in distinct])
+        return z[put(torch.tensor([distinct.index(p) for p in texts]), z.device)]
 
     def _encode(self, ids: list[list[int]]) -> Tensor:
         device = self.encoder.final_layer_norm.weight.device
-        return self.encoder(torch.tensor(ids, device=device), self.clip_skip)
+        return self.encoder(put(torch.tensor(ids), device), self.clip_skip)
 
     def prompts(self, prompts: list[str]) -> Tensor:
         """Context of prompts with emphasis: weights multiply the encoder's output, then each chunk gets its mean back

@@ -105,6 +105,7 @@ def step(sd15, out, script: str, photos: int = 1, disturb=lambda sd: None) -> Co
 
         def __iter__(self):
             disturb(seen["sd"])
+            seen["sd"].schedule.snr(torch.zeros(1, dtype=torch.long, device="meta"))  # its table goes over once
             own = [*self.learns.values(), *seen["sd"].unet.parameters(), *seen["sd"].text.encoder.parameters()]
             with Count(own) as seen["count"]:
                 yield Batch(0, 0, range(photos), photos)
@@ -130,6 +131,7 @@ def check(script: str, one: Count) -> None:
     assert one.operations / 1e12 == pytest.approx(operations, rel=0.02)
     assert one.fp32 / 1e12 == pytest.approx(fp32, abs=1e-4)
     assert one.kept == pytest.approx(kept, rel=0.005)
+    assert one.waits == []
 
 
 # -------------------------------------------------------------------------------------------------- what is held
@@ -201,6 +203,27 @@ def test_the_most_alive_at_once():
         assert count.live == 4 << 20
         del v
     assert count.live == 0 and count.fp32 == count.operations == 2 * 32**3
+
+
+def test_waiting_is_noticed():
+    x, at = torch.empty(3, 3, device="meta"), torch.tensor([1, 2])
+    waiting = [lambda: x[at], lambda: torch.ones(3).to("meta"), lambda: x.copy_(torch.ones(3, 3))]
+    quick = [lambda: x * 2.0, lambda: torch.ones(3).to("meta", non_blocking=True), lambda: x[0], lambda: at + 1,
+             lambda: torch.full((1,), 3.0, device="meta"), lambda: x * torch.tensor(2.0)]  # fmt: skip
+    for do in [*waiting, *quick]:
+        with budget.Count() as count:
+            do()
+        assert bool(count.waits) == (do in waiting)
+
+
+def test_no_step_of_a_sampler_waits(sd15):
+    sd = model.load(str(sd15), "meta", "bf16", say=None)
+    words = sd.text(["a house", "a barn"])
+    with torch.no_grad():
+        denoise = sd.denoiser(words, words, 7.5)
+        with budget.Count() as count:
+            denoise(torch.empty(2, 4, 64, 64, device="meta"), 3.0, 500.0)
+    assert count.waits == [] and count.operations == pytest.approx(2 * 2 * 0.8e12, rel=0.01)
 
 
 # bytes at 32 photos a step: what PERFORMANCE.md 5 asks for, and what it is now

@@ -1,0 +1,122 @@
+"""The benchmark does what it says: both sides with the same weights, the table and the JSON with the same figures."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hanokdiff
+from hanokdiff import bench, model, peers
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_both_sides_have_the_same_weights():
+    sd = bench.build("overhead", "cpu", torch.float32)
+    pipe, x, t = peers.pipeline(sd), torch.randn(1, 4, 16, 16), torch.tensor([7])
+    with torch.no_grad():
+        words = sd.text(["a house"])
+        assert torch.equal(sd.unet(x, t, words), pipe.unet(x, t, words).sample)
+        ids = pipe.tokenizer("a house", padding="max_length", max_length=77, return_tensors="pt").input_ids
+        assert (pipe.text_encoder(ids)[0] - words).abs().max() < 1e-5
+        assert (pipe.vae.decode(x).sample - sd.vae.decode(x * sd.vae.config.scaling_factor)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("method", bench.TRAINED)
+def test_our_side_learns(method, tmp_path):
+    """Every step of the benchmark is a step of training: what should move does, nothing else."""
+    sd = bench.build("overhead", "cpu", torch.float32)
+    before = {k: p.clone() for k, p in sd.unet.state_dict().items()}
+    steps = bench.train(sd, method, 128, 2, tmp_path)
+    for _ in range(3):
+        next(steps)
+    moved = [k for k, p in sd.unet.state_dict().items() if k in before and not torch.equal(p, before[k])]
+    assert bool(moved) == (method == "dreambooth")
+    learns = [p for n in (sd.unet, sd.text.encoder) for p in n.parameters() if p.requires_grad]
+    assert learns and method != "lora" or sum(p.numel() for p in learns) < 60_000
+
+
+@pytest.mark.parametrize("kind", peers.KINDS[False])
+@pytest.mark.parametrize("method", ["ti", "dreambooth", "lora"])
+def test_their_side_learns(method, kind):
+    pipe = peers.pipeline(bench.build("overhead", "cpu", torch.float32))
+    before = {k: p.detach().clone() for k, p in pipe.unet.named_parameters()}
+    words = pipe.text_encoder.get_input_embeddings().weight.detach().clone()
+    steps = peers.train(pipe, method, kind.endswith("best"), torch.float32, 2, *bench.photos(128))
+    for _ in range(3):
+        next(steps)
+    moved = [k for k, p in pipe.unet.named_parameters() if k in before and not torch.equal(p, before[k])]
+    assert bool(moved) == (method == "dreambooth")
+    rows = pipe.text_encoder.get_input_embeddings().weight
+    if method == "ti":
+        assert len(rows) == len(words) + 1 and torch.equal(rows[:-1], words)
+    lora = [p for k, p in pipe.unet.named_parameters() if "lora_B" in k]
+    assert len(lora) == (128 if method == "lora" else 0) and all(p.abs().max() > 0 for p in lora)
+
+
+def test_the_command(tmp_path, capsys):
+    """A row for each side; the JSON has the table's figures; a ratio is theirs over ours."""
+    argv = ["--size", "overhead", "--batch-size", "1", "--rounds", "1", "--turn", "1", "--vs", "diffusers", "--share"]
+    assert bench.main(["lora", "sample", *argv, "--json", str(tmp_path / "a.json")]) == 0
+    out, content = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
+    sides = [(r["work"], r["side"]) for r in content["rows"]]
+    assert sides == [("lora", "ours"), ("lora", "diffusers default"), ("lora", "diffusers best"), ("sample", "ours"),
+                     ("sample", "diffusers")]  # fmt: skip
+    for row in content["rows"]:
+        ours = next(r for r in content["rows"] if r["work"] == row["work"] and r["side"] == "ours")
+        assert row["ratio_min"] == pytest.approx(row["seconds_min"] / ours["seconds_min"])
+        assert bench.line(row) in out and row["steps"] == 1
+    assert all(0 < r["share_of_limit"] < 1 for r in content["rows"][:3])
+    assert content["rows"][3]["images_per_second"] == pytest.approx(20 / content["rows"][3]["seconds_min"])
+
+
+def test_turns_are_taken(monkeypatch):
+    """a a b b, a a b b, ...; the first turn does not count."""
+    seen = []
+
+    def side(name):
+        while True:
+            seen.append(name)
+            yield
+
+    times = bench.race({"a": side("a"), "b": side("b")}, 3, 2, lambda: None)
+    assert "".join(seen) == "aabb" * 4 and [len(t) for t in times.values()] == [6, 6]
+
+
+@pytest.mark.slow
+def test_memory_is_of_a_process_of_its_own(capsys):
+    argv = ["lora", "--size", "overhead", "--batch-size", "1", "--rounds", "1", "--memory"]
+    assert bench.main(argv) == 0
+    peak = float(capsys.readouterr().out.splitlines()[-1].split()[6])
+    assert 0.2 < peak < 1  # GiB: Python, torch and a network of 3 million numbers
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["walk"], "walk is nothing to measure; choose of ti, dreambooth, lora, hypernet, hypernet-all, sample, start"),
+    (["lora", "--rounds", "0"], "--rounds is 0, but must be at least 1"),
+    (["lora", "--batch-size", "-1"], "--batch-size is -1, but must be at least 1"),
+])  # fmt: skip
+def test_mistakes(argv, message, capsys):
+    assert bench.main(argv) == 2 and message in capsys.readouterr().err
+
+
+def test_without_diffusers(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "hanokdiff.peers", None)
+    monkeypatch.delattr(hanokdiff, "peers", raising=False)
+    assert bench.main(["lora", "--size", "overhead", "--vs", "diffusers", "--rounds", "1"]) == 2
+    assert "--vs diffusers needs both sides: pip install -r requirements-dev.txt" in capsys.readouterr().err
+
+
+def test_nobody_else_imports_the_peers():
+    code = ("import sys, hanokdiff.bench, hanokdiff.budget, hanokdiff.compare, sample, train_lora\n"
+            "assert not {'diffusers', 'peft', 'hanokdiff.peers'} & sys.modules.keys()")  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_first_step_of_both(tmp_path):
+    """What the start is timed to."""
+    peers.first_step(str(model.TINY))
+    assert next(model.load(say=None).sample(["a house"], [0])).shape == (1, 4, 16, 16)
