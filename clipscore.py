@@ -22,7 +22,6 @@ scorer.  A pseudo word means nothing to it: --replace-token "*" "a hanok".
 Read next: hanokdiff/score.py (where it is computed), hanokdiff/compare.py (the experiment that uses it).
 """
 
-import argparse
 import csv
 import io
 import json
@@ -37,14 +36,14 @@ import torch
 from PIL import Image
 
 from hanokdiff import checkpoint, cli, data, score
+from hanokdiff.options import Options
 from hanokdiff.text import contains, word_pattern
 
 INTERVAL = "95 %, Student's t for means and differences, Wilson's for shares; pictures only, no other training"
 
 
-def options() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                allow_abbrev=False)  # fmt: skip
+def options() -> Options:
+    p = Options(description=__doc__)
     p.add_argument("paths", nargs="+", metavar="IMAGE_OR_FOLDER", help="folders are reported apart, not recursive")
     what, scorer, out = (p.add_argument_group(g) for g in ("what is asked", "the scorer", "output"))
     what.add_argument("--prompt", metavar="TEXT", help="one text for all (default: the prompt in each PNG)")
@@ -278,13 +277,19 @@ def as_csv(rows: list[dict]) -> str:
     return out.getvalue()
 
 
-def check(o: argparse.Namespace) -> None:
+def check(o) -> None:
     """What can be refused before the work."""
-    for path in filter(None, (o.json, o.csv)):
+    for option, path in (("--json", o.json), ("--csv", o.csv)):
+        if path is None:
+            continue
         if path.is_dir():
-            raise ValueError(f"{path} is a folder; name a file in it")
+            raise ValueError(f"{option} {path} is a folder; name a file in it")
+        if path.exists() and path.suffix.lower() not in (".json", ".csv"):
+            raise ValueError(f"{option} {path} is there and would be replaced; name one that ends in .json or .csv")
         if not (path.absolute().parent.is_dir() and os.access(path.absolute().parent, os.W_OK)):
-            raise ValueError(f"{path} cannot be written; name a file in a folder that exists and is yours")
+            raise ValueError(f"{option} {path} cannot be written; name a file in a folder that exists and is yours")
+    if o.json and o.csv and o.json.absolute() == o.csv.absolute():
+        raise ValueError(f"--json and --csv are both {o.json}; name two files")
     folders = {Path(p).resolve() for p in o.paths if Path(p).is_dir()}
     if o.paired and not len(o.paths) == len(folders) == 2:
         raise ValueError(f"--paired compares 2 different folders, but of the {len(o.paths)} paths {len(folders)} are; "

@@ -12,7 +12,6 @@ A drill, an all-clear and whatever names no disaster are refused by --alert: not
 Read next: hanokdiff/samplers.py (the step), hanokdiff/model.py (guidance), hanokdiff/unet.py (the network).
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -21,12 +20,14 @@ from PIL import ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 from hanokdiff import alert, checkpoint, cli, data, hypernet, inversion, lean, lora, model, samplers
+from hanokdiff.options import Options
 from hanokdiff.text import same
+
+MOST = 10_000  # pictures of a prompt in one go
 
 
 def options():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                allow_abbrev=False)  # fmt: skip
+    p = Options(description=__doc__)
     p.add_argument("prompt", nargs="*", help="(word:1.2) (word) [word] weigh, \\( is a bracket, BREAK starts a chunk")
     p.add_argument("--alert", metavar="TEXT", help="instead: a Korean disaster alert, which becomes the prompt")
     what, how, out = (p.add_argument_group(g) for g in ("model", "sampling", "output"))
@@ -62,7 +63,7 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     w, _, h = text.lower().partition("x")
-    if not (w.isdigit() and h.isdigit()):
+    if not (w.isdecimal() and h.isdecimal() and len(text) < 20):
         raise ValueError(f'--size is "{text}", but must be WIDTHxHEIGHT, such as 512x512')
     return int(w), int(h)
 
@@ -89,19 +90,37 @@ def check(args) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, but must be at least 1")
+    if args.n > MOST:
+        raise ValueError(f"--n is {args.n}, but must be at most {MOST}; draw more with another --seed")
+    if args.sampler not in samplers.SAMPLERS:
+        samplers.levels(args.sampler, None, args.steps)  # which refuses it
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed is {args.seed}, but must be between 0 and {2**63 - 1}")
     scales = [(f"--{kind} {p}", s) for kind in ("lora", "hypernet") for p, s in map(parse_scale, getattr(args, kind))]
     for name, value in [("--cfg", args.cfg or 0.0), *scales]:
         if not math.isfinite(value):
             raise ValueError(f"{name} is {value}, but must be a finite number")
+    for kind, parse in (("lora", parse_scale), ("embedding", parse_word), ("hypernet", parse_scale)):
+        for path, named in ((parse(given)[0], given) for given in getattr(args, kind)):
+            check_file(path, f"--{kind} {named}")
+    if args.init_image:
+        check_file(args.init_image, f"--init-image {args.init_image}")
     if args.strength is not None and not args.init_image:
         raise ValueError("--strength says how far to go from --init-image, which is not given")
     if args.init_image:
         args.strength = 0.75 if args.strength is None else args.strength
         samplers.taken(args.steps, args.strength)
-    if args.out is not None and args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a file; name a folder")
+    if args.out is not None:
+        cli.check_folder(args.out)
+
+
+def check_file(path: Path, option: str) -> None:
+    """Before a model is opened, or even fetched."""
+    before, _, strength = str(path).rpartition(":")
+    if before and not path.exists() and Path(before).is_file():
+        raise ValueError(f"{option}: the strength is {strength!r}, but must be a number, as in {before}:0.8")
+    if not path.is_file():
+        raise ValueError(f"{option}: {'a folder' if path.is_dir() else 'no such file'}; name a file that is there")
 
 
 def apply(sd, args) -> None:
@@ -163,7 +182,7 @@ def main(argv=None):
     p = options()
     args = p.parse_args(argv)
     if not args.prompt and args.alert is None:
-        p.error("nothing to draw: give a prompt, or --alert TEXT")
+        raise ValueError("nothing to draw: give a prompt, or --alert TEXT")
     check(args)
     reading = None if args.alert is None else alert.drawable(args.alert)
     size = parse_size(args.size)
@@ -183,7 +202,7 @@ def main(argv=None):
     sd.text.warn_without_word(args.prompt)
 
     out = args.out or cli.free_folder(Path("runs") / "samples")
-    out.mkdir(parents=True, exist_ok=True)
+    cli.make_folder(out)
     number = 1 + max((int(p.name[:5]) for p in out.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")), default=-1)
     jobs = [(prompt, args.seed + i) for prompt in args.prompt for i in range(args.n)]
     how = dict(negative=args.negative, sampler=args.sampler, steps=args.steps, cfg=cfg, size=size)

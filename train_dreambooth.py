@@ -58,6 +58,8 @@ def main(argv=None):
         raise ValueError("--freeze-text leaves nothing to do for --text-lr, --word-lr and --text-steps; leave them out")
     if args.class_prompts and not args.class_images:
         raise ValueError("--class-prompts are for class pictures, but --class-images is 0; leave one of them out")
+    if args.class_prompts:
+        prior.read_prompts(Path(args.class_prompts), args.token)  # refuses before the model is opened
     if args.class_images and not args.class_phrase.strip():
         raise ValueError('--class-phrase is empty; name what the subject is one of, such as "a house"')
     out = args.resume or cli.new_folder(args.out, "dreambooth", "model")

@@ -43,6 +43,8 @@ def main(argv=None):
     cli.check_training(args)
     if "softm" in args.activation:
         raise ValueError(f"--activation {args.activation} mixes the pictures of a batch; take another, such as relu")
+    if not 0 <= args.dropout < 1:
+        raise ValueError(f"--dropout is {args.dropout:g}, but must be a number from 0 to below 1")
     if args.dropout and len(args.layers) == 2:
         raise ValueError("--dropout needs an inner layer to leave something out of, such as --layers 1 2 1")
     out = args.resume or cli.new_folder(args.out, "hypernet", "hypernet.pt")

@@ -19,13 +19,13 @@ kind is alert, drill, all-clear or unknown; only an alert has a prompt.
 Read next: sample.py (--alert draws it), hanokdiff/tiny/world.py (the words that the tiny world knows).
 """
 
-import argparse
 import json
 import re
 import sys
 import unicodedata
 from dataclasses import dataclass
 
+from hanokdiff.options import Options
 from hanokdiff.tiny import world
 
 
@@ -361,11 +361,16 @@ def show(line: str) -> None:
 
 
 def main(argv=None) -> int:
-    p = argparse.ArgumentParser(prog="python -m hanokdiff.alert", description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    p = Options(prog="python -m hanokdiff.alert", description=__doc__)
     p.add_argument("text", help="the message")
     p.add_argument("--token", default="*", help='the pseudo word of the hanok; "" if none was learnt (default: *)')
-    args = p.parse_args(argv)
+    try:  # not by cli.polite: torch would have to be there
+        args = p.parse_args(argv)
+        if not args.text.strip():
+            raise ValueError("the message is empty; give its text, in quotes")
+    except ValueError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
     reading = read(args.text)
     said, notes = prompt(reading, args.token) if reading.kind == "alert" else (None, [])
     show(line(reading, said, notes))

@@ -15,7 +15,6 @@ phrase only) and leaves the files alone; here they are changed, and variants of 
 BLIP is asked as the WebUI asks it: "a picture of", 24 to 48 tokens, one beam, the photo squashed to a square.
 """
 
-import argparse
 import re
 import sys
 from collections import Counter
@@ -31,6 +30,7 @@ from tqdm import tqdm
 
 from hanokdiff import checkpoint, cli, model
 from hanokdiff.data import photo_files, read_caption, read_photo
+from hanokdiff.options import Options
 from hanokdiff.score import MEAN, STD
 from hanokdiff.text import contains, word_pattern
 
@@ -232,9 +232,8 @@ def replace(texts: dict[Path, str], phrase: str, word: str, exact: bool, dry: bo
 # ----------------------------------------------------------------------------------------- the command line
 
 
-def options() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("hanokdiff.caption", description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+def options() -> Options:
+    p = Options("hanokdiff.caption", description=__doc__)
     p.add_argument("folder", metavar="FOLDER", type=Path, help="photos; their captions are NAME.txt beside them")
     p.add_argument("--replace", nargs=2, metavar=("PHRASE", "WORD"), help="put WORD in PHRASE's place in all captions")
     p.add_argument("--exact", action="store_true", help="with --replace: the phrase itself, no variants")
@@ -287,6 +286,10 @@ def main(argv=None) -> None:
         total, parts = sum(map(len, seen.values())), [counted(photos, what) for what, photos in seen.items() if photos]
         dry = "dry run, nothing written: " if args.dry_run else ""
         print(f"{dry}{total} photos in {args.folder}: {'; '.join(parts)}")
+    bad = seen["unreadable"] + seen["with an unreadable caption"]
+    if len(bad) == total:
+        raise ValueError(f"none of the {total} photos in {args.folder} can be used, {bad[0].name!r} first; what is "
+                         "wrong with each is told above")  # fmt: skip
 
 
 if __name__ == "__main__":

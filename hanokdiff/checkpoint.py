@@ -38,6 +38,8 @@ HUB_TOKENIZERS = {  # the same words in all three; a single file brings none
 
 def find(model: str) -> Path:
     """The folder or single file of a model: a local one, else a hub id ("owner/name") from the cache or the hub."""
+    if not model.strip():
+        raise ValueError('the model is ""; give a folder with model_index.json, a single file, a hub id, or "tiny"')
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -66,6 +68,15 @@ def read_json(path: Path, most: int = 16 << 20) -> dict:
         raise ValueError(f"{path} is missing: not a complete model folder in the diffusers layout")
     check_size(path, most)
     return parse_json(path.read_bytes(), path)
+
+
+def check_kind(folder: Path) -> None:
+    """Whether a model folder is of Stable Diffusion 1 or 2, by the parts that model_index.json names."""
+    index = read_json(folder / "model_index.json")
+    for part in ("text_encoder_2", "transformer", "prior"):
+        if index.get(part) not in (None, [None, None]):
+            raise ValueError(f"{folder} is a {str(index.get('_class_name'))[:60]}, a model with a {part} (such as SDXL "
+                             "or SD 3); only Stable Diffusion 1.x and 2.x are supported")  # fmt: skip
 
 
 def check_size(path: Path, most: int) -> None:
@@ -169,7 +180,8 @@ def finite(t: Tensor) -> bool:
 
 
 def damaged(path: Path, e: Exception) -> ValueError:
-    reason = (str(e) or type(e).__name__).split("\n")[0].split(". ")[0]
+    reason = (str(e) if len(str(e)) > 3 else repr(e)).split("\n")[0].split(". ")[0]  # of a KeyError all is "a"
+    reason = "it is empty" if path.is_file() and not path.stat().st_size else reason
     return ValueError(f"{path} cannot be read ({reason}); it is damaged or incomplete, fetch it again")
 
 
@@ -261,7 +273,8 @@ def load_tokenizer(folder: Path, pad: str | None = None):
     `pad` is another token to pad prompts with than the folder says."""
     if not has_tokenizer(folder):
         name = "merges.txt" if (folder / "vocab.json").is_file() else "vocab.json"
-        raise ValueError(f"{folder / name} is missing: not a complete model folder in the diffusers layout")
+        raise ValueError(f"{folder / name} is missing: not a complete model folder in the diffusers layout; fetch it "
+                         "again, or name another tokenizer with --tokenizer")  # fmt: skip
     from transformers import CLIPTokenizer  # lazily: half a second that --help need not wait for
 
     for file in folder.glob("*.[jt]*"):

@@ -1,6 +1,7 @@
 """What the four training scripts' command lines share: common options, two columns of defaults, polite errors."""
 
 import argparse
+import contextlib
 import functools
 import math
 import os
@@ -12,7 +13,11 @@ from pathlib import Path
 
 import torch
 
-from hanokdiff import checkpoint, data, lean, loss, model, several
+from hanokdiff import checkpoint, data, inversion, lean, loss, model, several
+from hanokdiff.options import Options
+
+SMALLER = ("--micro-batch", "--batch-size", "--resolution", "--size", "--beams")  # what takes less memory
+made: list[Path] = []  # folders that this command may have made, the outermost first
 
 
 def polite(main: Callable) -> Callable:
@@ -24,17 +29,16 @@ def polite(main: Callable) -> Callable:
         warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
         if hasattr(sys.stdout, "reconfigure"):  # piped on Korean Windows it is cp949, which lacks most of Unicode
             sys.stdout.reconfigure(errors="backslashreplace")
+        made.clear()
+        Options.names = []
         try:
             with several.one_voice():
                 return main(argv) or 0
-        except (ValueError, OSError) as e:
-            if os.environ.get("HANOKDIFF_DEBUG"):
+        except (ValueError, OSError, MemoryError, RuntimeError) as e:
+            tidy()
+            if os.environ.get("HANOKDIFF_DEBUG") or not (isinstance(e, ValueError | OSError) or out_of_memory(e)):
                 raise
-            print(f"error: {sentence(e)}", file=sys.stderr)
-            return 2
-        except (torch.OutOfMemoryError, MemoryError) as e:
-            reason = (str(e) or "no more of it").splitlines()[0]
-            print(f"error: out of memory ({reason}); try a lower --micro-batch or --batch-size", file=sys.stderr)
+            print(f"error: {sentence(ValueError(no_memory(e)) if out_of_memory(e) else e)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
@@ -43,17 +47,60 @@ def polite(main: Callable) -> Callable:
     return run
 
 
+def out_of_memory(e: Exception) -> bool:
+    """On a CPU torch says it in a RuntimeError of no kind of its own."""
+    return isinstance(e, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(e, RuntimeError) and "can't allocate memory" in str(e))  # fmt: skip
+
+
+def no_memory(e: Exception) -> str:
+    lower = [o for o in SMALLER if o in (Options.names or SMALLER)] or ["the number of pictures"]
+    reason = (str(e) or "no more of it").splitlines()[0].rstrip(".")
+    others = ", ".join(lower[:-1])
+    return f"out of memory ({reason}); lower {f'{others} or ' if others else ''}{lower[-1]}"
+
+
+def make_folder(folder: Path, option: str = "--out") -> Path:
+    """The folder, made now; what of it was not there goes again if the command fails before anything is in it."""
+    check_folder(folder, option)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def check_folder(folder: Path, option: str = "--out") -> None:
+    """Refuse, before the work, a folder that cannot be made or written into."""
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if not there.is_dir():
+        raise ValueError(f"{option} {folder} cannot be made: {there} is a file; name a folder" if missing else
+                         f"{option} {folder} is a file; name a folder")  # fmt: skip
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{option} {folder} cannot be written: {there.absolute()} is read-only for you; name another "
+                         "folder")  # fmt: skip
+    made.extend(reversed(missing))
+
+
+def tidy() -> None:
+    """After a mistake: no empty folder is left behind, nor the notes of a run that has not taken a step."""
+    for folder in reversed(made):
+        if {f.name for f in folder.glob("*")} <= {"config.json", "class.json"}:
+            for file in folder.glob("*.json"):
+                file.unlink()
+        with contextlib.suppress(OSError):  # it was not made, or has something in it
+            folder.rmdir()
+
+
 def sentence(e: Exception) -> str:
     """On one line, and nothing in it that a terminal would obey: parts of it may come from a file."""
     text = re.sub(r"[\s\0-\x1f\x7f-\x9f]+", " ", str(e))
     return text if len(text) <= 1000 else f"{text[:700]} ... {text[-200:]}"
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(Options):
     """Options whose defaults come in two columns: for the embedded tiny world, and for Stable Diffusion."""
 
     def __init__(self, doc: str, defaults: dict[str, dict]):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        super().__init__(description=doc)
         self.columns = defaults
 
     def option(self, group, name: str, help: str, **kwargs) -> None:
@@ -87,7 +134,6 @@ class Parser(argparse.ArgumentParser):
             if getattr(args, key) is None:
                 setattr(args, key, value)
         return args
-
 
     def check_types(self, known: dict, file: Path) -> None:
         """Whether options that were read from a file are of the types that the command line would have given them."""
@@ -144,6 +190,8 @@ def training_parser(doc: str, defaults: dict[str, dict]) -> tuple[Parser, Callab
 POSITIVE = ("steps", "batch_size", "lr", "rank", "alpha", "vectors", "text_lr", "word_lr")
 NOT_NEGATIVE = ("held_out", "save_every", "preview_every", "micro_batch", "min_snr", "text_rank", "class_images",
                 "prior_weight", "text_steps")  # fmt: skip
+MOST = {"steps": 10_000_000, "batch_size": 4096, "rank": 1280, "text_rank": 1280, "vectors": inversion.MOST,
+        "class_images": 100_000, "resolution": model.LARGEST}  # a slip of the finger; ranks: the widest layer's width
 
 
 def check_training(args) -> None:
@@ -157,11 +205,19 @@ def check_training(args) -> None:
     for key in NOT_NEGATIVE:
         if getattr(args, key, None) is not None and getattr(args, key) < 0:
             raise ValueError(f"--{key.replace('_', '-')} is {getattr(args, key)}, but must be 0 or more")
+    for key, most in MOST.items():
+        if (getattr(args, key, None) or 0) > most:
+            raise ValueError(f"--{key.replace('_', '-')} is {getattr(args, key)}, but must be at most {most}")
+    if args.micro_batch > args.batch_size:
+        raise ValueError(f"--micro-batch is {args.micro_batch}, but --batch-size only {args.batch_size}; lower it, or "
+                         "leave it out to take the whole batch at once")  # fmt: skip
     several.share(args.batch_size)  # refuses fewer photos than processes
     if not args.token.strip():
         raise ValueError('--token is empty; name the pseudo word, such as "*" or "sks"')
     if args.model != "tiny" and args.data is None:
         raise ValueError(f"--model {args.model} needs --data FOLDER: the drawn hanok are 64x64, for the tiny model")
+    if args.data is not None:
+        data.photo_files(Path(args.data))  # no folder of photos is refused before a model is opened
 
 
 def new_folder(out: Path | None, method: str, artefact: str) -> Path:
@@ -172,8 +228,9 @@ def new_folder(out: Path | None, method: str, artefact: str) -> Path:
         raise ValueError(f"{out} holds a finished run ({artefact}); name another --out")
     if (out / "config.json").exists():
         raise ValueError(f"{out} holds an unfinished run; go on with --resume {out}, or name another --out")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; name a folder")
+    check_folder(out)
+    if out.exists() and (held := sorted(p.name for p in out.iterdir())):
+        raise ValueError(f"--out {out} is not empty (it holds {held[0]}); name a new folder, for the run alone")
     several.wait()  # all have looked before one makes it
     return out
 

@@ -16,7 +16,6 @@ weights, every option): what is there is right, what has changed gets a new fold
 Read next: hanokdiff/plan.py (the matrix), cell.py (a cell), summary.py (the statistics), report.py (the page).
 """
 
-import argparse
 import os
 import shutil
 import signal
@@ -25,6 +24,7 @@ import time
 from pathlib import Path
 
 from hanokdiff import cell, checkpoint, cli, plan, report, score
+from hanokdiff.options import Options
 from hanokdiff.plan import METHODS
 from hanokdiff.text import contains
 
@@ -33,8 +33,7 @@ PROMPTS = ("{token}, fire", "{token} in the fire", "A fire broke out in {token}"
 
 
 def options():
-    p = argparse.ArgumentParser(prog="python -m hanokdiff.compare", description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    p = Options(prog="python -m hanokdiff.compare", description=__doc__)
     what, train, draw, judge, out = (p.add_argument_group(g) for g in ("the matrix", "training", "pictures", "scores",
                                                                        "output"))  # fmt: skip
     what.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all four")
@@ -76,8 +75,13 @@ def check(args) -> tuple[int, int]:
             raise ValueError(f"--{name.replace('_', '-')} is {min(values)}, but must be at least 1")
         if name in ("methods", "sizes", "seeds", "prompts") and len(set(values)) < len(values):
             raise ValueError(f"--{name} {' '.join(map(str, values))} names something twice; name each once")
-    if min(args.seeds) < 0 or args.n > 10_000 or len(args.prompts) > 24:
-        raise ValueError("--seeds must be 0 or more, --n at most 10000, and there may be 24 --prompts")
+        if name in ("token", "subject", "context") and not values[0].strip():
+            raise ValueError(f"--{name} is empty; say it in words, or leave it out")
+    if min(args.seeds) < 0:
+        raise ValueError(f"--seeds is {min(args.seeds)}, but must be 0 or more")
+    for name, value, most in (("n", args.n, 10_000), ("prompts", len(args.prompts), 24)):
+        if value > most:
+            raise ValueError(f"--{name} is {value}, but must be at most {most}")
     if args.model != "tiny" and (args.data is None or args.clip is None):
         raise ValueError(f"--model {args.model} needs --data FOLDER, the photos, and --clip, a judge that knows such "
                          f"pictures: {score.EXAMPLE} or a folder")  # fmt: skip
@@ -91,8 +95,7 @@ def check(args) -> tuple[int, int]:
     i, _, n = args.shard.partition("/")
     if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
         raise ValueError(f"--shard is {args.shard}, but must be I/N with I from 1 to N, such as 1/4")
-    if args.out.exists() and not args.out.is_dir():
-        raise ValueError(f"--out {args.out} is a file; name a folder")
+    cli.check_folder(args.out)
     return int(i), int(n)
 
 
@@ -164,7 +167,7 @@ def main(argv=None):
         study = plan.prepare(args)
         manifest = plan.plan(args, study)
         mine = manifest["cells"][shard - 1 :: shards]
-        args.out.mkdir(parents=True, exist_ok=True)
+        cli.make_folder(args.out)
     checkpoint.write_json(args.out / "manifest.json", manifest)
     todo = [c for c in mine if not (args.out / c["folder"] / c["scores"]).exists()]
     if mine:

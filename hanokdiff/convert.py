@@ -10,7 +10,6 @@
 What IN is, its content says. Nothing is written unless every tensor has found its place.
 """
 
-import argparse
 import shutil
 import sys
 import zipfile
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hanokdiff import checkpoint, cli, hypernet, inversion, lora, lorafile, model, singlefile
+from hanokdiff.options import Options
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 ENDINGS = {"LoRA": (".safetensors",), "embedding": (".safetensors", ".pt"), "hypernetwork": (".pt",)}
@@ -148,9 +148,8 @@ CONVERT = {"model": convert_model, "LoRA": convert_lora, "embedding": convert_em
            "hypernetwork": convert_hypernetwork}  # fmt: skip
 
 
-def options() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("hanokdiff.convert", description=__doc__, allow_abbrev=False,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+def options() -> Options:
+    p = Options("hanokdiff.convert", description=__doc__)
     p.add_argument("input", metavar="IN", help="a file, a model folder, a hub id or tiny")
     p.add_argument("output", metavar="OUT", type=Path, help="the file or folder to write")
     p.add_argument("--dtype", choices=list(model.DTYPES), help="precision of a model or LoRA (default: as it is)")
@@ -176,10 +175,13 @@ def main(argv=None) -> None:
     folder = kind == "model" and is_folder(out)
     endings = ENDINGS.get(kind, (".safetensors",))
     if not folder and out.suffix not in endings:
-        raise ValueError(f"{out} does not end in {' or '.join(endings)}, which is what a {kind} is written as")
+        raise ValueError(f"{out} does not end in {' or '.join(endings)}, which is what "
+                         f"a{'n' * (kind == 'embedding')} {kind} is written as")  # fmt: skip
     if out.exists() and (source.resolve() == out.resolve() or not args.overwrite or out.is_dir() != folder):
         raise ValueError(f"{out} is there already; name another OUT{'' if args.overwrite else ', or add --overwrite'}")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if folder and out.is_dir() and not (out / "model_index.json").is_file() and any(out.iterdir()):
+        raise ValueError(f"{out} is there already and holds other things than a model; name another OUT")
+    cli.make_folder(out.parent, f"OUT {out}:")
     what, count = CONVERT[kind](args, keys)
     print(f"{args.input}: {what}; all {count} tensors matched; wrote {out}")
 

@@ -150,9 +150,11 @@ def load_photos(
         less = f"lower {asked.split()[0]} or " if asked and (photos or unseen) else ""
         raise ValueError(
             f"{asked + ', but ' if asked else ''}{folder} has {len(photos) + len(unseen)} readable photos (and "
-            f"{unreadable} unreadable); {less}add photos"
+            f"{len(unreadable)} unreadable); {less}add photos"
+            + (f", or mend these: {unreadable[0]}" if unreadable else "")
         )
-    say(summary(photos, f"photos from {folder}") + (f"; {unreadable} unreadable" if unreadable else "") + told(unseen))
+    bad = f"; {len(unreadable)} unreadable" if unreadable else ""
+    say(summary(photos, f"photos from {folder}") + bad + told(unseen))
     return photos, unseen
 
 
@@ -166,9 +168,9 @@ def drawn(n: int, resolution: int, held_out: bool = False) -> list[Photo]:
     return [Photo(f"hanok {i}", fit(image, resolution), text, "") for i, (image, text) in pictures]
 
 
-def read_until(images: int | None, files: list[Path], resolution: int, say: Say) -> tuple[list[Photo], int]:
-    """The first `images` that can be read, and how many could not be."""
-    photos, unreadable = [], 0
+def read_until(images: int | None, files: list[Path], resolution: int, say: Say) -> tuple[list[Photo], list[str]]:
+    """The first `images` that can be read, and what is wrong with those that could not be."""
+    photos, unreadable = [], []
     for path in files:
         if len(photos) == images:
             break
@@ -176,7 +178,7 @@ def read_until(images: int | None, files: list[Path], resolution: int, say: Say)
             photos.append(load_photo(path, resolution))
         except ValueError as e:
             say(f"Skipped, going on with the others: {e}")
-            unreadable += 1
+            unreadable.append(str(e))
     return photos, unreadable
 
 

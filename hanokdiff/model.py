@@ -28,6 +28,7 @@ from hanokdiff.unet import UNet, UNetConfig
 from hanokdiff.vae import VAE, VAEConfig
 
 TINY = Path(__file__).parent / "tiny" / "sd"
+LARGEST = 8192  # pixels of a side: what is asked for beyond is a slip of the finger
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -190,6 +191,8 @@ def grid(pictures: list[Image.Image], columns: int, zoom: int = 1, gap: int = 2)
 def check_size(size: tuple[int, int], factor: int) -> tuple[int, int]:
     """Pixels -> latent positions, (width, height)."""
     for n, side in zip(size, ("width", "height"), strict=True):
+        if n > LARGEST:
+            raise ValueError(f"{side} is {n}, but must be at most {LARGEST}")
         if n < factor or n % factor:
             near = max(factor, round(n / factor) * factor)
             raise ValueError(f"{side} is {n}, but must be divisible by {factor}; the nearest is {near}")
@@ -236,7 +239,7 @@ def load(
 
 def open_folder(folder: Path, tokenizer: str | None, prediction: str | None, say) -> tuple:
     """UNet, VAE, text encoder, tokenizer and schedule of a diffusers folder."""
-    checkpoint.read_json(folder / "model_index.json")
+    checkpoint.check_kind(folder)
     schedule = folder / "scheduler" / "scheduler_config.json"
     schedule = checkpoint.read_config(schedule, Schedule, "a noise schedule that is known here")
     schedule = replace(schedule, prediction_type=prediction or schedule.prediction_type)

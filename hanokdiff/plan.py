@@ -55,14 +55,16 @@ def prepare(args) -> Study:
     tiny_judge, most = args.clip in (None, "tiny"), max(args.sizes)
     kinds = choices(args.kinds, KINDS, {"hanok": "", **score.kinds()} if tiny_judge else None)
     conditions = choices(args.conditions, CONDITIONS, {"fire": "", **score.conditions()} if tiny_judge else None)
-    sd, held_out = model.load(args.model, args.device), HELD_OUT
-    resolution = cli.check_resolution(args.resolution, sd)
-    if args.data:
+    held_out = HELD_OUT
+    if args.data:  # before a model is opened, or even fetched
         spare = len(data.photo_files(args.data)) - most
         held_out = min(HELD_OUT, spare)
         if spare < LEAST_HELD_OUT:
             raise ValueError(f"--sizes asks for {most} photos, and at least {LEAST_HELD_OUT} more are held out to "
                              f"compare with, but {args.data} has {most + spare}; lower --sizes or add photos")
+    sd = model.load(args.model, args.device)
+    resolution = cli.check_resolution(args.resolution, sd)
+    samplers.levels(samplers.DEFAULT, sd.schedule, args.sampling_steps)  # refuses too many
     photos, unseen = data.load_photos(args.data, resolution, most, held_out)
     clip = score.Clip(score.TINY if tiny_judge else args.clip, args.device or "cpu")
     seen, held = (clip.images(p.image for p in some) for some in (photos, unseen))
@@ -73,7 +75,7 @@ def choices(given: str | None, usual: str, tiny: dict | None) -> dict[str, str]:
     """Label -> text: those given, else the tiny world's, else the usual ones."""
     if given is None and tiny:
         return tiny
-    labels = [c.strip() for c in (given or usual).split("|")]
+    labels = [c.strip() for c in (usual if given is None else given).split("|")]
     if len(labels) < 2 or not all(labels) or len(set(labels)) < len(labels):
         raise ValueError(f'"{given}" must name 2 different things or more, the wanted one first: "a hanok|a barn"')
     return {label: label for label in labels}
@@ -104,8 +106,13 @@ def training(args, method: str, photos: int, held_out: int, seed: int) -> tuple[
     argv += ["--data", args.data.resolve()] if args.data else []
     argv += ["--device", args.device] if args.device else []
     argv += ["--resolution", args.resolution] if args.resolution else []
-    more = sum((words[1:] for words in map(shlex.split, args.more) if words[0] in (method, "all")), [])
-    if own := [o for o in OWN if o in more]:
+    mine = [more for more in args.more if more.split()[0] in (method, "all")]
+    try:
+        more = sum((shlex.split(words)[1:] for words in mine), [])
+        script(method).options().parse(more)
+    except ValueError as e:
+        raise ValueError(f'--with "{" ".join(mine)}": {e}') from None
+    if own := [o for o in OWN if o in {word.split("=")[0] for word in more}]:
         raise ValueError(f"--with may not set {own[0]} of {method}, which the comparison sets for every cell")
     argv = [str(a) for a in argv] + more
     parsed = script(method).options().parse(argv)

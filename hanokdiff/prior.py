@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from hanokdiff import checkpoint, data, several
+from hanokdiff import checkpoint, cli, data, several
 from hanokdiff.prompt import escape
 from hanokdiff.text import word_pattern
 
@@ -24,13 +24,21 @@ def prompts(captions: list[str], token: str, phrase: str, more: Path | None = No
     own = [word_pattern(token).sub(lambda _: phrase, c) for c in captions]
     if more is None:
         return own
-    lines = [line for line in map(str.strip, data.read_text(more)[0].splitlines()) if line]
-    if not lines:
-        raise ValueError(f"--class-prompts {more}: there is no prompt in it; write one a line")
-    if wrong := [line for line in lines if word_pattern(token).search(line)]:
-        raise ValueError(f'--class-prompts {more}: "{wrong[0]}" contains the pseudo word "{token}"; name the class')
+    lines = read_prompts(Path(more), token)
     rounds = range(max(len(own), len(lines)))
     return [p for i in rounds for p in (own[i % len(own)], lines[i % len(lines)])]
+
+
+def read_prompts(file: Path, token: str) -> list[str]:
+    if not file.is_file():
+        what = "a folder" if file.is_dir() else "no such file"
+        raise ValueError(f"--class-prompts {file}: {what}; name a text file with a prompt a line")
+    lines = [line for line in map(str.strip, data.read_text(file)[0].splitlines()) if line]
+    if not lines:
+        raise ValueError(f"--class-prompts {file}: there is no prompt in it; write one a line")
+    if wrong := [line for line in lines if word_pattern(token).search(line)]:
+        raise ValueError(f'--class-prompts {file}: "{wrong[0]}" contains the pseudo word "{token}"; name the class')
+    return lines
 
 
 def fingerprint(sd) -> str:
@@ -46,7 +54,7 @@ def pictures(sd, texts: list[str], n: int, resolution: int, seed: int, root: Pat
     """n class pictures: ([PIL pictures], [prompts], seconds spent on drawing). Picture i has text i, texts repeat."""
     start, texts = time.perf_counter(), [texts[i % len(texts)] for i in range(n)]
     folder = root / fingerprint(sd)
-    folder.mkdir(parents=True, exist_ok=True)
+    cli.make_folder(folder, "the class pictures' folder")
     key = [hashlib.sha256(f"{t} {seed + i} {resolution}".encode()).hexdigest()[:16] for i, t in enumerate(texts)]
     files = [folder / f"{k}.png" for k in key]
     todo = [i for i, file in enumerate(files) if not file.exists()]

@@ -256,8 +256,9 @@ def recognise(tensors: dict[str, Tensor], path: Path) -> bool:
         raise ValueError(f"{path} is an SDXL or unCLIP checkpoint; only Stable Diffusion 1.x and 2.x are supported")
     if not has(UNET):
         example = next(iter(tensors), "none at all")
+        way = "; a LoRA goes to sample.py as --lora FILE" if any("lora" in name for name in tensors) else ""
         raise ValueError(f"{path} is not a Stable Diffusion checkpoint: of its {len(tensors)} tensors none is named "
-                         f"{UNET}* (one is {example})")  # fmt: skip
+                         f"{UNET}* (one is {example}){way}")  # fmt: skip
     for part, folder, prefixes in (("VAE", "vae", (FIRST_STAGE,)), ("text encoder", "text_encoder", (CLIP, OPEN_CLIP))):
         if not has(*prefixes):
             raise ValueError(f"{path} holds no {part} (no tensor is named {'* or '.join(prefixes)}*); give a complete "

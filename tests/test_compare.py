@@ -148,6 +148,7 @@ def test_the_whole_matrix(study):
 
 def test_only_what_changed_is_done_again(study):
     base = plan.plan(arguments(), study)
+    Path("a.png").touch()
     for more, part, changed in (
         (("--sizes", 5, 50), "scores", set()), (("--seeds", 0, 1), "scores", set()),
         (("--methods", "lora"), "scores", set()),

@@ -692,9 +692,8 @@ def test_mistakes(sd1, photos, tmp_path, capsys, kind):
 
 
 def test_widths_of_no_kind(capsys, tmp_path):
-    with pytest.raises(SystemExit) as e:
-        train_hypernet.main(["--widths", "words"])
-    assert e.value.code == 2 and "'context', 'all'" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    refused(train_hypernet, ["--widths", "words"], ["--widths is words", "context, all"], capsys)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_is_not_written_over(sd1, photos, tmp_path, capsys):

@@ -198,7 +198,8 @@ def test_training_moves_the_rows_alone(tmp_path, monkeypatch, hold, capsys):
 
 
 @pytest.mark.parametrize("more, words", [
-    (["--vectors", "76"], ["76", "1 to 75"]), (["--vectors", "0"], ["--vectors is 0"]), (["--init", " "], ["--init"]),
+    (["--vectors", "76"], ["--vectors is 76", "at most 75"]), (["--vectors", "0"], ["--vectors is 0"]),
+    (["--init", " "], ["--init"]),
 ])  # fmt: skip
 def test_bad_training_options(tmp_path, monkeypatch, capsys, more, words):
     monkeypatch.setattr("warnings.showwarning", warnings.showwarning)

@@ -1,0 +1,725 @@
+"""What a careless newcomer does, and the one line that answers it: a table of commands and messages.
+
+Each ends with exit code 2, and afterwards the user's folder is what it was, to the byte, and holds nothing new. The
+messages are exact. "[full disk] train_lora ..." runs under a simulation of that name; (REASON) is the library's word.
+"""
+
+import errno
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import train_lora
+from hanokdiff import caption, cell, checkpoint, data, hypernet, inversion, lora, loss, model, singlefile
+from hanokdiff.tiny import world
+
+CATALOGUE = r"""
+# photos: wrong path, wrong kind, nothing in it
+train_lora --data nowhere
+    --data nowhere: no such folder; name one that holds photos
+train_ti --data notes.txt
+    --data notes.txt: not a folder; name one that holds photos
+train_dreambooth --data empty
+    --data empty: no pictures in it (.avif .bmp .gif .heic .heif .jfif .jpeg .jpg .png .tif .tiff .webp); its
+    subfolders are not searched
+train_hypernet --data albums
+    --data albums: no pictures in it (.avif .bmp .gif .heic .heif .jfif .jpeg .jpg .png .tif .tiff .webp); its
+    subfolders are not searched
+train_lora --data captions
+    --data captions: no pictures in it (.avif .bmp .gif .heic .heif .jfif .jpeg .jpg .png .tif .tiff .webp); its
+    subfolders are not searched
+train_lora --data broken
+    broken has 0 readable photos (and 1 unreadable); add photos, or mend these: 'a.png' cannot be read: not a
+    picture, or broken at its beginning; if other programs show it, save it as JPEG
+train_lora --data utf16
+    utf16 has 0 readable photos (and 1 unreadable); add photos, or mend these: '0.txt' is neither UTF-8 nor
+    cp949; save it as UTF-8
+train_lora --data photos --images 9
+    --images 9, but photos has 4 readable photos (and 0 unreadable); lower --images or add photos
+train_lora --data photos --images 0
+    --images 0: at least 1 is needed; leave it out to take them all
+train_ti --data photos --held-out 4
+    --held-out 4, but photos has 4 readable photos (and 0 unreadable); lower --held-out or add photos
+train_lora --data photos --images 3 --held-out 2
+    --images 3 and --held-out 2, but photos has 4 readable photos (and 0 unreadable); lower --images or add
+    photos
+train_lora --images 101
+    101 images asked for, but the tiny world has 1 to 100 photos
+# captions and the pseudo word
+train_lora --data castles
+    no caption contains '*', for example 'a castle'; give the phrase that means your subject with --replace, or
+    the word that is in them with --token, or put {token} into --caption
+train_lora --data bare --caption "a photo"
+    no caption contains '*', for example 'a photo'; give the phrase that means your subject with --replace, or
+    the word that is in them with --token, or put {token} into --caption
+train_ti --data photos --token sks --replace "a castle"
+    no caption contains 'sks', for example 'a picture of a building with a roof near the hills'; give the phrase
+    that means your subject with --replace, or the word that is in them with --token, or put {token} into
+    --caption
+train_lora --token ""
+    --token is empty; name the pseudo word, such as "*" or "sks"
+train_hypernet --token " "
+    --token is empty; name the pseudo word, such as "*" or "sks"
+train_dreambooth --data bare
+    no caption contains "a building with a roof", so what the subject is one of is not known; name it:
+    --class-phrase "a house"
+train_dreambooth --class-phrase "a * house"
+    --class-phrase "a * house" contains the pseudo word "*"; name the class: "a house"
+train_dreambooth --class-phrase " "
+    --class-phrase is empty; name what the subject is one of, such as "a house"
+train_dreambooth --class-prompts nowhere.txt
+    --class-prompts nowhere.txt: no such file; name a text file with a prompt a line
+train_dreambooth --class-prompts photos
+    --class-prompts photos: a folder; name a text file with a prompt a line
+train_dreambooth --class-prompts empty.txt
+    --class-prompts empty.txt: there is no prompt in it; write one a line
+train_dreambooth --class-prompts utf16.txt
+    'utf16.txt' is neither UTF-8 nor cp949; save it as UTF-8
+train_dreambooth --class-prompts starred.txt
+    --class-prompts starred.txt: "a * house" contains the pseudo word "*"; name the class
+train_ti --init ""
+    --init "" has no token; give words that name the kind of thing, such as house
+# models: wrong path, wrong kind, damaged, of another time
+train_lora --model nowhere --data photos
+    no model folder at "nowhere"; give a folder with model_index.json, a single file (.safetensors, .ckpt), a
+    hub id, or "tiny"
+train_lora --model "" --data photos
+    the model is ""; give a folder with model_index.json, a single file, a hub id, or "tiny"
+train_lora --model no-unet
+    --model no-unet needs --data FOLDER: the drawn hanok are 64x64, for the tiny model
+train_lora --model notes.txt --data photos
+    notes.txt is a file, but not a .safetensors or .ckpt; give one of these, or a model folder (one that holds
+    model_index.json)
+train_lora --model notes.safetensors --data photos
+    notes.safetensors cannot be read (REASON); it is damaged or incomplete, fetch it again
+train_ti --model empty.safetensors --data photos
+    empty.safetensors cannot be read (it is empty); it is damaged or incomplete, fetch it again
+train_ti --model empty --data photos
+    empty/model_index.json is missing: not a complete model folder in the diffusers layout
+train_lora --model no-unet --data photos
+    no-unet/unet/config.json is missing: not a complete model folder in the diffusers layout
+train_lora --model no-tokenizer --data photos
+    no-tokenizer/tokenizer/vocab.json is missing: not a complete model folder in the diffusers layout; fetch it
+    again, or name another tokenizer with --tokenizer
+train_lora --model inpainting --data photos
+    inpainting: the UNet takes 9 channels, not 4: inpainting and pix2pix models are not supported
+train_dreambooth --model sdxl --data photos
+    sdxl is a StableDiffusionXLPipeline, a model with a text_encoder_2 (such as SDXL or SD 3); only Stable
+    Diffusion 1.x and 2.x are supported
+train_dreambooth --model sdxl.safetensors --data photos
+    sdxl.safetensors is an SDXL or unCLIP checkpoint; only Stable Diffusion 1.x and 2.x are supported
+train_lora --model future --data photos
+    future/scheduler/scheduler_config.json does not describe a noise schedule that is known here (beta_schedule
+    "quantum" is not known; known: scaled_linear, linear)
+train_lora --model lora.safetensors --data photos
+    lora.safetensors is not a Stable Diffusion checkpoint: of its 96 tensors none is named
+    model.diffusion_model.* (one is lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_k.alpha);
+    a LoRA goes to sample.py as --lora FILE
+train_hypernet --model word.safetensors --data photos
+    word.safetensors is not a Stable Diffusion checkpoint: of its 1 tensors none is named
+    model.diffusion_model.* (one is *)
+train_lora --model hyper-sd1.pt --data photos
+    hyper-sd1.pt is a file, but not a .safetensors or .ckpt; give one of these, or a model folder (one that
+    holds model_index.json)
+train_lora --model nobody/nothing --data photos
+    no folder "nobody/nothing" here, nor from the hub (REASON); name a local folder
+train_lora --model model.safetensors --tokenizer empty --data photos
+    no tokenizer in empty (a folder with vocab.json and merges.txt, or a hub id); name one with --tokenizer
+    FOLDER_OR_HUB_ID
+# numbers
+train_lora --lr nan
+    --lr is nan, but must be a finite number
+train_lora --lr inf
+    --lr is inf, but must be a finite number
+train_lora --lr 0
+    --lr is 0.0, but must be greater than 0
+train_ti --lr -1
+    --lr is -1.0, but must be greater than 0
+train_lora --steps 0
+    --steps is 0, but must be greater than 0
+train_lora --steps 1.5
+    --steps is 1.5, but must be a whole number
+train_lora --steps many
+    --steps is many, but must be a whole number
+train_lora --batch-size -1
+    --batch-size is -1, but must be greater than 0
+train_lora --batch-size 1000000
+    --batch-size is 1000000, but must be at most 4096
+train_lora --micro-batch 9
+    --micro-batch is 9, but --batch-size only 8; lower it, or leave it out to take the whole batch at once
+train_lora --micro-batch -1
+    --micro-batch is -1, but must be 0 or more
+train_lora --rank 0
+    --rank is 0, but must be greater than 0
+train_lora --rank 100000
+    --rank is 100000, but must be at most 1280
+train_lora --alpha inf
+    --alpha is inf, but must be a finite number
+train_lora --text-rank -1
+    --text-rank is -1, but must be 0 or more
+train_ti --vectors 0
+    --vectors is 0, but must be greater than 0
+train_ti --vectors 76
+    --vectors is 76, but must be at most 75
+train_hypernet --layers 1 2
+    layers are 1 2, but must begin and end with 1, such as 1 2 1: each is a multiple of the width
+train_hypernet --layers 1 100 1
+    layers wider than 64 times the context, or more than 32 of them, are not supported
+train_hypernet --dropout 1
+    --dropout is 1, but must be a number from 0 to below 1
+train_hypernet --dropout nan
+    --dropout is nan, but must be a finite number
+train_dreambooth --class-images -1
+    --class-images is -1, but must be 0 or more
+train_dreambooth --class-images 1000000000
+    --class-images is 1000000000, but must be at most 100000
+train_dreambooth --prior-weight -1
+    --prior-weight is -1.0, but must be 0 or more
+train_dreambooth --word-lr 0
+    --word-lr is 0.0, but must be greater than 0
+train_lora --resolution 63
+    width is 63, but must be divisible by 4; the nearest is 64
+train_lora --resolution -64
+    width is -64, but must be divisible by 4; the nearest is 4
+train_lora --resolution 1000000
+    --resolution is 1000000, but must be at most 8192
+# names of options, and of choices
+train_lora --stepz 3
+    --stepz is not known here: did you mean --steps?
+train_lora photos
+    photos is not known here: see --help; what has spaces in it needs quotes
+train_lora --rank
+    --rank: expected one argument; see --help
+train_lora --targets all
+    --targets is all, but must be one of attention, attention+ff, attention+ff+conv
+train_lora --prediction v
+    --prediction is v, but must be one of epsilon, v_prediction
+train_lora --dtype fp8
+    dtype "fp8" is not known; choose one of auto, fp32, bf16, fp16
+train_lora --device cuda:99
+    device "cuda:99" cannot be used (REASON); try cpu, or leave it out
+train_hypernet --activation rellu
+    activation "rellu" is not known; the WebUI's are linear, relu, leakyrelu, elu, swish, tanh, sigmoid, and
+    torch's by their lower-case names
+train_hypernet --activation softmax
+    --activation softmax mixes the pictures of a batch; take another, such as relu
+train_hypernet --dropout 0.5 --layers 1 1
+    --dropout needs an inner layer to leave something out of, such as --layers 1 2 1
+train_dreambooth --freeze-text --text-lr 1e-4
+    --freeze-text leaves nothing to do for --text-lr, --word-lr and --text-steps; leave them out
+train_dreambooth --class-images 0 --class-prompts starred.txt
+    --class-prompts are for class pictures, but --class-images is 0; leave one of them out
+# where it goes, and what was there
+train_lora --out notes.txt
+    --out notes.txt is a file; name a folder
+train_lora --out notes.txt/run
+    --out notes.txt/run cannot be made: notes.txt is a file; name a folder
+train_lora --data photos --out photos
+    --out photos is not empty (it holds 0.png); name a new folder, for the run alone
+train_lora --out finished
+    finished holds a finished run (lora.safetensors); name another --out
+train_lora --resume finished --device cpu
+    finished holds a finished run (lora.safetensors): there is nothing to resume
+train_lora --resume nowhere
+    --resume nowhere: no run was started there (it has no config.json)
+train_lora --resume notes.txt
+    --resume notes.txt: no run was started there (it has no config.json)
+train_ti --resume photos
+    --resume photos: no run was started there (it has no config.json)
+[read-only] train_lora --out new/run
+    --out new/run cannot be written: HOME is read-only for you; name another folder
+[full disk] train_lora --out new/run
+    new/run/config.json cannot be written (No space left on device); what was there before is unchanged
+[full disk] train_lora --out empty
+    empty/config.json cannot be written (No space left on device); what was there before is unchanged
+[full disk] train_dreambooth --class-images 1
+    runs/class/e1767c1eaa19/ab2fc9e4c032223e.png cannot be written (No space left on device); what was there
+    before is unchanged
+[no GPU memory] train_lora
+    out of memory (CUDA out of memory. Tried to allocate 2.00 GiB); lower --micro-batch, --batch-size or
+    --resolution
+[no GPU memory] train_dreambooth --class-images 1 --out new
+    out of memory (CUDA out of memory. Tried to allocate 2.00 GiB); lower --micro-batch, --batch-size or
+    --resolution
+[no CPU memory] train_ti --out new/run
+    out of memory ([enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes);
+    lower --micro-batch, --batch-size or --resolution
+# pictures
+sample
+    nothing to draw: give a prompt, or --alert TEXT
+sample "*" --n 0
+    --n is 0, but must be at least 1
+sample "*" --n 100000
+    --n is 100000, but must be at most 10000; draw more with another --seed
+sample "*" --steps -1
+    --steps is -1, but must be at least 1
+sample "*" --steps 1001
+    steps is 1001, but must be between 1 and 1000
+sample "*" --seed -1
+    --seed is -1, but must be between 0 and 9223372036854775807
+sample "*" --cfg nan
+    --cfg is nan, but must be a finite number
+sample "*" --batch-size 0
+    --batch-size is 0, but must be at least 1
+sample "*" --clip-skip 99
+    clip skip is 99, but the text encoder has 2 layers: 1 to 2
+sample "*" --size 64
+    --size is "64", but must be WIDTHxHEIGHT, such as 512x512
+sample "*" --size 63x64
+    width is 63, but must be divisible by 4; the nearest is 64
+sample "*" --size 1000000x1000000
+    width is 1000000, but must be at most 8192
+sample "*" --sampler dpm
+    sampler "dpm" is not known; choose one of ddim, euler, euler_karras, euler_a, euler_a_karras, dpmpp_2m,
+    dpmpp_2m_karras
+sample "*" --strength 0.5
+    --strength says how far to go from --init-image, which is not given
+sample "*" --init-image nowhere.png
+    --init-image nowhere.png: no such file; name a file that is there
+sample "*" --init-image photos
+    --init-image photos: a folder; name a file that is there
+sample "*" --init-image notes.txt
+    'notes.txt' cannot be read: not a picture, or broken at its beginning; if other programs show it, save it as
+    JPEG
+sample "*" --init-image large.png --strength 1.5
+    strength is 1.5: of 20 steps it must leave at least one, so give a number from 0.05 to 1
+sample "*" --lora nowhere.safetensors
+    --lora nowhere.safetensors: no such file; name a file that is there
+sample "*" --lora finished
+    --lora finished: a folder; name a file that is there
+sample "*" --lora empty.safetensors
+    empty.safetensors cannot be read (it is empty); it is damaged or incomplete, fetch it again
+sample "*" --lora model.safetensors
+    model.safetensors: tensor cond_stage_model.transformer.text_model.embeddings.position_embedding.weight is of
+    no LoRA for Stable Diffusion 1 or 2; expected kohya's names (lora_unet_...lora_down.weight) or diffusers'
+    (unet....lora_A.weight)
+sample "*" --lora lora-sd2.safetensors
+    lora-sd2.safetensors: lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k goes 1024 -> 1280,
+    but in tiny that layer goes 72 -> 96; the LoRA was made for another architecture
+sample "*" --lora lora-sdxl.safetensors
+    lora-sdxl.safetensors: 0 of 1 modules matched tiny, 1 left over (such as
+    lora_unet_input_blocks_4_1_attentions_0_transformer_blocks_0_attn2_to_k); it was made for another
+    architecture
+sample "*" --lora lora.safetensors:strong
+    --lora lora.safetensors:strong: the strength is 'strong', but must be a number, as in lora.safetensors:0.8
+sample "*" --lora lora.safetensors:nan
+    --lora lora.safetensors is nan, but must be a finite number
+sample "*" --embedding lora.safetensors
+    lora.safetensors is not a textual inversion embedding: one tensor is expected, 96 found
+sample "*" --embedding word-sd1.safetensors
+    word-sd1.safetensors: vectors of width 768 (SD 1.x), but tiny's words have 72
+sample "*" --embedding word.safetensors --embedding word-too.safetensors
+    two embeddings for "*"; give one another word: --embedding word-too.safetensors:WORD
+sample "*" --hypernet lora.safetensors
+    lora.safetensors is not a hypernetwork: it has no pairs of networks under whole numbers (such as 768)
+sample "*" --hypernet hyper-sd1.pt
+    hyper-sd1.pt rewrites width 768 (SD 1.x), but tiny attends to widths 72, 80, 96
+sample "*" --hypernet empty.pt
+    empty.pt cannot be read (it is empty); it is damaged or incomplete, fetch it again
+sample "*" --model lora.safetensors
+    lora.safetensors is not a Stable Diffusion checkpoint: of its 96 tensors none is named
+    model.diffusion_model.* (one is lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_k.alpha);
+    a LoRA goes to sample.py as --lora FILE
+sample "*" --model finished
+    finished/model_index.json is missing: not a complete model folder in the diffusers layout
+sample "a" "b" --out large.png
+    --out large.png is a file; name a folder
+sample "*" --prompt a
+    --prompt is not known here: see --help; what has spaces in it needs quotes
+sample "*" --alert "한옥 화재 발생"
+    --alert makes the prompt itself; leave out either the prompts or --alert
+sample --alert "한옥 화재 진화 훈련"
+    no picture (drill): this is a drill or a test in "한옥 화재 진화 훈련"
+sample --alert hello
+    no picture (unknown): no disaster found in "hello"
+[read-only] sample "*"
+    --out runs/samples cannot be written: HOME is read-only for you; name another folder
+[full disk] sample "*" --steps 1 --out new/pictures
+    new/pictures/00000-0.png cannot be written (No space left on device); what was there before is unchanged
+[no GPU memory] sample "*"
+    out of memory (CUDA out of memory. Tried to allocate 2.00 GiB); lower --batch-size or --size
+# scores
+clipscore
+    the following arguments are required: IMAGE_OR_FOLDER; see --help
+clipscore nowhere
+    nowhere does not exist; give pictures, or folders of them
+clipscore empty
+    empty holds no pictures (.avif .bmp .gif .heic .heif .jfif .jpeg .jpg .png .tif .tiff .webp); folders inside
+    are not searched, so give the one that holds them
+clipscore albums --prompt a
+    albums holds no pictures (.avif .bmp .gif .heic .heif .jfif .jpeg .jpg .png .tif .tiff .webp); folders
+    inside are not searched, so give the one that holds them
+clipscore notes.txt --prompt a
+    none of the 1 pictures can be read, notes.txt first; give some that can
+clipscore photos
+    photos/0.png has no prompt to be scored with; give one: --prompt TEXT
+clipscore large.png --prompt a
+    large.png is 600 px on its short side, but the embedded CLIP knows only the tiny world's 64; name another:
+    --clip openai/clip-vit-base-patch32
+clipscore photos --prompt a --clip photos
+    the CLIP folder photos cannot be opened (photos/config.json is missing: not a complete model folder in the
+    diffusers layout); it needs config.json, model.safetensors, vocab.json and merges.txt
+clipscore photos --prompt a --clip some/where/else
+    there is no CLIP folder some/where/else; give one that exists, or a hub id such as
+    openai/clip-vit-base-patch32
+clipscore photos --prompt a --presence "a hanok"
+    --presence "a hanok" must name at least 2 different things, as in "a hanok|a barn"
+clipscore photos --prompt a --replace-token "*" "a hanok"
+    none of the 4 prompts holds "*"; see --replace-token, or leave it away
+clipscore photos --prompt a --replace-token "*"
+    --replace-token: expected 2 arguments; see --help
+clipscore photos bare --prompt a --reference nowhere
+    nowhere does not exist; give pictures, or folders of them
+clipscore photos photos --prompt a --paired
+    --paired compares 2 different folders, but of the 2 paths 1 are; give two: clipscore.py A B --paired
+clipscore photos --prompt a --json nowhere/a.json
+    --json nowhere/a.json cannot be written; name a file in a folder that exists and is yours
+clipscore photos --prompt a --json empty
+    --json empty is a folder; name a file in it
+clipscore photos --prompt a --csv photos/0.png
+    --csv photos/0.png is there and would be replaced; name one that ends in .json or .csv
+clipscore photos --prompt a --json a.json --csv a.json
+    --json and --csv are both a.json; name two files
+[full disk] clipscore photos --prompt a --csv a.csv
+    a.csv cannot be written (No space left on device); what was there before is unchanged
+# captions, alerts
+caption
+    the following arguments are required: FOLDER; see --help
+caption nowhere
+    nowhere: no such folder; name one that holds photos
+caption photos/0.png
+    photos/0.png: not a folder; name one that holds photos
+caption empty
+    empty: no pictures in it (.avif .bmp .gif .heic .heif .jfif .jpeg .jpg .png .tif .tiff .webp); its
+    subfolders are not searched
+caption broken
+    none of the 1 photos in broken can be used, 'a.png' first; what is wrong with each is told above
+caption utf16
+    none of the 1 photos in utf16 can be used, '0.png' first; what is wrong with each is told above
+caption photos --replace castle "*"
+    no caption contains 'castle' or a variant of it, for example 'a picture of a building with a roof near the
+    hills'; give the phrase that means your subject
+caption photos --replace "a building" ""
+    --replace needs a phrase and a word, such as "a building with a roof" "*"; one is empty
+caption photos --replace castle
+    --replace: expected 2 arguments; see --help
+caption photos --exact
+    --exact is about --replace, which is not there; leave it out
+caption photos --batch-size 0
+    --batch-size is 0, but must be 1 or more
+caption photos --min-length 50
+    --min-length 50 is more than --max-length 48; lower it
+caption bare --blip empty
+    --blip empty: the folder cannot be opened (empty/config.json is missing: not a complete model folder in the
+    diffusers layout); name a folder with a whole BLIP model
+caption bare --blip notes.txt
+    --blip notes.txt: not a folder; give one that holds a BLIP model, or a hub id such as
+    Salesforce/blip-image-captioning-base
+[full disk] caption castles --replace "a castle" "*"
+    castles/0.txt cannot be written (No space left on device); what was there before is unchanged
+alert
+    the following arguments are required: text; see --help
+alert ""
+    the message is empty; give its text, in quotes
+alert 한옥마을 화재 발생
+    화재 is not known here: see --help; what has spaces in it needs quotes
+# comparisons
+compare --sizes 0
+    --sizes is 0, but must be at least 1
+compare --sizes 5.5
+    --sizes is 5.5, but must be a whole number
+compare --sizes 5 5
+    --sizes 5 5 names something twice; name each once
+compare --sizes 1000
+    1000 images asked for, but the tiny world has 1 to 100 photos
+compare --seeds -1
+    --seeds is -1, but must be 0 or more
+compare --n 100000
+    --n is 100000, but must be at most 10000
+compare --sampling-steps 2000
+    steps is 2000, but must be between 1 and 1000
+compare --methods lora loha
+    --methods is loha, but must be one of ti, dreambooth, lora, hypernet
+compare --prompts "a house"
+    the prompt "a house" lacks the pseudo word "*"; write it, or {token}, into it
+compare --token ""
+    --token is empty; say it in words, or leave it out
+compare --subject ""
+    --subject is empty; say it in words, or leave it out
+compare --conditions ""
+    "" must name 2 different things or more, the wanted one first: "a hanok|a barn"
+compare --shard 5/4
+    --shard is 5/4, but must be I/N with I from 1 to N, such as 1/4
+compare --merge photos
+    --merge photos: no comparison was started there (it has no manifest.json)
+compare --out notes.txt/x
+    --out notes.txt/x cannot be made: notes.txt is a file; name a folder
+compare --model no-unet
+    --model no-unet needs --data FOLDER, the photos, and --clip, a judge that knows such pictures:
+    openai/clip-vit-base-patch32 or a folder
+compare --data empty
+    --data empty: no pictures in it (.avif .bmp .gif .heic .heif .jfif .jpeg .jpg .png .tif .tiff .webp); its
+    subfolders are not searched
+compare --data photos
+    --sizes asks for 100 photos, and at least 2 more are held out to compare with, but photos has 4; lower
+    --sizes or add photos
+compare --with "loha --rank 4"
+    --with "loha --rank 4" must begin with all, ti, dreambooth, lora, hypernet, as in "lora --rank 4"
+compare --with "lora --rank x"
+    --with "lora --rank x": --rank is x, but must be a whole number
+compare --with "lora --rank 0"
+    --rank is 0, but must be greater than 0
+compare --with "lora --seed=1"
+    --with may not set --seed of lora, which the comparison sets for every cell
+compare --with "lora 'unclosed"
+    --with "lora 'unclosed": No closing quotation
+compare --with "ti --vectors 100"
+    --vectors is 100, but must be at most 75
+# other layouts
+convert tiny
+    the following arguments are required: OUT; see --help
+convert nowhere.safetensors a.safetensors
+    no file at nowhere.safetensors
+convert photos a.safetensors
+    photos/model_index.json is missing: not a complete model folder in the diffusers layout
+convert empty.pt a.pt
+    empty.pt cannot be read (it is empty); it is damaged or incomplete, fetch it again
+convert sdxl.safetensors a
+    sdxl.safetensors is an SDXL or unCLIP checkpoint; only Stable Diffusion 1.x and 2.x are supported
+convert model.safetensors model.safetensors --overwrite
+    model.safetensors is there already; name another OUT
+convert no-unet a.safetensors
+    no-unet/unet/config.json is missing: not a complete model folder in the diffusers layout
+convert tiny lora.safetensors
+    lora.safetensors is there already; name another OUT, or add --overwrite
+convert tiny a.ckpt
+    a.ckpt does not end in .safetensors, which is what a model is written as
+convert tiny photos --overwrite --dtype fp16
+    photos is there already and holds other things than a model; name another OUT
+convert tiny notes.txt/a.safetensors
+    OUT notes.txt/a.safetensors: notes.txt is a file; name a folder
+convert tiny a.safetensors --dtype fp8
+    --dtype is fp8, but must be one of fp32, bf16, fp16
+convert tiny a.safetensors --to kohya
+    --to means nothing for tiny, a file of kind model; leave it out
+convert lora.safetensors a.pt
+    a.pt does not end in .safetensors, which is what a LoRA is written as
+convert lora.safetensors a.safetensors --to kohya
+    nothing to do: lora.safetensors is a LoRA in the kohya layout already
+convert lora-sdxl.safetensors new/a.safetensors
+    lora_unet_input_blocks_4_1_attentions_0_transformer_blocks_0_attn2_to_k is no layer of Stable Diffusion 1 or
+    2, so diffusers has no name for it; leave the file in kohya's layout
+convert word.safetensors a.bin
+    a.bin does not end in .safetensors or .pt, which is what an embedding is written as
+convert word.safetensors word-too.safetensors
+    word-too.safetensors is there already; name another OUT, or add --overwrite
+[full disk] convert tiny new/a.safetensors
+    new/a.safetensors cannot be written (No space left on device); what was there before is unchanged
+[read-only] convert tiny a.safetensors
+    OUT a.safetensors: . cannot be written: HOME is read-only for you; name another folder
+"""
+TRAINING = "--steps 1 --preview-every 0 --device cpu"  # so that a mistake that is not noticed does not take minutes
+REASONS = r"\((?:Torch not|Found no NVIDIA|CUDA error|CUDA driver|We couldn't|Cannot find|Error while).*?\)(?=[;,:])"
+
+
+def rows() -> dict[str, str]:
+    """Command -> message. A command begins a line; its message is indented below and may go on."""
+    found: dict[str, list[str]] = {}
+    command = ""
+    for line in CATALOGUE.splitlines():
+        if line.startswith("    "):
+            found[command].append(line.strip())
+        elif line and not line.startswith("#"):
+            assert line not in found, line
+            command = line
+            found[command] = []
+    return {command: " ".join(lines) for command, lines in found.items()}
+
+
+# ------------------------------------------------------------------------------------------- the user's folder
+
+
+def edit(file: Path, **values) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def copy_tiny(folder: Path, *without: str) -> None:
+    shutil.copytree(model.TINY, folder, ignore=lambda *_: without)
+
+
+def one_layer(path: Path, width: int, out: int, layer: str) -> None:
+    save_file({f"{layer}.lora_down.weight": torch.ones(2, width), f"{layer}.lora_up.weight": torch.ones(out, 2)}, path)
+
+
+def write_photos(root: Path) -> None:
+    for i, (image, text) in enumerate(world.photos(4)):
+        (root / "photos").mkdir(exist_ok=True)
+        image.save(root / "photos" / f"{i}.png")
+        (root / "photos" / f"{i}.txt").write_text(text)
+    for folder, text in (("bare", None), ("castles", b"a castle"), ("utf16", "집".encode("utf-16"))):
+        (root / folder).mkdir()
+        shutil.copy(root / "photos" / "0.png", root / folder)
+        if text:
+            (root / folder / "0.txt").write_bytes(text)
+    for file, content in {
+        "broken/a.png": b"hello", "captions/a.txt": b"*", "empty.txt": b"", "utf16.txt": b"\xff\xfea\0",
+        "notes.txt": b"hello", "notes.safetensors": b"hello", "empty.safetensors": b"", "empty.pt": b"",
+        "starred.txt": b"a * house",
+    }.items():  # fmt: skip
+        (root / file).parent.mkdir(exist_ok=True)
+        (root / file).write_bytes(content)
+    (root / "empty").mkdir()
+    shutil.copytree(root / "bare", root / "albums" / "2023")
+    Image.new("RGB", (600, 600), "red").save(root / "large.png")
+
+
+def write_models(root: Path) -> None:
+    sd = model.load("tiny", "cpu", say=None)
+    lora.write(root / "lora.safetensors", own := lora.insert(sd, 2, 2), {"hanokdiff_token": "*"})
+    lora.remove(sd, own)
+    attention = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+    one_layer(root / "lora-sd2.safetensors", 1024, 1280, attention)
+    one_layer(root / "lora-sdxl.safetensors", 2048, 640, attention.replace("mid_block", "input_blocks_4_1"))
+    for name, width in (("word", 72), ("word-too", 72), ("word-sd1", 768)):
+        inversion.write(root / f"{name}.safetensors", "*", torch.ones(1, width))
+    spec = hypernet.Spec()
+    hypernet.write(root / "hyper-sd1.pt", spec, {768: [hypernet.Net(768, spec).state_dict()] * 2})
+    singlefile.write(root / "model.safetensors", sd.unet, sd.vae, sd.text.encoder, sd.schedule, torch.float16)
+    save_file({"conditioner.embedders.0.x": torch.ones(1), "model.diffusion_model.x": torch.ones(1)},
+              root / "sdxl.safetensors")  # fmt: skip
+    copy_tiny(root / "no-unet", "unet")
+    copy_tiny(root / "no-tokenizer", "tokenizer")
+    copy_tiny(root / "inpainting")
+    edit(root / "inpainting" / "unet" / "config.json", in_channels=9)
+    weights = root / "inpainting" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    save_file({**tensors, "conv_in.weight": torch.ones(len(tensors["conv_in.weight"]), 9, 3, 3)}, weights)
+    (root / "sdxl").mkdir()
+    shutil.copy(model.TINY / "model_index.json", root / "sdxl")
+    second = ["transformers", "CLIPTextModelWithProjection"]
+    edit(root / "sdxl" / "model_index.json", _class_name="StableDiffusionXLPipeline", text_encoder_2=second)
+    copy_tiny(root / "future")
+    edit(root / "future" / "scheduler" / "scheduler_config.json", beta_schedule="quantum")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """All that the user has; after the last row, once more, every byte of it is looked at."""
+    root = tmp_path_factory.mktemp("user") / "home"
+    root.mkdir()
+    write_photos(root)
+    write_models(root)
+    argv = f"{TRAINING} --data {root / 'photos'} --out {root / 'finished'} --rank 1"
+    assert train_lora.main(argv.split()) == 0
+    before = {f: f.read_bytes() for f in root.rglob("*") if f.is_file()}
+    yield root
+    assert before == {f: f.read_bytes() for f in root.rglob("*") if f.is_file()}
+
+
+def listing(root: Path) -> dict:
+    """Every file and folder; of small files what is in them, of large ones their size, time and place."""
+    files = {f: f.stat() for f in root.rglob("*")}
+    return {str(f): None if f.is_dir() else (s.st_size, s.st_mtime_ns, s.st_ino, s.st_size < 100_000 and f.read_bytes())
+            for f, s in files.items()}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ simulations
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def no_gpu_memory(*_, **__):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore of it")
+
+
+def no_cpu_memory(*_, **__):
+    raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+
+SIMULATIONS = {
+    "full disk": lambda patch: patch.setattr(checkpoint, "sync_rename", full),
+    "read-only": lambda patch: patch.setattr(os, "access", lambda *_: False),
+    "no GPU memory": lambda patch: (patch.setattr(loss, "denoising", no_gpu_memory),
+                                    patch.setattr(model.StableDiffusion, "sample", no_gpu_memory)),
+    "no CPU memory": lambda patch: patch.setattr(loss, "denoising", no_cpu_memory),
+}  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------- the rows
+
+
+def start(command: str):
+    """(main, arguments) of a command as it would be typed."""
+    name, *argv = shlex.split(command)
+    scripts = name.startswith("train_") or name in ("sample", "clipscore")
+    main = importlib.import_module(name if scripts else f"hanokdiff.{name}").main
+    extra = TRAINING.split() if name.startswith("train_") and "--resume" not in argv else []
+    return main, extra + argv
+
+
+@pytest.mark.parametrize("command", rows())
+def test_mistake(folder, monkeypatch, capfd, command):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr(cell, "train", lambda *_: pytest.fail("the work has begun"))
+    before, (simulation, plain) = listing(folder), re.fullmatch(r"(?:\[(.*?)\] )?(.*)", command).groups()
+    if simulation:
+        SIMULATIONS[simulation](monkeypatch)
+    main, argv = start(plain)
+    assert main(argv) == 2
+    said = [line for line in re.split("[\r\n]", capfd.readouterr().err) if not re.search(r"^note: |/\d+ \[|^$", line)]
+    assert [re.sub(REASONS, "(REASON)", line).replace(str(folder), "HOME") for line in said] == \
+        [f"error: {rows()[command]}"]  # fmt: skip
+    assert listing(folder) == before
+
+
+def test_the_catalogue():
+    """Every command is in it, and no message is without its command."""
+    names = {re.sub(r"^\[.*?\] ", "", command).split()[0] for command in rows()}
+    assert names == {"train_ti", "train_dreambooth", "train_lora", "train_hypernet", "sample", "clipscore", "caption",
+                     "alert", "compare", "convert"}  # fmt: skip
+    assert len(rows()) > 190 and all(rows().values())
+
+
+# ------------------------------------------------------------------------------------------- what is no mistake
+
+
+def test_names_and_captions_as_koreans_have_them(tmp_path, monkeypatch, capsys):
+    """Folders with spaces, names in Korean and emoji; captions of old and new Windows, with its line ends: a training
+    of two steps understands them as they are, and caption.py puts the pseudo word into them, in UTF-8."""
+    monkeypatch.chdir(tmp_path)
+    photos = tmp_path / "내 사진 2023 \U0001f3e0"
+    photos.mkdir()
+    captions = {
+        "한옥 1.png": "눈 내린 기와집".encode("cp949"), "\U0001f3e0.png": "밤의 기와집".encode("utf-8-sig"),
+        "my house.png": "기와집,\r\n비 오는 날\r\n".encode(), "낮\U0001f31e (2).png": "기와집\n".encode(),
+    }  # fmt: skip
+    for (name, text), (image, _) in zip(captions.items(), world.photos(4), strict=True):
+        image.save(photos / name)
+        (photos / name).with_suffix(".txt").write_bytes(text)
+    seen = []
+    remember = data.Shots.__init__
+    monkeypatch.setattr(data.Shots, "__init__", lambda *args, **how: (seen.extend(args[3]), remember(*args, **how))[1])
+    how = ["--steps", "2", "--batch-size", "2", "--rank", "1", "--preview-every", "0", "--device", "cpu"]
+    out = tmp_path / "내 결과 \U0001f525" / "첫 번째"
+    assert train_lora.main(["--data", str(photos), "--replace", "기와집", "--out", str(out), *how]) == 0
+    assert "1 captioned in cp949 instead of UTF-8 ('한옥 1.png')" in capsys.readouterr().out
+    wanted = {"눈 내린 *", "밤의 *", "*, 비 오는 날", "*"}
+    assert set(seen) == wanted and (out / "lora.safetensors").is_file()
+
+    assert caption.main([str(photos), "--replace", "기와집", "*"]) == 0
+    assert "4 captions replaced" in capsys.readouterr().out
+    assert {f.read_bytes() for f in photos.glob("*.txt")} == {f"{text}\n".encode() for text in wanted}
+    assert len(list(photos.iterdir())) == 8
