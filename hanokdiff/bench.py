@@ -6,12 +6,12 @@
     python -m hanokdiff.bench start --vs diffusers                   from the start of a process to the first step
 
 Both sides have the same weights, batch and precision and take turns in one process, a few steps each; the ratio is of
-their fastest steps (of their medians in brackets): a machine's other work slows some turns, never speeds one up. With
---memory each side runs once more, alone in a process of its own. Without weights on disk: they are random.
+their fastest steps (of their medians in brackets): a machine's other work slows some turns, never speeds one up. Images/s
+of sampling are steps of a picture. With --memory each side runs once more, alone in a process of its own. But for the tiny
+world's, the weights are random.
 Read next: hanokdiff/peers.py (the peers' loops), hanokdiff/budget.py (the same step counted, without a GPU).
 """
 
-import argparse
 import contextlib
 import io
 import multiprocessing
@@ -32,6 +32,7 @@ from torch import Tensor
 
 from hanokdiff import checkpoint, cli, data, hypernet, inversion, lean, lora, loss, model
 from hanokdiff.model import StableDiffusion
+from hanokdiff.options import Options
 from hanokdiff.run import Batch, Run
 from hanokdiff.schedule import Schedule
 from hanokdiff.text import Text, TextConfig, TextEncoder
@@ -288,15 +289,16 @@ def rows(args, work: str) -> list[dict]:
 
 def line(row: dict) -> str:
     peak = f"{row['peak_bytes'] / 2**30:9.2f}" if row.get("peak_bytes") else " " * 9
+    rate = f"{row['images_per_second']:11.2f}" if row["images_per_second"] else " " * 11
     share = f"{row['share_of_limit']:6.0%}" if "share_of_limit" in row else " " * 6
     ratio = "" if row["side"] == "ours" else f"{row['ratio_min']:7.2f} ({row['ratio_median']:.2f})"
     return (f"{row['work']:13}{row['side']:19}{1e3 * row['seconds_min']:10.1f}{1e3 * row['seconds_median']:10.1f}"
-            f"{1e3 * row['seconds_spread']:9.1f}{row['images_per_second']:11.2f} {peak} {share} {ratio}")  # fmt: skip
+            f"{1e3 * row['seconds_spread']:9.1f}{rate} {peak} {share} {ratio}")  # fmt: skip
 
 
 @cli.polite
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Options(description=__doc__)
     p.add_argument("works", nargs="*", metavar="WORK", help=f"what to do: {', '.join(WORKS)} (default: all but start)")
     p.add_argument("--size", default="tiny", choices=("tiny", *SIZES), help="default: tiny")
     p.add_argument("--vs", choices=("diffusers",), help="the other side: its scripts' defaults, and its best flags")

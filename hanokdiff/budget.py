@@ -7,7 +7,6 @@ own loops at the size of SD 1.5 (512 px, bf16). Not counted: what an allocator w
 memory, 1 to 2 GB together; so the limit is 44 GiB of a 48 GB card.
 """
 
-import argparse
 import math
 import sys
 import weakref
@@ -21,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from hanokdiff import bench, cli, lean
+from hanokdiff.options import Options
 
 LIMIT = 44 * 2**30
 
@@ -131,7 +131,7 @@ def largest(method: str, limit: int, checkpointing: bool) -> int:
 
 @cli.polite
 def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Options(description=__doc__)
     p.add_argument("--limit", type=float, default=LIMIT / 2**30, help="GiB (default: %(default)g)")
     args = p.parse_args(argv)
     print(f"SD 1.5 at 512 px in bf16, simulated on the meta device; largest batch within {args.limit:g} GiB\n")

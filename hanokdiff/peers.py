@@ -120,5 +120,5 @@ def train(pipe, method: str, best: bool, dtype: torch.dtype, batch: int, images,
 def first_step(folder: str) -> None:
     """Load a model and do one step of sampling."""
     pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True,
-                                                   torch_dtype=torch.float32)  # fmt: skip
+                                                   dtype=torch.float32)  # fmt: skip
     pipe("a house", num_inference_steps=1, output_type="latent")
