@@ -5,8 +5,8 @@
     python -m hanokdiff.bench --size sd15 --batch-size 8 --vs diffusers --cap 44 --memory     on a GPU
     python -m hanokdiff.bench start --vs diffusers                   from the start of a process to the first step
 
-Both sides have the same weights (random, but for the tiny world's), batch and precision and take turns in one process, a
-few steps each; the ratio is of their fastest steps (of their medians in brackets): a machine's other work slows some
+Both sides have the same weights (random, but for the tiny world's), batch and precision and take turns in one process,
+a few steps each; the ratio is of their fastest steps (of their medians in brackets): a machine's other work slows some
 turns, never speeds one up. With --memory each side runs once more, alone in a process of its own. Images/s of sampling
 are steps of a picture.
 Read next: hanokdiff/peers.py (the peers' loops), hanokdiff/budget.py (the same step counted, without a GPU).

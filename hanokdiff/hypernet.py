@@ -48,8 +48,9 @@ class Spec:
         if len(self.layers) < 2 or self.layers[0] != 1 or self.layers[-1] != 1 or not all(x > 0 for x in self.layers):
             raise ValueError(f"layers are {' '.join(f'{x:g}' for x in self.layers)}, but must begin and end with 1, "
                              "such as 1 2 1: each is a multiple of the width")  # fmt: skip
-        if max(self.layers) > 64 or len(self.layers) > 32:
-            raise ValueError("layers wider than 64 times the context, or more than 32 of them, are not supported")
+        if max(self.layers) > 64 or min(self.layers) < 1 / 64 or len(self.layers) > 32:
+            raise ValueError(f"layers are {' '.join(f'{x:g}' for x in self.layers[:40])}, but each must be from 1/64 "
+                             "to 64, and there are at most 32 of them")  # fmt: skip
         if self.activation not in ACTIVATIONS:
             raise ValueError(f'activation "{self.activation}" is not known; the WebUI\'s are linear, relu, leakyrelu, '
                              "elu, swish, tanh, sigmoid, and torch's by their lower-case names")  # fmt: skip

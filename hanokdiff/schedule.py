@@ -43,6 +43,8 @@ class Schedule:
 
     @classmethod
     def from_json(cls, c: dict) -> "Schedule":
+        if "FlowMatch" in str(c.get("_class_name")):
+            raise ValueError(f"{c['_class_name']} is of flow matching (SD 3, FLUX), not of Stable Diffusion 1 or 2")
         for k in ("trained_betas", "rescale_betas_zero_snr"):
             if c.get(k):
                 raise ValueError(f"scheduler_config.json sets {k}: not supported, choose a model without it")

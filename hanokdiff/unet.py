@@ -43,6 +43,9 @@ class UNetConfig:
     @classmethod
     def from_json(cls, c: dict) -> "UNetConfig":
         """Read diffusers' config. There `attention_head_dim` is, by a historical slip, the NUMBER of heads."""
+        known = {"CrossAttnDownBlock2D", "DownBlock2D"}
+        if strange := [kind for kind in c["down_block_types"] if kind not in known]:
+            raise ValueError(f"down_block_types has {strange[0]}, which no Stable Diffusion 1 or 2 has")
         n = len(c["block_out_channels"])
         heads = c.get("num_attention_heads") or c.get("attention_head_dim", 8)
         same = ("sample_size", "in_channels", "out_channels", "layers_per_block", "cross_attention_dim",

@@ -174,7 +174,9 @@ train_ti --vectors 76
 train_hypernet --layers 1 2
     layers are 1 2, but must begin and end with 1, such as 1 2 1: each is a multiple of the width
 train_hypernet --layers 1 100 1
-    layers wider than 64 times the context, or more than 32 of them, are not supported
+    layers are 1 100 1, but each must be from 1/64 to 64, and there are at most 32 of them
+train_hypernet --layers 1 0.001 1
+    layers are 1 0.001 1, but each must be from 1/64 to 64, and there are at most 32 of them
 train_hypernet --dropout 1
     --dropout is 1, but must be a number from 0 to below 1
 train_hypernet --dropout nan

@@ -295,12 +295,20 @@ def test_text_encoder_of_another_width(copy):
 
 @pytest.mark.parametrize("option, value", [
     ("beta_schedule", "squaredcos_cap_v2"), ("prediction_type", "sample"), ("rescale_betas_zero_snr", True),
-    ("trained_betas", [0.1, 0.2]),
+    ("trained_betas", [0.1, 0.2]), ("_class_name", "FlowMatchEulerDiscreteScheduler"),
 ])  # fmt: skip
 def test_schedule_that_we_do_not_know(copy, option, value):
     file = copy / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), option: value}))
-    refused(copy, option)
+    refused(copy, value if option == "_class_name" else option)
+
+
+def test_blocks_that_we_do_not_know(copy):
+    file = copy / "unet" / "config.json"
+    content = json.loads(file.read_text())
+    kinds = ["KDownBlock2D", *content["down_block_types"][1:]]
+    file.write_text(json.dumps({**content, "down_block_types": kinds}))
+    refused(copy, "down_block_types has KDownBlock2D")
 
 
 def test_not_a_model(tmp_path):
