@@ -169,4 +169,7 @@ def load(sd, path: Path, word: str | None = None, say=print) -> tuple[str, Rows]
     word = word or own
     if say:
         say(f'embedding {path}: "{word}", {len(vectors)} vector{"s" * (len(vectors) > 1)}')
-    return word, insert(sd, word, vectors)
+    try:
+        return word, insert(sd, word, vectors)
+    except ValueError as e:  # a word that cannot be: no token, control characters
+        raise ValueError(f"{path}: {e}") from None

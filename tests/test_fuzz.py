@@ -236,6 +236,14 @@ def test_words_in_a_file(sd, word):
     refused(lambda: sd.text.add_word(word), "choose another pseudo word")
 
 
+def test_an_embedding_for_no_word(tmp_path, sd):
+    """Found by the fuzz: the message did not say which file."""
+    path = tmp_path / "e.safetensors"
+    save_file({"": torch.zeros(1, inversion.table(sd).shape[1])}, path)
+    with pytest.raises(ValueError, match=r"e.safetensors: \"\" has no token in this vocabulary"):
+        inversion.load(sd, path, say=None)
+
+
 def test_messages_do_not_command_the_terminal():
     assert cli.sentence(ValueError("a\n\x1b[2Jb\0 \x9bc")) == "a [2Jb c"
     assert len(cli.sentence(ValueError("x" * 10**6))) < 1000
