@@ -6,6 +6,7 @@ Shapes:  N photos of H x W pixels;  B slots of a batch;  h x w the latent.
 """
 
 import hashlib
+import os
 import re
 import unicodedata
 from collections.abc import Callable
@@ -188,8 +189,8 @@ def photo_files(folder: Path) -> list[Path]:
     Sorted by a hash of the name: shuffled, yet the same however the folder is listed, and adding or removing
     one leaves the others in order. NFC, because a Mac writes Korean names in another normal form.
     """
-    if not folder.is_dir():
-        what = "not a folder" if folder.exists() else "no such folder"
+    if not os.path.isdir(folder):  # pathlib's own raises at a name that is too long
+        what = "not a folder" if os.path.exists(folder) else "no such folder"
         raise ValueError(f"--data {folder}: {what}; name one that holds photos")
     files = [f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
     if not files:

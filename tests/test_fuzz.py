@@ -8,6 +8,7 @@ import sys
 import time
 import zipfile
 import zlib
+from pathlib import Path
 
 import fuzz
 import pytest
@@ -242,6 +243,12 @@ def test_an_embedding_for_no_word(tmp_path, sd):
     save_file({"": torch.zeros(1, inversion.table(sd).shape[1])}, path)
     with pytest.raises(ValueError, match=r"e.safetensors: \"\" has no token in this vocabulary"):
         inversion.load(sd, path, say=None)
+
+
+def test_a_folder_of_too_long_a_name():
+    """Found by the fuzz: pathlib raises at what it cannot look up."""
+    with pytest.raises(ValueError, match="--data x+: no such folder"):
+        data.photo_files(Path("x" * 3000))
 
 
 def test_messages_do_not_command_the_terminal():
