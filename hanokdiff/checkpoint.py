@@ -405,11 +405,13 @@ def sync_rename(aside: Path, path: Path) -> None:
 
 
 def save_folder(folder: Path, unet, vae, encoder, tokenizer, schedule, dtype: torch.dtype = torch.float32) -> None:
-    """Write a whole model as a diffusers folder. The text encoder's names get their `text_model.` back."""
+    """Write a whole model as a diffusers folder. The text encoder's names get their `text_model.` back. A parameter that
+    works in half precision and has a `master` is written as that has it, with all its digits."""
     for part, module in (("unet", unet), ("vae", vae), ("text_encoder", encoder)):
         (folder / part).mkdir(parents=True, exist_ok=True)
         prefix = "text_model." if part == "text_encoder" else ""
-        tensors = {prefix + k: t.to(dtype) for k, t in module.state_dict().items()}
+        held = {prefix + k: getattr(t, "master", t).detach() for k, t in module.state_dict(keep_vars=True).items()}
+        tensors = {k: t.to(dtype) for k, t in held.items()}
         write_tensors(tensors, folder / part / f"{PARTS[part]}.safetensors", {"format": "pt"})
         write_json(folder / part / "config.json", module.config.to_json())
     save_tokenizer(tokenizer, folder / "tokenizer")

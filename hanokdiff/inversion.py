@@ -40,8 +40,9 @@ class Rows(nn.Module):
 
 
 def table(sd) -> Tensor:
-    """The model's own token table (vocabulary, D)."""
-    return innermost(sd.text.encoder.embeddings.token_embedding).weight
+    """The model's own token table (vocabulary, D), with all the digits that are known of it."""
+    weight = innermost(sd.text.encoder.embeddings.token_embedding).weight
+    return getattr(weight, "master", weight)
 
 
 def innermost(embedding: nn.Module) -> nn.Module:
@@ -57,7 +58,7 @@ def insert(sd, word: str, vectors: Tensor) -> Rows:
     while isinstance(base, Rows):
         first, base = max(first, base.first + len(base.rows)), base.base
     sd.text.add_word(word, list(range(first, first + len(vectors))))
-    holder.token_embedding = Rows(holder.token_embedding, vectors.to(table(sd).device), first)
+    holder.token_embedding = Rows(holder.token_embedding, vectors.to(sd.device), first)
     return holder.token_embedding
 
 
@@ -76,16 +77,15 @@ def remove(sd, word: str, rows: Rows) -> None:
 def folded(sd, rows: Rows, ids: list[int]):
     """For a while, the table of words without rows beyond it, theirs in the places `ids`: to save as a plain model."""
     embeddings, table_ = sd.text.encoder.embeddings, rows.base.weight
-    before = table_[ids].clone()
-    with torch.no_grad():
-        table_[ids] = rows.vectors().to(table_.dtype)
+    exact = table_.master if hasattr(table_, "master") else table_  # what a file is written from
+    changed = exact.detach().clone()
+    changed[ids] = rows.vectors().detach().to(changed)
+    rows.base.weight = nn.Parameter(changed, requires_grad=False)
     embeddings.token_embedding = rows.base
     try:
         yield
     finally:
-        embeddings.token_embedding = rows
-        with torch.no_grad():
-            table_[ids] = before
+        embeddings.token_embedding, rows.base.weight = rows, table_
 
 
 def start(sd, words: str, n: int) -> Tensor:

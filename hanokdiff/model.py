@@ -208,8 +208,8 @@ def load(
 
     tokenizer    folder or hub id of another tokenizer than the model's own
     prediction   "epsilon" or "v_prediction": what the UNet predicts, where the model is silent or wrong about it
-    masters      keep UNet and text encoder in fp32 too, as `master` of each parameter: to learn from what the file
-                 says, not from what half precision leaves of it"""
+    masters      keep what the file says as `master` of each parameter: to learn from it and to save it again, not from
+                 what half precision leaves of it"""
     start, (dev, precision, reason) = time.perf_counter(), choose(device, dtype)
     path = TINY if model == "tiny" else checkpoint.find(model)
     open_ = open_file if path.is_file() else open_folder
@@ -217,9 +217,8 @@ def load(
     for part in (unet, vae, encoder):
         exact = [p.detach() for p in part.parameters()]
         part.to(dev, precision)
-        if masters and part is not vae and precision != torch.float32:
-            for p, full in zip(part.parameters(), exact, strict=True):
-                p.master = full.to(dev, torch.float32)
+        for p, full in zip(part.parameters(), exact, strict=True) if masters and precision != torch.float32 else ():
+            p.master = full
     if say:
         millions = sum(p.numel() for p in unet.parameters()) / 1e6
         say(f"model {model}: UNet of {millions:.1f} M parameters, {schedule.prediction_type}, "

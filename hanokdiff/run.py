@@ -105,8 +105,7 @@ class Run:
         self.preview, self.preview_every, self.config = preview, preview_every, config
         self.watch, self.held_out = watch, held_out
         self.parameters = list(learns.values())
-        # what learns in half precision has a master in fp32: steps of 1e-6 would be rounded away
-        self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.parameters]
+        self.masters = [master(p) for p in self.parameters]
         groups = [{"params": [m for name, m in zip(learns, self.masters, strict=True) if name.startswith(prefix)],
                    "share": value / self.lr} for prefix, value in lrs.items()]  # fmt: skip
         assert sum(len(g["params"]) for g in groups) == len(learns), f"learning rates {lrs} do not cover what learns"
@@ -326,6 +325,15 @@ class Run:
             rows = [r for r in log.read_text("utf-8", "replace").splitlines() if step_of(r) <= self.step]
             checkpoint.write_text(log, "".join(r + "\n" for r in rows))
         print(f"going on from step {self.step} of {self.steps}")
+
+
+def master(p: nn.Parameter) -> nn.Parameter:
+    """What learns in half precision learns as a copy in fp32: steps of 1e-6 would be rounded away. It is left with the
+    parameter, for whoever saves the model."""
+    if p.dtype == torch.float32:
+        return p
+    p.master = getattr(p, "master", p).detach().to(p.device, torch.float32, copy=True)
+    return nn.Parameter(p.master)
 
 
 def step_of(line: str) -> float:
