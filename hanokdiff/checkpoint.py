@@ -405,8 +405,8 @@ def sync_rename(aside: Path, path: Path) -> None:
 
 
 def save_folder(folder: Path, unet, vae, encoder, tokenizer, schedule, dtype: torch.dtype = torch.float32) -> None:
-    """Write a whole model as a diffusers folder. The text encoder's names get their `text_model.` back. A parameter that
-    works in half precision and has a `master` is written as that has it, with all its digits."""
+    """Write a whole model as a diffusers folder; the text encoder's names get their `text_model.` back. What works in
+    half precision and has a `master` is written as that has it, with all its digits."""
     for part, module in (("unet", unet), ("vae", vae), ("text_encoder", encoder)):
         (folder / part).mkdir(parents=True, exist_ok=True)
         prefix = "text_model." if part == "text_encoder" else ""
