@@ -60,7 +60,7 @@ def main(argv=None):
         raise ValueError("--class-prompts are for class pictures, but --class-images is 0; leave one of them out")
     if args.class_images and not args.class_phrase.strip():
         raise ValueError('--class-phrase is empty; name what the subject is one of, such as "a house"')
-    out = args.resume or cli.new_folder(args.out, "dreambooth", "model")
+    out = cli.run_folder(args, "dreambooth", "model")
 
     # 1. The base model
     sd = model.load(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)
@@ -110,8 +110,9 @@ def main(argv=None):
     def preview():
         return sd.preview(args.token)
 
-    run = Run(out, learns, artefact="model", save=save, preview=preview,
-              **(cli.chores(args, sd, shots, unseen) | {"lr": rates}))  # fmt: skip
+    chores = cli.chores(args, sd, shots, unseen) | {"lr": rates}
+    chores["config"]["class_pictures"] = class_shots and class_shots.hash  # to notice, on resume, that one was edited
+    run = Run(out, learns, artefact="model", save=save, preview=preview, **chores)
     if several.RANK == 0 and not (out / "class.json").exists():  # a resumed run has drawn nothing itself
         checkpoint.write_json(out / "class.json", {"pictures": args.class_images, "seconds": round(seconds, 3)})
 
