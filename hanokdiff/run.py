@@ -297,10 +297,10 @@ class Run:
 
     def _states(self) -> list[Path]:
         """The saved states, the newest first: each was written aside, synced and renamed, so none is half there."""
-        return sorted((self.out / "state").glob("*.pt"), key=lambda f: (len(f.name), f.name), reverse=True)
+        return sorted((self.out / "state").glob("[0-9]*.pt"), key=lambda f: (len(f.name), f.name), reverse=True)
 
     def _delete_states(self, keep: Path | None = None) -> None:
-        for file in (self.out / "state").glob("*"):  # what a kill left half written too
+        for file in (self.out / "state").glob("[0-9]*.pt*"):  # with what a kill left half written
             if file != keep:
                 file.unlink()
 
