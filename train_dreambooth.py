@@ -101,6 +101,7 @@ def main(argv=None):
     def save(path):
         dtype = torch.float32 if sd.dtype == torch.float32 else torch.float16
         aside = path.with_name(path.name + ".part")
+        shutil.rmtree(aside, ignore_errors=True)  # what a kill has left of it
         with contextlib.nullcontext() if args.freeze_text else inversion.folded(sd, rows, ids):
             checkpoint.save_folder(aside, sd.unet, sd.vae, sd.text.encoder, sd.text.tokenizer, sd.schedule, dtype)
         checkpoint.write_json(aside / "hanokdiff.json", {"token": args.token})

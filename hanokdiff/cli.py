@@ -178,7 +178,7 @@ def run_folder(args: argparse.Namespace, method: str, artefact: str) -> Path:
     if args.resume:
         if (out / artefact).exists():  # it is written last, and takes its name when it is whole
             for file in (out / "state").glob("[0-9]*.pt*"):  # a kill right after that has left them
-                file.unlink()
+                file.unlink(missing_ok=True)
             raise ValueError(f"{out} holds a finished run ({artefact}): there is nothing to resume")
         return out
     if out is None:

@@ -122,6 +122,8 @@ class Run:
         other = not resume or self._check_config(force)
         if resume:
             self._load_state()
+            for file in out.glob(".tmp??????"):  # where safetensors writes before it renames: a kill has left it
+                file.unlink(missing_ok=True)
         if several.RANK == 0:
             out.mkdir(parents=True, exist_ok=True)
             if not self.step:  # what lies there is of no run, or of one that had not come to its first state
