@@ -50,7 +50,8 @@ PLACES = [  # what is under way while these run
     (cell, "train", "training"), (cell, "draw", "drawing"), (cell, "judge", "scoring"), (report, "write", "report"),
 ]  # fmt: skip
 AIMS = {  # and how many seconds after it has begun at most
-    "trainer": {"state": 0.02, "file": 0.02, "preview": 0.3, "finishing": 0.05, "class pictures": 0.5},
+    "trainer": {"state": 0.01, "file": 0.01, "final file": 0.01, "preview": 0.3},
+    "DreamBooth": {"state": 0.2, "file": 0.2, "final file": 0.2, "preview": 0.3, "class pictures": 0.8},
     "comparison": {"training": 6, "drawing": 0.2, "scoring": 0.1, "report": 0.05},
 }
 
@@ -189,10 +190,10 @@ def killed(name: str, kills: int, folder: Path, seed: int = 0, options=(), each:
         home.mkdir()
         while here < each and tally.kills < kills and not ended:
             process = start(home)
-            aims = AIMS["comparison" if comparison else "trainer"]
+            aims = AIMS.get(name, AIMS["trainer"])
             aim = dice.choice(list(aims)) if dice.random() < 0.5 else None
             while aim and process.is_alive() and doing(home)[0] != aim:
-                time.sleep(0.0005)
+                time.sleep(0.0002)
             process.join(dice.uniform(0, aims.get(aim, 0.6 * length)))
             if ended := not process.is_alive():
                 break
@@ -226,7 +227,7 @@ def table(tallies: dict[str, Tally]) -> str:
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--kills", type=int, default=100, help="in all, a ninth of them for the comparison (default: 100)")
+    p.add_argument("--kills", type=int, default=100, help="in all, one in nine for the comparison (default: 100)")
     p.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="default: all")
     p.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     args = p.parse_args()
