@@ -248,8 +248,10 @@ def test_frozen_text_and_a_crash_while_the_model_is_written(sd1, photos, base, m
         patch.setattr(checkpoint, "save_tokenizer", crash)
         train_dreambooth.main(argv)
     assert sorted(p.name for p in Path("broken").glob("model*")) == ["model-000001", "model.part"]
+    Path("broken/model.part/unet/.tmpAb3dE6").write_bytes(b"half a file, as a kill leaves it")
     assert train_dreambooth.main(["--resume", "broken", "--device", "cpu"]) == 0
     assert sorted(p.name for p in Path("broken").glob("model*")) == ["model", "model-000001"]
+    assert not list(Path("broken").rglob(".tmp*"))
     frozen = tensors(Path("broken/model"))
     assert moved(base, frozen) == of("unet", base)
     argv[argv.index("broken")] = "peace"
