@@ -62,7 +62,7 @@ def main(argv=None):
         prior.read_prompts(Path(args.class_prompts), args.token)  # refuses before the model is opened
     if args.class_images and not args.class_phrase.strip():
         raise ValueError('--class-phrase is empty; name what the subject is one of, such as "a house"')
-    out = args.resume or cli.new_folder(args.out, "dreambooth", "model")
+    out = cli.run_folder(args, "dreambooth", "model")
 
     # 1. The base model
     sd = model.load(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction,
@@ -104,6 +104,7 @@ def main(argv=None):
     def save(path):
         dtype = torch.float32 if sd.dtype == torch.float32 else torch.float16
         aside = path.with_name(path.name + ".part")
+        shutil.rmtree(aside, ignore_errors=True)  # what a kill has left of it
         with contextlib.nullcontext() if args.freeze_text else inversion.folded(sd, rows, ids):
             checkpoint.save_folder(aside, sd.unet, sd.vae, sd.text.encoder, sd.text.tokenizer, sd.schedule, dtype)
         checkpoint.write_json(aside / "hanokdiff.json", {"token": args.token})
@@ -113,8 +114,9 @@ def main(argv=None):
     def preview():
         return sd.preview(args.token)
 
-    run = Run(out, learns, artefact="model", save=save, preview=preview,
-              **(cli.chores(args, sd, shots, unseen) | {"lr": rates}))  # fmt: skip
+    chores = cli.chores(args, sd, shots, unseen) | {"lr": rates}
+    chores["config"]["class_pictures"] = class_shots and class_shots.hash  # to notice, on resume, that one was edited
+    run = Run(out, learns, artefact="model", save=save, preview=preview, **chores)
     if several.RANK == 0 and not (out / "class.json").exists():  # a resumed run has drawn nothing itself
         checkpoint.write_json(out / "class.json", {"pictures": args.class_images, "seconds": round(seconds, 3)})
 

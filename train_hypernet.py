@@ -47,7 +47,7 @@ def main(argv=None):
         raise ValueError(f"--dropout is {args.dropout:g}, but must be a number from 0 to below 1")
     if args.dropout and len(args.layers) == 2:
         raise ValueError("--dropout needs an inner layer to leave something out of, such as --layers 1 2 1")
-    out = args.resume or cli.new_folder(args.out, "hypernet", "hypernet.pt")
+    out = cli.run_folder(args, "hypernet", "hypernet.pt")
     dropout = (0.0, *[args.dropout] * (len(args.layers) - 2), 0.0) if args.dropout else ()
     spec = hypernet.Spec(tuple(args.layers), args.activation, args.layer_norm, dropout)
 
@@ -62,6 +62,7 @@ def main(argv=None):
     for name, pair in hyper.pairs.items():
         for f, side in zip(pair, "KV", strict=True):
             f.start((args.seed, "hypernet", name, side))
+    hyper.eval()  # dropout while it learns, not while one looks at it
     learns = dict(hyper.named_parameters())
     print(f"learns: networks for widths {', '.join(hyper.pairs)}, {sum(p.numel() for p in learns.values()):,} numbers")
 
@@ -89,7 +90,7 @@ def main(argv=None):
         latents, prompts = shots[batch]                          # (B, 4, h, w), [B]
         context = sd.text(prompts)                               # (B, 77, D)
         torch.manual_seed(stream(args.seed, batch.step, batch.slots.start, "dropout").initial_seed())
-        hyper.train()                                            # dropout while it learns, not while one looks at it
+        hyper.train()
         run.update(loss.denoising(sd, latents, context, batch, args.min_snr))
         hyper.eval()
 

@@ -39,7 +39,7 @@ def main(argv=None):
     args = options().parse(argv)
     args.alpha = args.rank if args.alpha is None else args.alpha
     cli.check_training(args)
-    out = args.resume or cli.new_folder(args.out, "lora", "lora.safetensors")
+    out = cli.run_folder(args, "lora", "lora.safetensors")
 
     # 1. The base model, frozen
     sd = model.load(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)

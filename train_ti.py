@@ -42,7 +42,7 @@ def options():
 def main(argv=None):
     args = options().parse(argv)
     cli.check_training(args)
-    out = args.resume or cli.new_folder(args.out, "ti", "embedding.safetensors")
+    out = cli.run_folder(args, "ti", "embedding.safetensors")
 
     # 1. The base model, frozen
     sd = model.load(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)

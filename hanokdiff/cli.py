@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from hanokdiff import checkpoint, data, inversion, lean, loss, model, several
+from hanokdiff import checkpoint, data, inversion, lean, loss, model, run, several
 from hanokdiff.options import Options
 
 SMALLER = ("--micro-batch", "--batch-size", "--resolution", "--size", "--beams")  # what takes less memory
@@ -118,22 +118,34 @@ class Parser(Options):
     def parse(self, argv=None) -> argparse.Namespace:
         """The options, with the model's column filled in; with --resume, those that the run was started with."""
         args = self.parse_args(argv)
+        if args.force and args.resume is None:
+            raise ValueError("--force is for other options on --resume; a new run takes any: leave it out")
         if args.resume is not None:
-            given = [k for k, v in vars(args).items() if k not in ("resume", "device") and v != self.get_default(k)]
-            if given:
-                option = given[0].replace("_", "-")
-                raise ValueError(f"--resume goes on with the run's own options; leave out --{option}")
             if not (args.resume / "config.json").is_file():
                 raise ValueError(f"--resume {args.resume}: no run was started there (it has no config.json)")
             config = checkpoint.read_json(args.resume / "config.json")
             known = {k: v for k, v in config.items() if hasattr(args, k) and k not in ("resume", "device")}
             self.check_types(known, args.resume / "config.json")
-            args = argparse.Namespace(**{**vars(args), **known, "out": args.resume})
+            given = self.given(argv)
+            if "out" in given:
+                raise ValueError(f"--resume goes on in its own folder, {args.resume}; leave out --out")
+            told = run.differences(config, {k: str(v) if isinstance(v, Path) else v for k, v in given.items()})
+            if told and not args.force:
+                options = ", ".join(f"--{t.partition(' ')[0].replace('_', '-')} ({t.partition(' ')[2]})" for t in told)
+                raise ValueError(f"--resume goes on with the run's own options; leave out {options}, or accept that "
+                                 "with --force")  # fmt: skip
+            args = argparse.Namespace(**{**vars(args), **known, **given, "out": args.resume})
         column = self.columns["tiny" if args.model == "tiny" else "sd"]
         for key, value in column.items():
             if getattr(args, key) is None:
                 setattr(args, key, value)
         return args
+
+    def given(self, argv) -> dict:
+        """The options that are on the command line, whatever their defaults."""
+        unset = object()
+        args = self.parse_args(argv, argparse.Namespace(**{a.dest: unset for a in self._actions}))
+        return {k: v for k, v in vars(args).items() if v is not unset and k not in ("resume", "force", "device")}
 
     def check_types(self, known: dict, file: Path) -> None:
         """Whether options that were read from a file are of the types that the command line would have given them."""
@@ -184,6 +196,7 @@ def training_parser(doc: str, defaults: dict[str, dict]) -> tuple[Parser, Callab
     o(out, "--save-every", "steps between saved states and files, 0 for none", type=int)
     o(out, "--preview-every", "steps between preview pictures, 0 for none", type=int)
     o(out, "--resume", "go on with the run in this folder", type=Path, metavar="FOLDER")
+    o(out, "--force", "with --resume: accept other options and changed photos, and say which", action="store_true")
     return p, functools.partial(o, p.add_argument_group("the method"))
 
 
@@ -220,8 +233,15 @@ def check_training(args) -> None:
         data.photo_files(Path(args.data))  # no folder of photos is refused before a model is opened
 
 
-def new_folder(out: Path | None, method: str, artefact: str) -> Path:
-    """A run's folder: the named one if nothing ran there, else runs/METHOD, runs/METHOD-2, ..."""
+def run_folder(args: argparse.Namespace, method: str, artefact: str) -> Path:
+    """The folder to resume in; else the named one if nothing ran there, else runs/METHOD, runs/METHOD-2, ..."""
+    out = args.resume or args.out
+    if args.resume:
+        if (out / artefact).exists():  # it is written last, and takes its name when it is whole
+            for file in (out / "state").glob("[0-9]*.pt*"):  # a kill right after that has left them
+                file.unlink(missing_ok=True)
+            raise ValueError(f"{out} holds a finished run ({artefact}): there is nothing to resume")
+        return out
     if out is None:
         out = free_folder(Path("runs") / method)
     if (out / artefact).exists():
@@ -257,14 +277,14 @@ def chores(args: argparse.Namespace, sd, shots: data.Shots, unseen: list[data.Ph
         others = data.Shots(sd.vae, [p.image for p in unseen], captions, device=sd.device)
         held_out = functools.partial(loss.unseen, sd, others)
     about = config(args, shots) | {"held_out_photos": [p.name for p in unseen]}
-    more = {"config": about, "resume": args.resume is not None, "held_out": held_out}
+    more = {"config": about, "resume": args.resume is not None, "force": args.force, "held_out": held_out}
     return {k: getattr(args, k) for k in same} | more
 
 
 def config(args: argparse.Namespace, shots) -> dict:
     """The options as they go into config.json, and a hash of the photos and captions."""
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    return {**{k: v for k, v in plain.items() if k not in ("resume", "out")}, "photos": shots.hash}
+    return {**{k: v for k, v in plain.items() if k not in ("resume", "force", "out")}, "photos": shots.hash}
 
 
 def check_resolution(resolution: int | None, sd) -> int:

@@ -57,15 +57,16 @@ def pictures(sd, texts: list[str], n: int, resolution: int, seed: int, root: Pat
     cli.make_folder(folder, "the class pictures' folder")
     key = [hashlib.sha256(f"{t} {seed + i} {resolution}".encode()).hexdigest()[:16] for i, t in enumerate(texts)]
     files = [folder / f"{k}.png" for k in key]
-    todo = [i for i, file in enumerate(files) if not file.exists()]
-    words, at_once = [escape(texts[i]) for i in todo], 32 if resolution <= 64 else 4
-    parts = list(sd.batches(words, at_once))
+    words, at_once = [escape(t) for t in texts], 32 if resolution <= 64 else 4
+    # always in the same batches, whose company moves a picture by a grey level: stopped or not, it is the same picture
+    todo = {i for i, file in enumerate(files) if not file.exists()}
+    parts = [part for part in sd.batches(words, at_once) if todo & set(part)]
     for part in tqdm(parts, "class pictures", unit="batch", leave=False, disable=None):
-        seeds = [seed + todo[k] for k in part]
-        drawn = sd.draw([words[k] for k in part], seeds, at_once, size=(resolution, resolution))
-        for i, picture in zip((todo[k] for k in part), drawn, strict=True):
-            with checkpoint.replacing(files[i]) as aside:
-                picture.save(aside, "png")
+        drawn = sd.draw([words[i] for i in part], [seed + i for i in part], at_once, size=(resolution, resolution))
+        for i, picture in zip(part, drawn, strict=True):
+            if i in todo:
+                with checkpoint.replacing(files[i]) as aside:
+                    picture.save(aside, "png")
     seconds = time.perf_counter() - start
     print(f"class: {n} pictures such as \"{texts[0]}\", {len(todo)} drawn in {seconds:.1f} s, the others from {folder}")
     return [read(file) for file in files], texts, seconds

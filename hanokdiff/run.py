@@ -15,6 +15,7 @@ import math
 import signal
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,6 +84,7 @@ class Run:
     watch          more figures for each line of the log, {name: number}
     held_out       loss of photos that are not learnt from; logged at the start and LOOKS times along the way
     config         what the run was started with: stored in config.json, compared on resume
+    force          on resume, take another config than the folder's, as long as the tensors fit
     """
 
     CLIP = 1.0  # gradient norm
@@ -93,14 +95,14 @@ class Run:
         self, out: Path, learns: dict[str, nn.Parameter], *, steps: int, batch_size: int, lr: float | dict[str, float],
         save: Callable, artefact: str, config: dict, micro_batch: int = 0, seed: int = 0, weight_decay: float = 0.01,
         save_every: int = 0, preview: Callable | None = None, preview_every: int = 0, watch: Callable | None = None,
-        held_out: Callable | None = None, resume: bool = False,
+        held_out: Callable | None = None, resume: bool = False, force: bool = False,
     ):  # fmt: skip
         lrs = lr if isinstance(lr, dict) else {"": lr}
         self.out, self.learns, self.steps, self.batch_size = out, learns, steps, batch_size
         self.lr = next(iter(lrs.values()))  # the first of several is the one to log; the others keep their distance
         self.micro_batch, self.seed, self.slots = micro_batch or batch_size, seed, several.share(batch_size)
         if several.RANK:  # the first process looks, draws and saves; the others wait for it in their next step
-            save_every, preview, held_out, watch = 0, None, None, None
+            save, preview, held_out, watch = lambda path: None, None, None, None
         self.save, self.save_every, self.artefact = save, save_every, artefact
         self.preview, self.preview_every, self.config = preview, preview_every, config
         self.watch, self.held_out = watch, held_out
@@ -111,20 +113,28 @@ class Run:
         assert sum(len(g["params"]) for g in groups) == len(learns), f"learning rates {lrs} do not cover what learns"
         self.optimizer = torch.optim.AdamW(groups, self.lr, weight_decay=weight_decay, fused=True)
         self.step, self.seconds, self.lowered = 0, 0.0, 1.0
+        self.state: Path | None = None  # the newest that was written, or gone on from
         device = self.parameters[0].device
         self.loss, self.norm, self.bad = (torch.zeros((), device=device) for _ in range(3))  # since the last log point
         self.step_loss = torch.zeros((), device=device)
         self.interrupted = False
+        other = not resume or self._check_config(force)
         if resume:
-            self._check_config()
             self._load_state()
-        elif several.RANK == 0:
+            for file in out.glob(".tmp??????"):  # where safetensors writes before it renames: a kill has left it
+                file.unlink(missing_ok=True)
+        if several.RANK == 0:
             out.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_json(out / "config.json", config)
-            (out / "log.jsonl").unlink(missing_ok=True)
+            if not self.step:  # what lies there is of no run, or of one that had not come to its first state
+                (out / "log.jsonl").unlink(missing_ok=True)
+                self._delete_states()
+            if other:
+                checkpoint.write_json(out / "config.json", config)
         rates = ", ".join(f"{value:g} {prefix}".strip() for prefix, value in lrs.items())
         among = f" in {several.COUNT} processes" if several.COUNT > 1 else ""
-        print(f"{steps} steps of {batch_size}{among} at learning rate {rates}, then {out / artefact}")
+        size = 12 * sum(p.numel() for p in self.parameters)  # fp32, and AdamW's two moments
+        disk = f"; 2 states of {size / 1e6:,.1f} MB on disk until then" if save_every else ""
+        print(f"{steps} steps of {batch_size}{among} at learning rate {rates}, then {out / artefact}{disk}")
 
     # ---------------------------------------------------------------------------------------------- the iterator
 
@@ -135,6 +145,8 @@ class Run:
         try:
             if self.held_out and not self.step:
                 self._look()
+            if self._preview_is_due() and not self._preview_file.exists():  # killed after the state, before the picture
+                self._preview()
             while self.step < self.steps:
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.rate(self.step) * group["share"]
@@ -184,24 +196,34 @@ class Run:
         self.step += 1
         self.bar.update()
         last = self.step == self.steps
+        saves = self.save_every and self.step % self.save_every == 0 and not last and not bad.item()
+        stops = several.any_of(self.interrupted) and not last
         if self.step % self.LOG_EVERY == 0 or last:
-            self._log()
+            bad_steps, count = self._log()
+            if bad_steps > count // 2:
+                return self._diverged("the loss is no longer finite")
+        if (saves or stops or last) and not self._finite():
+            return self._diverged("what was learnt is no longer finite")
         if self.held_out and (self.step * self.LOOKS // self.steps > (self.step - 1) * self.LOOKS // self.steps):
             self._look()
-        if self.save_every and self.step % self.save_every == 0 and not last and not bad.item():
+        if saves:
             self.save(self.out / f"{Path(self.artefact).stem}-{self.step:06d}{Path(self.artefact).suffix}")
+        if saves or stops:
             self.save_state()
-        if self.preview and self.preview_every and (self.step % self.preview_every == 0 or last):
+        if self._preview_is_due():
             self._preview()
-        if several.any_of(self.interrupted) and not last:
-            self.save_state()
+        if stops:
             self.bar.close()
             several.wait()  # torchrun ends all of them when one ends
             print(f"stopped at step {self.step} of {self.steps}; go on with --resume {self.out}")
             raise SystemExit(130)
 
-    def _log(self) -> None:
-        """The one place where the host waits for the device: every 10 steps."""
+    def _finite(self) -> bool:
+        """Whether all that learns is; by its largest number, in one look for all tensors."""
+        return bool(torch.isfinite(nn.utils.get_total_norm([p.detach() for p in self.parameters], math.inf)))
+
+    def _log(self) -> tuple[int, int]:
+        """The one place where the host waits for the device: every 10 steps. Returns how many of how many were bad."""
         count = (self.step - 1) % self.LOG_EVERY + 1
         bad = int(self.bad.item())
         good = max(1, count - bad)
@@ -218,8 +240,7 @@ class Run:
         self.bar.set_postfix(loss="not finite" if loss is None else f"{loss:.4f}", refresh=False)
         for total in (self.loss, self.norm, self.bad):
             total.zero_()
-        if bad > count // 2:
-            self._diverged()
+        return bad, count
 
     def _write(self, row: dict) -> None:
         if several.RANK:
@@ -232,19 +253,28 @@ class Run:
         self._write({"step": self.step, "held_out": round(value, 6) if math.isfinite(value) else None})
         self.clock += time.perf_counter() - start  # like a preview, not training time
 
+    def _preview_is_due(self) -> bool:
+        at = self.preview and self.preview_every and self.step
+        return bool(at) and (self.step % self.preview_every == 0 or self.step == self.steps)
+
+    @property
+    def _preview_file(self) -> Path:
+        return self.out / "previews" / f"{self.step:06d}.png"
+
     def _preview(self) -> None:
-        start, folder = time.perf_counter(), self.out / "previews"
-        folder.mkdir(exist_ok=True)
-        with checkpoint.replacing(folder / f"{self.step:06d}.png") as aside:
-            self.preview().save(aside, "png")
+        start, picture = time.perf_counter(), self.preview()
+        self._preview_file.parent.mkdir(exist_ok=True)
+        with checkpoint.replacing(self._preview_file) as aside:
+            picture.save(aside, "png")
         self.clock += time.perf_counter() - start  # previews are not training time
 
-    def _diverged(self) -> None:
-        """Most updates since the last look were not finite: go back once, at half the rate; then stop."""
-        if self.lowered < 1 or not self._state_file.exists():
-            kept = f"the last good state is in {self.out}" if self._state_file.exists() else "nothing was saved before"
-            raise ValueError(f"the loss is no longer finite at step {self.step}; {kept}; start again with a lower --lr "
-                             f"than {self.lr}")  # fmt: skip
+    def _diverged(self, what: str) -> None:
+        """Most updates since the last look, or a weight, are not finite: go back once, at half the rate; then stop."""
+        if self.lowered < 1 or not self._states():
+            kept, way = "nothing was saved before", "start again with"
+            if self._states():
+                kept, way = f"the last good state is in {self.out}", f"go on with --resume {self.out} --force and"
+            raise ValueError(f"{what} at step {self.step}; {kept}; {way} a lower --lr than {self.lr}")
         lowered = self.lowered / 2
         self._load_state()
         self.lowered = lowered
@@ -254,7 +284,7 @@ class Run:
     def _finish(self) -> None:
         if several.RANK == 0:
             self.save(self.out / self.artefact)
-            self._state_file.unlink(missing_ok=True)
+            self._delete_states()
         self.bar.close()
         print(f"{self.seconds:.1f} s of training, {self.steps / max(self.seconds, 1e-9):.1f} steps/s; "
               f"wrote {self.out / self.artefact}")  # fmt: skip
@@ -266,21 +296,29 @@ class Run:
 
     # --------------------------------------------------------------------------------------------------- its state
 
-    @property
-    def _state_file(self) -> Path:
-        return self.out / "state" / "last.pt"
+    def _states(self) -> list[Path]:
+        """The saved states, the newest first: each was written aside, synced and renamed, so none is half there."""
+        return sorted((self.out / "state").glob("[0-9]*.pt"), key=lambda f: (len(f.name), f.name), reverse=True)
+
+    def _delete_states(self, keep: Path | None = None) -> None:
+        for file in (self.out / "state").glob("[0-9]*.pt*"):  # with what a kill left half written
+            if file != keep:
+                file.unlink()
 
     def save_state(self) -> None:
-        """Everything a resumed run needs: what learns, the optimiser, the step. Written aside, synced, renamed."""
+        """Everything a resumed run needs: what learns, the optimiser, the step."""
         if several.RANK:
             return
-        self._state_file.parent.mkdir(exist_ok=True)
+        file = self.out / "state" / f"{self.step:06d}.pt"
+        file.parent.mkdir(exist_ok=True)
+        self._delete_states(keep=self.state)  # it and the new one: should the disk damage that, this is still there
         state = {"step": self.step, "seconds": self.seconds, "lowered": self.lowered,
                  "pending": [t.item() for t in (self.loss, self.norm, self.bad)],
                  "learns": {k: m.detach() for k, m in zip(self.learns, self.masters, strict=True)},
                  "optimizer": self.optimizer.state_dict()}  # fmt: skip
-        with checkpoint.replacing(self._state_file) as aside:
+        with checkpoint.replacing(file) as aside:
             torch.save(state, aside)
+        self.state = file
 
     def _take(self, state: dict) -> None:
         """All that a state holds, and nothing else."""
@@ -290,36 +328,46 @@ class Run:
             for (name, p), m in zip(self.learns.items(), self.masters, strict=True):
                 m.copy_(state["learns"][name])
                 p.copy_(m)
-        self.optimizer.load_state_dict(state["optimizer"])
+        # the moments are the state's; rates and decay are this run's, which --force may have changed
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state["optimizer"]["state"]})
         self.step, self.seconds, self.lowered = state["step"], state["seconds"], state["lowered"]
         for total, value in zip((self.loss, self.norm, self.bad), state["pending"], strict=True):
             total.fill_(value)
 
-    def _check_config(self) -> None:
-        before = checkpoint.read_json(self.out / "config.json")
-        for key, value in json.loads(json.dumps(self.config)).items():
-            if key != "device" and before.get(key) != value:
-                raise ValueError(f"{self.out}: {key} was {before.get(key)} and is now {value}: another run cannot go "
-                                 "on from there; start a new one without --resume")  # fmt: skip
+    def _check_config(self, force: bool) -> bool:
+        """Refuse to go on with anything else than before; with `force`, say what it is. Returns whether there is."""
+        told = "; ".join(differences(checkpoint.read_json(self.out / "config.json"), self.config))
+        if told and not force:
+            raise ValueError(f"{self.out}: {told}: another run cannot go on from there; undo that, accept it with "
+                             "--force, or start a new one without --resume")  # fmt: skip
+        if told:
+            print(f"--force: {told}; what was learnt until now was learnt with the former")
+        return bool(told)
 
     def _load_state(self) -> None:
-        if not self._state_file.exists():
-            if (self.out / self.artefact).exists():
-                raise ValueError(f"{self.out} holds a finished run ({self.artefact}): there is nothing to resume")
+        """The newest state that can be read."""
+        damage = ""
+        for file in self._states():
+            try:
+                state = read_state(file, self.parameters[0].device)
+                break
+            except ValueError as e:
+                damage = damage or str(e)
+                print(f"{e}; trying the one before it")
+        else:
+            if damage:
+                raise ValueError(f"{damage}, nor any before it; start again without --resume")
             print(f"{self.out} holds no saved state yet; starting from step 0")
-            if several.RANK == 0:
-                (self.out / "log.jsonl").unlink(missing_ok=True)
             return
-        try:
-            state = torch.load(self._state_file, map_location=self.parameters[0].device, weights_only=True)
-        except Exception as e:  # torch has an exception for each kind of damage
-            reason = str(e).split("\n")[0] or type(e).__name__
-            raise ValueError(f"{self._state_file} cannot be read ({reason}); start again without --resume") from None
         try:
             self._take(state)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as e:
-            raise ValueError(f"{self._state_file} belongs to other options than {self.out / 'config.json'} says, or is "
-                             f"no state at all ({type(e).__name__}); start again without --resume") from None
+            raise ValueError(f"{file} does not fit what learns with these options, or is no state at all "
+                             f"({type(e).__name__}); leave out the options that differ, or start again without --resume"
+                             ) from None  # fmt: skip
+        if self.step > self.steps:
+            raise ValueError(f"{file} is of step {self.step}, but --steps is {self.steps}; give at least {self.step}")
+        self.state = file
         log = self.out / "log.jsonl"
         if several.RANK == 0 and log.exists():  # lines after the saved step will be written again
             rows = [r for r in log.read_text("utf-8", "replace").splitlines() if step_of(r) <= self.step]
@@ -334,6 +382,27 @@ def master(p: nn.Parameter) -> nn.Parameter:
         return p
     p.master = getattr(p, "master", p).detach().to(p.device, torch.float32, copy=True)
     return nn.Parameter(p.master)
+
+
+def differences(before: dict, now: dict) -> list[str]:
+    """All that is other than a run's config.json says; but the device changes no run."""
+    now = json.loads(json.dumps(now))  # as it comes back from a file: lists for tuples
+    return [f"{k} was {str(before.get(k))[:60]} and is now {str(v)[:60]}" for k, v in now.items()
+            if k != "device" and before.get(k) != v]  # fmt: skip
+
+
+def read_state(file: Path, device) -> dict:
+    """A saved state; torch itself would not notice a flipped bit."""
+    try:
+        with zipfile.ZipFile(file) as z:
+            if broken := z.testzip():
+                raise ValueError(f"{broken} in it is not what was written")
+        return torch.load(file, map_location=device, weights_only=True)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # the file is not to blame
+    except Exception as e:  # torch has an exception for each kind of damage
+        reason = str(e).split("\n")[0] or type(e).__name__
+        raise ValueError(f"{file} cannot be read ({reason})") from None
 
 
 def step_of(line: str) -> float:

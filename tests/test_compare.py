@@ -6,10 +6,8 @@ import errno
 import json
 import math
 import os
-import random
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -18,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import kills
 import numpy as np
 import pytest
 from PIL import Image
@@ -314,23 +313,8 @@ def test_a_stopped_training_is_resumed(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_killed_at_random_moments(tmp_path):
     """SIGKILL, HANOKDIFF_KILLS times, wherever it is; then the same results as undisturbed, times aside."""
-    argv = [sys.executable, "-m", "hanokdiff.compare", *SMALL, *ONE, "--methods", "lora", "ti", "--steps", "12",
-            "--with", "all --save-every 4", "--out"]  # fmt: skip
-    home = {"env": {**os.environ, "PYTHONPATH": str(plan.SCRIPTS)}, "stdout": subprocess.DEVNULL}
-    moment = random.Random(7)
-    start = time.perf_counter()
-    subprocess.run([*argv, "whole"], check=True, **home)
-    longest, killed = time.perf_counter() - start, 0
-    for _ in range(int(os.environ.get("HANOKDIFF_KILLS", "10"))):
-        run = subprocess.Popen([*argv, "a"], **home)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            run.wait(moment.uniform(0, longest))
-        killed += run.poll() is None
-        run.kill()
-        run.wait()
-    subprocess.run([*argv, "a"], check=True, **home)
-    assert killed and results("a") == results("whole")
-    assert Path("a/images.csv").read_bytes() == Path("whole/images.csv").read_bytes()
+    tally = kills.killed("comparison", int(os.environ.get("HANOKDIFF_KILLS", "10")), tmp_path)
+    assert tally.kills and not tally.lost + tally.different, tally
 
 
 def test_a_disk_that_fills(here, tmp_path, monkeypatch, capsys):

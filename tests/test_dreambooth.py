@@ -207,6 +207,30 @@ def test_the_text_encoder_may_stop_and_a_run_go_on(sd1, photos, base):
     assert Path("again/class.json").read_text() == told and listing(Path("runs/class")) == pictures
 
 
+def test_edited_class_pictures_are_noticed(sd1, photos, base, capsys):
+    """Deleted ones are drawn again, the very same; with an edited one the run goes on only if told to."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(Run, "_finish", lambda run: (_ for _ in ()).throw(RuntimeError("the power went")))
+        train(sd1, photos, "edited", "--save-every", 1)
+    used = [f for f in Path("runs/class").rglob("*.png")]
+    before = listing(Path("runs/class"))
+    for file in used:
+        file.unlink()
+    resume = ["--resume", "edited", "--device", "cpu"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(Run, "_finish", lambda run: (_ for _ in ()).throw(RuntimeError("the power went")))
+        train_dreambooth.main(resume)
+    after = listing(Path("runs/class"))
+    assert after.items() <= before.items() and len(after) == 3
+    for name in after:
+        Image.new("RGB", (32, 32), "red").save(Path("runs/class") / name)
+    refused(train_dreambooth, resume, ("edited: class_pictures was", "is now", "--force"), capsys)
+    assert train_dreambooth.main([*resume, "--force"]) == 0
+    assert "--force: class_pictures was" in capsys.readouterr().out
+    for name, whole in before.items():  # the other tests' too
+        (Path("runs/class") / name).write_bytes(whole)
+
+
 def test_frozen_text_and_a_crash_while_the_model_is_written(sd1, photos, base, monkeypatch):
     """What is not whole does not stand under the model's name; the run goes on from its last state."""
     save, count = checkpoint.save_tokenizer, []
@@ -224,8 +248,10 @@ def test_frozen_text_and_a_crash_while_the_model_is_written(sd1, photos, base, m
         patch.setattr(checkpoint, "save_tokenizer", crash)
         train_dreambooth.main(argv)
     assert sorted(p.name for p in Path("broken").glob("model*")) == ["model-000001", "model.part"]
+    Path("broken/model.part/unet/.tmpAb3dE6").write_bytes(b"half a file, as a kill leaves it")
     assert train_dreambooth.main(["--resume", "broken", "--device", "cpu"]) == 0
     assert sorted(p.name for p in Path("broken").glob("model*")) == ["model", "model-000001"]
+    assert not list(Path("broken").rglob(".tmp*"))
     frozen = tensors(Path("broken/model"))
     assert moved(base, frozen) == of("unet", base)
     argv[argv.index("broken")] = "peace"
@@ -320,14 +346,16 @@ def test_class_pictures_are_drawn_once(painter, tmp_path):
     three, prompts, seconds = prior.pictures(painter, texts, 3, 32, 7, root)
     assert painter.drawn == [("a house", 7), (r"a house \(big\)", 8), (r"a house B\REAK", 9)] and seconds >= 0
     assert prompts == texts and all(p.size == (32, 32) for p in three)
-    seven, prompts, _ = prior.pictures(painter, texts, 7, 32, 7, root)  # more: only those that are missing
-    assert same(seven[:3], three) and prompts == [*texts, *texts, "a house"] and len(painter.drawn) == 3 + 4
+    seven, prompts, _ = prior.pictures(painter, texts, 7, 32, 7, root)  # more: what is there stays
+    assert same(seven[:3], three) and prompts == [*texts, *texts, "a house"] and len(painter.drawn) == 3 + 7
     assert not same(seven[:1], seven[3:4]) and painter.drawn[-1] == ("a house", 13)
     assert same(prior.pictures(painter, texts, 7, 32, 7, root)[0], seven)
-    assert same(prior.pictures(painter, texts, 2, 32, 7, root)[0], seven[:2]) and len(painter.drawn) == 7
+    assert same(prior.pictures(painter, texts, 2, 32, 7, root)[0], seven[:2]) and len(painter.drawn) == 10
     file = sorted(root.rglob("*.png"))[3]
     file.unlink()
-    assert same(prior.pictures(painter, texts, 7, 32, 7, root)[0], seven) and len(painter.drawn) == 8 and file.exists()
+    before = listing(root)
+    assert same(prior.pictures(painter, texts, 7, 32, 7, root)[0], seven) and len(painter.drawn) == 17
+    assert file.exists() and before.items() < listing(root).items()
     for change in (dict(seed=8), dict(resolution=40), dict(texts=["a barn"])):  # seed 8: its first two are there
         count = len(painter.drawn)
         options = {**dict(texts=texts[:1], n=1, resolution=32, seed=7, root=root), **change}

@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -230,7 +231,40 @@ def test_stopped_and_resumed(sd1, photos, tmp_path, capsys, monkeypatch):
     assert train_lora.main(["--resume", "a", "--device", "cpu"]) == 0
     whole, resumed = (load_file(tmp_path / d / "lora.safetensors") for d in ("whole", "a"))
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    monkeypatch.setattr(train_lora.model, "load", None)  # that is said before the model is loaded
     refused(train_lora, ["--resume", "a", "--device", "cpu"], ("finished run", "nothing to resume"), capsys)
+
+
+def test_resumed_with_force(sd1, photos, tmp_path, capsys, monkeypatch):
+    """All that differs is named, what is the same is not; if accepted, and if the tensors fit, it is used and kept."""
+    update, photos = train_lora.Run.update, shutil.copytree(photos, tmp_path / "photos")
+
+    def stop(run, losses):
+        update(run, losses)
+        run.interrupted = run.step == 1
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train_lora.Run, "update", stop)
+        train_lora.main(arguments(sd1, photos, "--out", "a", "--seed", "7"))
+    before = json.loads(Path("a/config.json").read_text())
+    resume = ["--resume", "a", "--device", "cpu"]
+    more = ["--steps", "4", "--seed", "0", "--rank", str(before["rank"])]  # the seed's default is another than before
+    refused(train_lora, [*resume, *more], ("leave out --steps (was 3 and is now 4), --seed (was 7 and is now 0), or",
+                                           "--force"), capsys)  # fmt: skip
+    refused(train_lora, [*resume, "--force", "--out", "b"], ("leave out --out",), capsys)
+    refused(train_lora, ["--force"], ("--force is for", "--resume"), capsys)
+    refused(train_lora, [*resume, "--force", "--rank", "7"], ("000002.pt does not fit", "leave out"), capsys)
+    assert json.loads(Path("a/config.json").read_text()) == before
+    (photos / "added.txt").write_text("a building with a roof")
+    world.photos(1)[0][0].save(photos / "added.png")
+    images = str(before["images"] + 1)
+    assert train_lora.main([*resume, *more, "--images", images, "--force"]) == 0
+    said = capsys.readouterr().out
+    for told in (f"images was {before['images']} and is now {images}", "steps was 3 and is now 4", "photos was"):
+        assert told in said, said
+    after = json.loads(Path("a/config.json").read_text())
+    assert {k for k in after if after[k] != before[k]} == {"steps", "seed", "images", "photos"}
+    assert lora.read(Path("a/lora.safetensors"))[1]["ss_steps"] == "4"
 
 
 # -------------------------------------------------------------------------------------------------- bad input
