@@ -279,9 +279,10 @@ class Shots:
         ways = [images, [ImageOps.mirror(image) for image in images]] if flip else [images]
         encoded = [encode(vae, way) for way in ways]
         self.mean, self.std = (torch.stack(t).to(device) for t in zip(*encoded))  # (1 or 2, N, 4, h, w)
-        good = torch.isfinite(self.mean + self.std).all(-1).all(-1).all(-1).all(0).tolist()
-        if wrong := [p for p, fine in zip(prompts, good, strict=True) if not fine]:  # fp16 ends at 65504
-            raise ValueError(f"of {len(wrong)} of {len(good)} pictures (such as {wrong[0]!r}) the autoencoder makes "
+        bad = (~torch.isfinite(self.mean + self.std)).flatten(2).any(-1).any(0)  # (N,)
+        wrong = [] if bad.is_meta else [p for p, b in zip(prompts, bad.tolist(), strict=True) if b]
+        if wrong:  # fp16 ends at 65504
+            raise ValueError(f"of {len(wrong)} of {len(images)} pictures (such as {wrong[0]!r}) the autoencoder makes "
                              "numbers that are not finite; try --dtype fp32")  # fmt: skip
 
     def __len__(self) -> int:
