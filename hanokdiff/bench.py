@@ -170,7 +170,7 @@ def contestants(args, work: str, only: str | None = None) -> dict[str, Iterator[
         peers = peer()
         for kind in peers.KINDS[work == "sample"]:
             if only in (None, kind):
-                out[kind] = peers.run(fresh(), work, kind, args.side, args.batch, *photos(args.side))
+                out[kind] = peers.run(fresh(), work, kind, args.side, args.batch, *photos(args.side), args.compile)
     return out
 
 
@@ -310,7 +310,7 @@ def main(argv=None):
     p.add_argument("--cap", type=float, help="GiB of GPU memory to get by with: 44 stands for a 48 GB card")
     p.add_argument("--memory", action="store_true", help="also the peak of each side, alone in a process")
     p.add_argument("--share", action="store_true", help="also the share of the fastest matrix product")
-    p.add_argument("--compile", action="store_true", help="ours compiled, and the peer at its best as well")
+    p.add_argument("--compile", action="store_true", help="ours block by block, and the peer at its best as a whole")
     p.add_argument("--checkpointing", action="store_true", help="ours with checkpointing")
     p.add_argument("--channels-last", action="store_true", help="ours with convolutions in that layout")
     p.add_argument("--json", type=Path, help="write the figures here too")

@@ -38,8 +38,10 @@ def pipeline(sd) -> StableDiffusionPipeline:
     return pipe.to(sd.device)
 
 
-def run(sd, work: str, kind: str, side: int, batch: int, images, captions) -> Iterator[None]:
+def run(sd, work: str, kind: str, side: int, batch: int, images, captions, compile: bool = False) -> Iterator[None]:
     pipe = pipeline(sd)
+    if compile and kind != "diffusers default":
+        pipe.unet.compile()
     if work == "sample":
         return sample(pipe, sd.dtype, side, batch)
     return train(pipe, work, kind.endswith("best"), sd.dtype, batch, images, captions)
@@ -97,7 +99,7 @@ def train(pipe, method: str, best: bool, dtype: torch.dtype, batch: int, images,
     with torch.no_grad(), autocast:
         words = text(ids)[0] if best and method == "lora" else None
     for step in range(10**9):
-        pick = torch.arange(step * batch, (step + 1) * batch) % len(images)
+        pick = torch.arange(step * batch, (step + 1) * batch, device=device) % len(images)
         with autocast:
             x = latents[pick] if best else encoded(pixels[pick])
             noise = torch.randn_like(x)
