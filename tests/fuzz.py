@@ -8,6 +8,7 @@ RLIMIT_AS, which a hang or a crash costs nothing but that child.
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import os
@@ -240,7 +241,7 @@ def bend(value, r: random.Random):
         return value
     if isinstance(value, int | float) and r.random() < 0.4:
         return r.choice([value * 2, -value, value + 1, value * 1000, value / 3, str(value), value * 10**6])
-    return r.choice(ODD)
+    return copy.deepcopy(r.choice(ODD))  # the next case may bend it
 
 
 def bend_json(raw: bytes, r: random.Random) -> bytes:
