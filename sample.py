@@ -195,6 +195,7 @@ def main(argv=None):
     sd.text.skip(args.clip_skip)
     apply(sd, args)
     if args.compile:
+        print("--compile: each block is compiled at its first step, which takes a minute or more")
         lean.compile(sd.unet)
     understood = reading and from_alert(args, sd, reading)
     if understood:

@@ -7,8 +7,8 @@
 
 Both sides have the same weights (random, but for the tiny world's), batch and precision and take turns in one process,
 a few steps each; the ratio is of their fastest steps (of their medians in brackets): a machine's other work slows some
-turns, never speeds one up. With --memory each side runs once more, alone in a process of its own. Images/s of sampling
-are steps of a picture.
+turns, never speeds one up. With --memory each side runs once more, alone in a process of its own. A step of "sample" is
+a whole batch of pictures; DreamBooth's pictures are its own and the class's together.
 Read next: hanokdiff/peers.py (the peers' loops), hanokdiff/budget.py (the same step counted, without a GPU).
 """
 
@@ -17,6 +17,7 @@ import io
 import multiprocessing
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -67,6 +68,11 @@ SIZES = {
 }  # fmt: skip
 
 
+def side(size: str) -> int:
+    """Of its pictures, in pixels."""
+    return 64 if size == "tiny" else SIZES[size].side
+
+
 def build(size: str, device: str, dtype: torch.dtype) -> StableDiffusion:
     """A model of this size with random weights, made on the device; "tiny" is the embedded one."""
     if size == "tiny":
@@ -89,8 +95,8 @@ def photos(side: int, n: int = 8) -> tuple[list[Image.Image], list[str]]:
     return images, [f"* {i} in the snow" for i in range(n)]
 
 
-def prepare(sd: StableDiffusion, method: str, side: int, batch: int) -> tuple[dict, Callable[[Batch], Tensor]]:
-    """What learns, and the losses of a batch, as train_METHOD.py has them."""
+def prepare(sd: StableDiffusion, method: str, side: int) -> tuple[dict, Callable[[Batch], Tensor]]:
+    """What learns, and the losses of a batch, as train_METHOD.py has them; LoRAs of rank 4, as in the peer's script."""
     images, captions = photos(side)
     sd.text.add_word("*")
     if method == "lora":
@@ -120,14 +126,18 @@ def prepare(sd: StableDiffusion, method: str, side: int, batch: int) -> tuple[di
 
 def train(sd: StableDiffusion, method: str, side: int, batch: int, folder: Path) -> Iterator[None]:
     """Our training, a step at a time, chores and all."""
-    learns, losses = prepare(sd, method, side, batch)
+    learns, losses = prepare(sd, method, side)
+    interrupt = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        run = Run(folder / "run", learns, steps=10**6, batch_size=batch, lr=1e-5, save=None, artefact="none", config={})
+        run = Run(folder / method, learns, steps=10**6, batch_size=batch, lr=1e-5, save=None, artefact="", config={})
         steps = iter(run)
-        first = next(steps)
-    for part in [first] + [None] * 10**6:
-        run.update(losses(part if part is not None else next(steps)))
+        part = next(steps)
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), interrupt, strict=True):
+        signal.signal(number, handler)  # nothing here is worth saving
+    while True:
+        run.update(losses(part))
         yield
+        part = next(steps)
 
 
 def sample(sd: StableDiffusion, side: int, batch: int) -> Iterator[None]:
@@ -148,8 +158,8 @@ def peer():
     return peers
 
 
-def contestants(args, work: str, only: str | None = None) -> dict[str, Iterator[None]]:
-    """name -> what does one step of the work at every next()."""
+def contestants(args, work: str, folder: Path, only: str | None = None) -> dict[str, Iterator[None]]:
+    """name -> what does one step of the work at every next(). What is written goes into `folder`."""
     dtype, out = model.choose(args.device, args.dtype)[1], {}
 
     def fresh():
@@ -159,7 +169,7 @@ def contestants(args, work: str, only: str | None = None) -> dict[str, Iterator[
         return sd
 
     if only in (None, "ours"):
-        sd, folder = fresh(), Path(tempfile.mkdtemp(prefix="hanokdiff-"))
+        sd = fresh()
         out["ours"] = sample(sd, args.side, args.batch) if work == "sample" else \
             train(sd, work, args.side, args.batch, folder)  # fmt: skip
         if args.compile:
@@ -198,9 +208,10 @@ def waiter(device: str) -> Callable:
 def alone(args, work: str, side: str, pipe) -> None:
     """In a process of its own: three steps, and the most memory they took."""
     limit(args)
-    steps = contestants(args, work, side)[side]
-    for _ in range(3):
-        next(steps)
+    with tempfile.TemporaryDirectory() as folder:
+        steps = contestants(args, work, Path(folder), side)[side]
+        for _ in range(3):
+            next(steps)
     if args.device.startswith("cuda"):
         pipe.send(torch.cuda.max_memory_allocated())
     else:  # getrusage would count what the parent had before this process became its own
@@ -263,17 +274,17 @@ def start(args) -> dict[str, list[float]]:
 
 def rows(args, work: str) -> list[dict]:
     """One row for each side."""
-    times = start(args) if work == "start" else race(contestants(args, work), args.rounds, args.turn,
-                                                     waiter(args.device))  # fmt: skip
-    pictures = {"start": 0, "sample": args.batch * STEPS}.get(work, args.batch)
-    operations, out = None, []
+    with tempfile.TemporaryDirectory() as folder:
+        times = start(args) if work == "start" else race(contestants(args, work, Path(folder)), args.rounds, args.turn,
+                                                         waiter(args.device))  # fmt: skip
+    pictures, operations, out = 0 if work == "start" else args.batch, None, []
     if args.share and work in TRAINED:
         from hanokdiff import budget
 
         operations = budget.step(work, args.size, args.batch, args.checkpointing)[0]
     for name, seconds in times.items():
         low, middle = min(seconds), statistics.median(seconds)
-        quartiles = statistics.quantiles([*seconds, middle], n=4)  # two at least
+        quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [low] * 3
         row = {"work": work, "side": name, "seconds_min": low, "seconds_median": middle,
                "seconds_spread": quartiles[2] - quartiles[0],
                "steps": len(seconds), "images_per_second": pictures / low,
@@ -292,8 +303,8 @@ def line(row: dict) -> str:
     rate = f"{row['images_per_second']:11.2f}" if row["images_per_second"] else " " * 11
     share = f"{row['share_of_limit']:6.0%}" if "share_of_limit" in row else " " * 6
     ratio = "" if row["side"] == "ours" else f"{row['ratio_min']:7.2f} ({row['ratio_median']:.2f})"
-    return (f"{row['work']:13}{row['side']:19}{1e3 * row['seconds_min']:10.1f}{1e3 * row['seconds_median']:10.1f}"
-            f"{1e3 * row['seconds_spread']:9.1f}{rate} {peak} {share} {ratio}")  # fmt: skip
+    return (f"{row['work']:13}{row['side']:18}{1e3 * row['seconds_min']:10.1f}{1e3 * row['seconds_median']:10.1f}"
+            f"{1e3 * row['seconds_spread']:10.1f}{rate} {peak} {share} {ratio}").rstrip()  # fmt: skip
 
 
 @cli.polite
@@ -318,30 +329,39 @@ def main(argv=None):
     if strange := [w for w in args.works if w not in WORKS]:
         raise ValueError(f"{strange[0]} is nothing to measure; choose of {', '.join(WORKS)}")
     for name in ("batch_size", "rounds", "turn"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be at least 1")
+        if getattr(args, name) is not None and not 1 <= getattr(args, name) <= 4096:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be from 1 to 4096")
+    if args.cap is not None and not 0 < args.cap < float("inf"):
+        raise ValueError(f"--cap is {args.cap:g}, but must be a number of GiB greater than 0")
+    if "start" in args.works and (args.size, args.batch_size) != ("tiny", None):
+        raise ValueError("start opens the embedded model and draws one picture; leave out --size and --batch-size")
+    if args.vs:
+        peer()
+    if args.json:
+        cli.check_folder(args.json.parent, "--json")
     device, dtype, why = model.choose(args.device, args.dtype)
-    args.device, tiny = str(device), args.size == "tiny"
-    args.batch = args.batch_size or (8 if tiny else SIZES[args.size].batch)
-    args.side = 64 if tiny else SIZES[args.size].side
+    if args.cap and device.type != "cuda":
+        raise ValueError(f"--cap is for a GPU, but the device is {device}; leave it out")
+    args.device, args.side = str(device), side(args.size)
+    args.batch = args.batch_size or (8 if args.size == "tiny" else SIZES[args.size].batch)
     limit(args)
     if args.share:
         args.share = fastest_product(args.device, dtype)
         print(f"the fastest matrix product here: {args.share / 1e12:.2f}e12 operations a second")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads on the CPU"
     print(f"{args.size}, {args.side} px, {args.batch} pictures a step; {name}, {why}; torch {torch.__version__}\n")
-    print(f"{'work':13}{'side':19}{'min ms':>10}{'median':>10}{'quartiles':>9}{'images/s':>11}  peak GiB  limit  "
-          "theirs / ours: min (median)")  # fmt: skip
-    done = []
+    peak, share = "peak GiB" if args.memory else "", "limit" if args.share else ""
+    print(f"{'work':13}{'side':18}{'min ms':>10}{'median':>10}{'spread':>10}{'images/s':>11} {peak:>9} {share:>6}"
+          + "  theirs / ours: min (median)" * bool(args.vs))  # fmt: skip
+    about = {"size": args.size, "side": args.side, "batch": args.batch, "device": name, "dtype": str(dtype),
+             "torch": torch.__version__, "cap": args.cap, "compile": args.compile,
+             "checkpointing": args.checkpointing, "rows": []}  # fmt: skip
     for work in args.works or WORKS[:-1]:
         for row in rows(args, work):
             print(line(row), flush=True)
-            done.append(row)
-    if args.json:
-        about = {"size": args.size, "side": args.side, "batch": args.batch, "device": name, "dtype": str(dtype),
-                 "torch": torch.__version__, "cap": args.cap, "compile": args.compile,
-                 "checkpointing": args.checkpointing}  # fmt: skip
-        checkpoint.write_json(args.json, {**about, "rows": done})
+            about["rows"].append(row)
+        if args.json:
+            checkpoint.write_json(args.json, about)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """What a training step costs, without a GPU: on the meta device tensors have shapes and no numbers.
 
-    python -m hanokdiff.budget                    the largest batch of each method on a 48 GB card, simulated
+    python -m hanokdiff.budget                    the largest batch of each method on a 48 GB card; a minute
 
 Counted are the operations of matrix products, convolutions and attention, and the bytes alive at every moment, of our
 own loops at the size of SD 1.5 (512 px, bf16). Not counted: what an allocator wastes, cuDNN's workspaces and CUDA's own
-memory, 1 to 2 GB together; so the limit is 44 GiB of a 48 GB card.
+memory, 1 to 2 GB together; so the limit is 44 GiB (47.2 GB) of a 48 GB card. Nor is the autoencoder (0.2 GB), which a
+step does not need. A photo is a picture in the step: DreamBooth's are its own and the class's together.
 """
 
 import math
@@ -113,7 +114,7 @@ def step(method: str, size: str = "sd15", batch: int = 1, checkpointing: bool = 
         sd = bench.build(size, "meta", torch.bfloat16)
         if checkpointing:
             lean.checkpoint(sd.unet)
-        learns, losses = bench.prepare(sd, method, bench.SIZES[size].side, batch)
+        learns, losses = bench.prepare(sd, method, bench.side(size))
         count = Count()
         weights = sum(p.nbytes for part in (sd.unet, sd.text.encoder) for p in part.parameters())
         half = sum(4 * p.numel() for p in learns.values() if p.dtype != torch.float32)
@@ -124,9 +125,12 @@ def step(method: str, size: str = "sd15", batch: int = 1, checkpointing: bool = 
 
 
 def largest(method: str, limit: int, checkpointing: bool) -> int:
-    """The most photos a step within `limit` bytes: from 16 on, memory grows by the same for each."""
-    (_, few, _), (_, more, _) = (step(method, batch=b, checkpointing=checkpointing) for b in (16, 32))
-    return 32 + int((limit - more) // ((more - few) / 16))
+    """The most photos a step within `limit` bytes, 0 for none. From 16 on, memory grows by the same for each."""
+    few, more = (step(method, batch=b, checkpointing=checkpointing)[1] for b in (16, 32))
+    most = 32 + int((limit - more) // ((more - few) / 16))
+    while 0 < most < 16 and step(method, batch=most, checkpointing=checkpointing)[1] > limit:
+        most -= 1
+    return max(0, most)
 
 
 @cli.polite
@@ -134,13 +138,15 @@ def main(argv=None):
     p = Options(description=__doc__)
     p.add_argument("--limit", type=float, default=LIMIT / 2**30, help="GiB (default: %(default)g)")
     args = p.parse_args(argv)
+    if not 0 < args.limit < float("inf"):
+        raise ValueError(f"--limit is {args.limit:g}, but must be a number of GiB greater than 0")
     print(f"SD 1.5 at 512 px in bf16, simulated on the meta device; largest batch within {args.limit:g} GiB\n")
-    print("| | operations a photo | resident | 1 photo | 8 | 32 | largest | with --checkpointing: 32 | largest |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| | operations a photo | resident | 1 photo | 4 | 8 | 32 | largest | with --checkpointing: 32 | largest |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     for method in bench.TRAINED:
-        (ops, one, resident), (_, eight, _), (_, many, _) = (step(method, batch=b) for b in (1, 8, 32))
+        (ops, one, resident), *more = (step(method, batch=b) for b in (1, 4, 8, 32))
         _, again, _ = step(method, batch=32, checkpointing=True)
-        gb = " | ".join(f"{n / 1e9:.1f} GB" for n in (resident, one, eight, many))
+        gb = " | ".join(f"{n / 1e9:.1f} GB" for n in (resident, one, *(peak for _, peak, _ in more)))
         most, twice = (largest(method, int(args.limit * 2**30), c) for c in (False, True))
         print(f"| {method} | {ops / 1e12:.2f}e12 | {gb} | {most} | {again / 1e9:.1f} GB | {twice} |", flush=True)
 

@@ -16,7 +16,8 @@ import torch
 from hanokdiff import checkpoint, data, inversion, lean, loss, model, run, several
 from hanokdiff.options import Options
 
-SMALLER = ("--micro-batch", "--batch-size", "--resolution", "--size", "--beams")  # what takes less memory
+SMALLER = ("--micro-batch 1", "--checkpointing", "a lower --batch-size", "a lower --resolution", "a smaller --size",
+           "a lower --beams")  # what takes less memory
 made: list[Path] = []  # folders that this command may have made, the outermost first
 
 
@@ -54,10 +55,11 @@ def out_of_memory(e: Exception) -> bool:
 
 
 def no_memory(e: Exception) -> str:
-    lower = [o for o in SMALLER if o in (Options.names or SMALLER)] or ["the number of pictures"]
+    names = Options.names or " ".join(SMALLER)
+    helps = [o for o in SMALLER if o[o.index("--") :].split()[0] in names] or ["fewer pictures"]
     reason = (str(e) or "no more of it").splitlines()[0].rstrip(".")
-    others = ", ".join(lower[:-1])
-    return f"out of memory ({reason}); lower {f'{others} or ' if others else ''}{lower[-1]}"
+    others = ", ".join(helps[:-1])
+    return f"out of memory ({reason}); try {f'{others} or ' if others else ''}{helps[-1]}"
 
 
 def make_folder(folder: Path, option: str = "--out") -> Path:
@@ -235,8 +237,11 @@ def check_training(args) -> None:
 
 def run_folder(args: argparse.Namespace, method: str, artefact: str) -> Path:
     """The folder to resume in; else the named one if nothing ran there, else runs/METHOD, runs/METHOD-2, ..."""
-    out = args.resume or args.out
+    out, args.method = args.resume or args.out, method
     if args.resume:
+        before = checkpoint.read_json(out / "config.json").get("method", method)
+        if before != method:
+            raise ValueError(f"{out} is a run of train_{before}.py; go on with that")
         if (out / artefact).exists():  # it is written last, and takes its name when it is whole
             for file in (out / "state").glob("[0-9]*.pt*"):  # a kill right after that has left them
                 file.unlink(missing_ok=True)
@@ -267,6 +272,7 @@ def free_folder(wanted: Path) -> Path:
 def chores(args: argparse.Namespace, sd, shots: data.Shots, unseen: list[data.Photo]) -> dict:
     """What every method tells its Run in the same way; `unseen` are the photos held out. The last thing before it."""
     if args.compile:
+        print("--compile: each block is compiled at its first step, which takes minutes")
         lean.compile(sd.unet)
     if args.checkpointing:
         lean.checkpoint(sd.unet)

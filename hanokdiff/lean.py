@@ -1,7 +1,7 @@
 """The same numbers for less memory: layers that keep less of the forward pass for the backward pass.
 
-Autograd keeps the inputs and outputs of every operation that asks for them. Of three of them a backward pass can do
-with less, and make the rest again for a few per cent more memory traffic and no matrix product:
+Autograd keeps what each operation asks for. Three of them can do with less, and make the rest again in the backward
+pass for a few per cent more memory traffic and no matrix product (on a GPU; see below for a CPU):
 
     norm_silu   silu(group_norm(x)): keeps x; torch keeps the normalised x as well
     geglu       a * gelu(b): keeps (a, b), one tensor; torch keeps gelu(b) as well
@@ -93,6 +93,7 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         learns = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         if saves(x) and not learns:
+            assert (self.dilation, self.groups, self.padding_mode) == ((1, 1), 1, "zeros"), "none here has others"
             return FrozenConv.apply(x, self.weight, self.bias, self.stride, self.padding)
         return super().forward(x)
 

@@ -76,11 +76,12 @@ def train(pipe, method: str, best: bool, dtype: torch.dtype, batch: int, images,
         for p in learns:  # cast_training_params
             p.data = p.data.float()
     else:
-        tokenizer.add_tokens(["*"])
-        text.resize_token_embeddings(max(len(tokenizer), text.config.vocab_size + 1))
+        tokenizer.add_tokens(["<hanok>"])
+        captions = [caption.replace("*", "<hanok>") for caption in captions]
+        text.resize_token_embeddings(max(len(tokenizer), text.config.vocab_size))
         unet.to(dtype)
         learns = list(text.get_input_embeddings().requires_grad_(True).parameters())
-        before, row = learns[0].data.clone(), learns[0].shape[0] - 1
+        before, row = learns[0].data.clone(), tokenizer.convert_tokens_to_ids("<hanok>")
         other = torch.ones(len(before), dtype=torch.bool)
         other[row] = False
     if best and device.type == "cuda":

@@ -312,13 +312,13 @@ def fused(page, out: Path, results: dict, summary: dict) -> None:
         tiles = [[[out / r["file"] for r in c["images"] if r["question"] == q["key"]][:4] for c in cells.values()]
                  for q in (split, literal)]  # fmt: skip
         words = f"Prompt {split['key']} with {at} photos: pseudo word split off, and left to the tokenizer."
-        image = chart.sheet(tiles, ["split", "as it is"], [NAMES[m] for m in cells])
+        image = chart.sheet(tiles, ["word cut out", "left in"], [NAMES[m] for m in cells])
         page.picture(image, out / "grids" / f"{split['key']}-both-ways.png", words)
         rows = []
         for m in cells:
             two = [find(summary, m, at, q["key"]) for q in (split, literal)]
             rows.append([NAMES[m], *(share(r[k]) for k in SHARES for r in two)])
-        page.table(["method", *(f"{n}, {how}" for n in names for how in ("split", "as it is"))], rows)
+        page.table(["method", *(f"{n}, {how}" for n in names for how in ("cut out", "left in"))], rows)
     page.say("""What this means for the paper that is repeated here: its prompt A is written in just this way, and
         the usual tools look the pseudo word up by its entry. If its pictures were drawn with such a tool, those for
         prompt A were asked for without the word that had been taught, and its Figure 3 shows how four models answer

@@ -26,6 +26,8 @@ from tqdm import tqdm
 
 from hanokdiff import checkpoint, several
 
+HARMLESS = ("device", "checkpointing", "compile", "save_every", "preview_every")  # options that change no result
+
 
 def stream(*key) -> torch.Generator:
     """A CPU generator that depends on the key and on nothing else. Hashed: a sum of seed and step would collide."""
@@ -121,6 +123,8 @@ class Run:
         other = not resume or self._check_config(force)
         if resume:
             self._load_state()
+            if other:
+                self.lowered = 1.0  # the rate that was asked for now, and another chance
             for file in out.glob(".tmp??????"):  # where safetensors writes before it renames: a kill has left it
                 file.unlink(missing_ok=True)
         if several.RANK == 0:
@@ -223,7 +227,8 @@ class Run:
         return bool(torch.isfinite(nn.utils.get_total_norm([p.detach() for p in self.parameters], math.inf)))
 
     def _log(self) -> tuple[int, int]:
-        """The one place where the host waits for the device: every 10 steps. Returns how many of how many were bad."""
+        """Between saves the one place where the host waits for the device: every 10 steps. Returns how many of how many
+        were bad."""
         count = (self.step - 1) % self.LOG_EVERY + 1
         bad = int(self.bad.item())
         good = max(1, count - bad)
@@ -274,7 +279,7 @@ class Run:
             kept, way = "nothing was saved before", "start again with"
             if self._states():
                 kept, way = f"the last good state is in {self.out}", f"go on with --resume {self.out} --force and"
-            raise ValueError(f"{what} at step {self.step}; {kept}; {way} a lower --lr than {self.lr}")
+            raise ValueError(f"{what} at step {self.step}; {kept}; {way} a lower --lr than {self.lr * self.lowered:g}")
         lowered = self.lowered / 2
         self._load_state()
         self.lowered = lowered
@@ -385,10 +390,10 @@ def master(p: nn.Parameter) -> nn.Parameter:
 
 
 def differences(before: dict, now: dict) -> list[str]:
-    """All that is other than a run's config.json says; but the device changes no run."""
+    """All that is other than a run's config.json says, of what can change a run."""
     now = json.loads(json.dumps(now))  # as it comes back from a file: lists for tuples
     return [f"{k} was {str(before.get(k))[:60]} and is now {str(v)[:60]}" for k, v in now.items()
-            if k != "device" and before.get(k) != v]  # fmt: skip
+            if k not in HARMLESS and before.get(k) != v]  # fmt: skip
 
 
 def read_state(file: Path, device) -> dict:

@@ -248,14 +248,14 @@ train_ti --resume photos
     runs/class/e1767c1eaa19/ab2fc9e4c032223e.png cannot be written (No space left on device); what was there
     before is unchanged
 [no GPU memory] train_lora
-    out of memory (CUDA out of memory. Tried to allocate 2.00 GiB); lower --micro-batch, --batch-size or
-    --resolution
+    out of memory (CUDA out of memory. Tried to allocate 2.00 GiB); try --micro-batch 1,
+    --checkpointing, a lower --batch-size or a lower --resolution
 [no GPU memory] train_dreambooth --class-images 1 --out new
-    out of memory (CUDA out of memory. Tried to allocate 2.00 GiB); lower --micro-batch, --batch-size or
-    --resolution
+    out of memory (CUDA out of memory. Tried to allocate 2.00 GiB); try --micro-batch 1,
+    --checkpointing, a lower --batch-size or a lower --resolution
 [no CPU memory] train_ti --out new/run
     out of memory ([enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes);
-    lower --micro-batch, --batch-size or --resolution
+    try --micro-batch 1, --checkpointing, a lower --batch-size or a lower --resolution
 # pictures
 sample
     nothing to draw: give a prompt, or --alert TEXT
@@ -349,7 +349,8 @@ sample --alert hello
 [full disk] sample "*" --steps 1 --out new/pictures
     new/pictures/00000-0.png cannot be written (No space left on device); what was there before is unchanged
 [no GPU memory] sample "*"
-    out of memory (CUDA out of memory. Tried to allocate 2.00 GiB); lower --batch-size or --size
+    out of memory (CUDA out of memory. Tried to allocate 2.00 GiB); try a lower --batch-size or a
+    smaller --size
 # scores
 clipscore
     the following arguments are required: IMAGE_OR_FOLDER; see --help

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import sample
 import train_lora
+import train_ti
 from hanokdiff import cli, lora, model
 from hanokdiff.tiny import world
 
@@ -233,6 +234,28 @@ def test_stopped_and_resumed(sd1, photos, tmp_path, capsys, monkeypatch):
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
     monkeypatch.setattr(train_lora.model, "load", None)  # that is said before the model is loaded
     refused(train_lora, ["--resume", "a", "--device", "cpu"], ("finished run", "nothing to resume"), capsys)
+
+
+def test_what_may_change_on_resume_and_whose_run_it_is(sd1, photos, capsys, monkeypatch):
+    """Options that change no result need no --force; another method's run is refused even with it, and unharmed."""
+    update = train_lora.Run.update
+
+    def stop(run, losses):
+        update(run, losses)
+        run.interrupted = run.step == 1
+
+    assert train_lora.main(arguments(sd1, photos, "--out", "whole")) == 0
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(train_lora.Run, "update", stop)
+        train_lora.main(arguments(sd1, photos, "--out", "a"))
+    before = {p: p.read_bytes() for p in Path("a").rglob("*") if p.is_file()}
+    for force in ([], ["--force"]):
+        refused(train_ti, ["--resume", "a", "--device", "cpu", *force], ("a is a run of train_lora.py; go on",), capsys)
+    assert {p: p.read_bytes() for p in Path("a").rglob("*") if p.is_file()} == before
+    more = ["--checkpointing", "--save-every", "1", "--preview-every", "2"]
+    assert train_lora.main(["--resume", "a", "--device", "cpu", *more]) == 0
+    a, whole = (load_file(f"{run}/lora.safetensors") for run in ("a", "whole"))
+    assert a.keys() == whole.keys() and all(torch.equal(a[k], whole[k]) for k in a)
 
 
 def test_resumed_with_force(sd1, photos, tmp_path, capsys, monkeypatch):
