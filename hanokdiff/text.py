@@ -57,8 +57,10 @@ ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.g
 class Embeddings(nn.Module):
     def __init__(self, c: TextConfig):
         super().__init__()
-        self.token_embedding = nn.Embedding(c.vocab_size, c.hidden_size)
-        self.position_embedding = nn.Embedding(c.max_position_embeddings, c.hidden_size)
+        # the numbers that nn.Embedding draws itself; but on the meta device that would import all of torch's compiler
+        words, places = torch.randn(c.vocab_size, c.hidden_size), torch.randn(c.max_position_embeddings, c.hidden_size)
+        self.token_embedding = nn.Embedding(c.vocab_size, c.hidden_size, _weight=words)
+        self.position_embedding = nn.Embedding(c.max_position_embeddings, c.hidden_size, _weight=places)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]

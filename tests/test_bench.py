@@ -151,3 +151,10 @@ def test_the_first_step_of_both(tmp_path):
     """What the start is timed to."""
     peers.first_step(str(model.TINY))
     assert next(model.load(say=None).sample(["a house"], [0])).shape == (1, 4, 16, 16)
+
+
+def test_a_start_imports_no_compiler():
+    """torch._dynamo takes most of a second, and something on the meta device may ask for it."""
+    code = ("import sys; from hanokdiff import model; next(model.load(say=None).sample(['a house'], [0]))\n"
+            "assert 'torch._dynamo' not in sys.modules")  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
