@@ -257,8 +257,6 @@ def start(args) -> dict[str, list[float]]:
     ours = "from hanokdiff import model; next(model.load(say=None).sample(['a house'], [0]))"
     theirs = f"from hanokdiff import peers; peers.first_step({str(model.TINY)!r})"
     times: dict[str, list[float]] = {}
-    if args.vs:
-        peer()
     for i in range(args.rounds + 1):  # the first fills the page cache
         for name, code in [("ours", ours)] + [("diffusers", theirs)] * bool(args.vs):
             begin = time.perf_counter()
@@ -338,7 +336,7 @@ def main(argv=None):
     if args.vs:
         peer()
     if args.json:
-        cli.check_folder(args.json.parent, "--json")
+        cli.make_folder(args.json.parent, "--json")
     device, dtype, why = model.choose(args.device, args.dtype)
     if args.cap and device.type != "cuda":
         raise ValueError(f"--cap is for a GPU, but the device is {device}; leave it out")

@@ -26,7 +26,7 @@ def polite(main: Callable) -> Callable:
     HANOKDIFF_DEBUG=1."""
 
     @functools.wraps(main)
-    def run(argv=None) -> int:
+    def politely(argv=None) -> int:
         warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
         if hasattr(sys.stdout, "reconfigure"):  # piped on Korean Windows it is cp949, which lacks most of Unicode
             sys.stdout.reconfigure(errors="backslashreplace")
@@ -45,7 +45,7 @@ def polite(main: Callable) -> Callable:
             print("stopped", file=sys.stderr)
             return 130
 
-    return run
+    return politely
 
 
 def out_of_memory(e: Exception) -> bool:

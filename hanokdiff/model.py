@@ -93,15 +93,13 @@ class StableDiffusion:
     def denoiser(self, context: Tensor, negative: Tensor | None, cfg: float) -> samplers.Denoise:
         """The network as a sampler wants it: (x, sigma, t) -> clean picture, guided and in x's own scale.
 
-        Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): out = un + cfg (cond - un), both halves in one
-        batch; `negative` (B, T, D) is the context to move away from, None switches guidance off."""
+        Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): out = un + cfg (cond - un), both in one call;
+        `negative` (B, T, D) is the context to move away from, None switches guidance off."""
         both = self.unet.read((context if negative is None else torch.cat([negative, context])).to(self.dtype))
 
         def denoise(x: Tensor, sigma: float, t: float) -> Tensor:
             c_in = (sigma**2 + 1) ** -0.5
-            inputs = (x * c_in).to(self.dtype)
-            inputs = inputs if negative is None else torch.cat([inputs, inputs])
-            out = self.unet(inputs, torch.full((1,), t, device=x.device), both).float()
+            out = self.unet((x * c_in).to(self.dtype), torch.full((1,), t, device=x.device), both).float()
             if negative is not None:
                 un, cond = out.chunk(2)
                 out = un + cfg * (cond - un)
@@ -217,8 +215,9 @@ def load(
     for part in (unet, vae, encoder):
         exact = [p.detach() for p in part.parameters()]
         part.to(dev, precision)
-        for p, full in zip(part.parameters(), exact, strict=True) if masters and precision != torch.float32 else ():
-            p.master = full
+        if masters and precision != torch.float32:
+            for p, full in zip(part.parameters(), exact, strict=True):
+                p.master = full
     if say:
         millions = sum(p.numel() for p in unet.parameters()) / 1e6
         say(f"model {model}: UNet of {millions:.1f} M parameters, {schedule.prediction_type}, "

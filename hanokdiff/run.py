@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from hanokdiff import checkpoint, several
 
-HARMLESS = ("device", "checkpointing", "compile", "save_every", "preview_every")  # options that change no result
+HARMLESS = ("device", "checkpointing", "compile", "save_every", "preview_every")  # change no result but by rounding
 
 
 def stream(*key) -> torch.Generator:

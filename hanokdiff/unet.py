@@ -106,7 +106,7 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
         h = self.conv1(norm_silu(self.norm1, x))                 # (B, cout, h, w)
         if temb is not None:
-            h = h + self.time_emb_proj(F.silu(temb))[:, :, None, None]
+            h = h + self.time_emb_proj(temb)[:, :, None, None]
         h = self.conv2(norm_silu(self.norm2, h))
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
 
@@ -155,6 +155,12 @@ class FeedForward(nn.Module):
         return self.net[2](self.net[0](x))
 
 
+def rows(x: Tensor, n: int) -> Tensor:
+    """(B, ...) -> (n, ...), n a multiple of B: guidance draws each picture with two texts, and until it meets the words
+    it is one and the same, computed once."""
+    return x if len(x) == n else x.repeat(n // len(x), *[1] * (x.dim() - 1))
+
+
 class TransformerBlock(nn.Module):
     """The picture looks at itself (attn1), then at the words (attn2), then thinks (ff)."""
 
@@ -167,7 +173,7 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, words: tuple[Tensor, Tensor]) -> Tensor:            # (B, N, C), attn2's `read`
         y = self.norm1(x)
-        x = x + self.attn1(y, self.attn1.read(y))
+        x = rows(x + self.attn1(y, self.attn1.read(y)), len(words[0]))
         x = x + self.attn2(self.norm2(x), words)
         return x + self.ff(self.norm3(x))
 
@@ -186,7 +192,7 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, words: tuple[Tensor, Tensor]) -> Tensor:
         def tokens(a):                                           # (B, C, h, w) -> (B, N, C)
-            return a.flatten(2).transpose(1, 2)
+            return a.flatten(2).transpose(1, 2).contiguous()     # or each norm and sum below would copy it
 
         def picture(a):                                          # and back
             return a.transpose(1, 2).unflatten(2, x.shape[-2:])
@@ -194,7 +200,7 @@ class SpatialTransformer(nn.Module):
         y = self.norm(x)
         y = self.proj_in(tokens(y)) if self.linear else tokens(self.proj_in(y))
         y = self.transformer_blocks[0](y, words)
-        return x + (picture(self.proj_out(y)) if self.linear else self.proj_out(picture(y)))
+        return rows(x, len(y)) + (picture(self.proj_out(y)) if self.linear else self.proj_out(picture(y)))
 
 
 class Resample(nn.Module):
@@ -234,6 +240,7 @@ class UNet(nn.Module):
     x (B, 4, h, w) noisy latents, t (B,) timesteps 0 to 999, context (B, T, D) from the text encoder -> (B, 4, h, w).
     h and w may be any size: going up, each level takes the size of the level that it mirrors.  In place of the context
     there may be what `read` made of it, and one t (1,) for all: a sampler's words stay, and its pictures share a time.
+    With k B rows of context, for guidance, the result has k B rows: all pictures with the first B texts, then the next.
     """
 
     def __init__(self, config: UNetConfig = UNetConfig()):
@@ -270,7 +277,8 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | list) -> Tensor:
         words = iter(self.read(context) if isinstance(context, Tensor) else context)
-        temb = self.time_embedding(timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype))  # (B, E)
+        temb = timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype)
+        temb = F.silu(self.time_embedding(temb))                 # (B, E), as every resnet wants it
         x = self.conv_in(x)                                      # (B, C0, h, w)
         skips = [x]
         for block in self.down_blocks:
@@ -287,7 +295,7 @@ class UNet(nn.Module):
 
         for block in self.up_blocks:
             for resnet, attend in block.layers():
-                x = resnet(torch.cat([x, skips.pop()], dim=1), temb)
+                x = resnet(torch.cat([x, rows(skips.pop(), len(x))], dim=1), temb)
                 x = attend(x, next(words)) if attend else x
             if hasattr(block, "upsamplers"):
                 x = block.upsamplers[0](x, size=skips[-1].shape[-2:])

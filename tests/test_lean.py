@@ -197,6 +197,19 @@ def test_the_words_may_be_read_first(sd1):
         assert (sd.unet(x, t[:1], read) - whole).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("sides", [2, 3])
+def test_several_texts_for_each_picture(reference, sides):
+    """What a guided step shares until it meets the words is computed once; the result is that of all rows apart."""
+    sd, seen = fresh(reference), []
+    x, context = normal(2, 4, 8, 8), normal(2 * sides, 77, sd.unet.config.cross_attention_dim, seed=3)
+    sd.unet.conv_in.register_forward_hook(lambda m, a, out: seen.append(len(out)))
+    with torch.no_grad():
+        whole = sd.unet(torch.cat([x] * sides), torch.tensor([500]), context)
+        once = sd.unet(x, torch.tensor([500]), context)
+    assert once.shape == whole.shape == (2 * sides, 4, 8, 8) and seen == [2 * sides, 2]
+    assert (once - whole).abs().max() < 1e-5 and (once[:2] - once[2:4]).abs().max() > 1e-2
+
+
 def test_blocks_are_compiled_each_alone(sd1, monkeypatch):
     """Through torch.compile's front, without its code generator, which takes minutes: no block (of every third) breaks
     in two, each shape has its own graph, and the numbers stay."""

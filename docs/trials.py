@@ -1,0 +1,77 @@
+"""The trials behind single figures of docs/LOG.md, section 13: two sides of one thing in turns, as in hanokdiff.bench.
+
+    python docs/trials.py lean      a frozen network's training step with lean.py's functions, over torch's own
+    python docs/trials.py packed    a sampler's step with convolution weights re-ordered once for oneDNN, over ours
+    python docs/trials.py inside    a sampler's step, over the network alone in it
+    python docs/trials.py shared    a guided step that draws what both texts share once, over one that draws it twice
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from hanokdiff import bench, lean, model
+
+
+def with_flag(steps, on: bool):
+    """A training whose every step has lean.py's functions switched on a CPU, or off."""
+    while True:
+        lean.ON_CPU = on
+        next(steps)
+        yield
+
+
+def network(sd, side: int, batch: int, twice: bool = False, steps: int = 1):
+    """The UNet alone, guided: `batch` pictures with two texts each; `twice` gives it the pictures twice as well."""
+    h = side // sd.vae.config.factor
+    x, words = torch.randn(batch, 4, h, h), torch.randn(2 * batch, 77, sd.unet.config.cross_attention_dim)
+    with torch.inference_mode():
+        words, x = sd.unet.read(words), torch.cat([x, x]) if twice else x
+    while True:
+        with torch.inference_mode():
+            for _ in range(steps):
+                sd.unet(x, torch.tensor([500.0]), words)
+        yield
+
+
+def pack(unet) -> None:
+    """What torch's compiler does: weights in oneDNN's own order, once for each shape that comes in."""
+    for m in (m for m in unet.modules() if isinstance(m, torch.nn.Conv2d)):
+        how, seen, inner = (m.padding, m.stride, m.dilation, m.groups), {}, torch.ops.mkldnn
+
+        def forward(x, m=m, how=how, seen=seen, inner=inner):
+            if x.shape not in seen:
+                seen[x.shape] = inner._reorder_convolution_weight(m.weight, *how, list(x.shape))
+            return inner._convolution_pointwise(x, seen[x.shape], m.bias, *how, "none", [], "")
+
+        m.forward = forward
+
+
+def sides(trial: str, size: str, folder: Path) -> dict:
+    def fresh():
+        return bench.build(size, "cpu", torch.float32)
+
+    side, batch = bench.side(size), 8 if size == "tiny" else bench.SIZES[size].batch
+    if trial == "lean":
+        return {name: with_flag(bench.train(fresh(), "lora", side, batch, folder / name), name == "lean")
+                for name in ("torch", "lean")}  # fmt: skip
+    if trial == "packed":
+        packed = fresh()
+        pack(packed.unet)
+        return {"ours": network(fresh(), side, 1), "packed": network(packed, side, 1)}
+    if trial == "inside":
+        alone = network(fresh(), side, 1, steps=bench.STEPS)
+        return {"the network": alone, "the sampler": bench.sample(fresh(), side, 1)}
+    return {"shared": network(fresh(), side, 1), "twice": network(fresh(), side, 1, twice=True)}
+
+
+if __name__ == "__main__":
+    model.keep_memory()
+    for size in ("overhead", "small", "tiny"):
+        with tempfile.TemporaryDirectory() as folder:
+            times = bench.race(sides(sys.argv[1], size, Path(folder)), 20, 2, lambda: None)
+        (first, a), (second, b) = ((name, min(seconds)) for name, seconds in times.items())
+        print(f"{size:9} {first} {1e3 * a:.1f} ms, {second} {1e3 * b:.1f} ms: {b / a:.3f}", flush=True)
