@@ -4,6 +4,7 @@
     python docs/trials.py packed    a sampler's step with convolution weights re-ordered once for oneDNN, over ours
     python docs/trials.py inside    a sampler's step, over the network alone in it
     python docs/trials.py shared    a guided step that draws what both texts share once, over one that draws it twice
+    python docs/trials.py even      a guided step that attends to 80 words, three of them masked, over one to 77
 """
 
 import sys
@@ -24,12 +25,14 @@ def with_flag(steps, on: bool):
         yield
 
 
-def network(sd, side: int, batch: int, twice: bool = False, steps: int = 1):
-    """The UNet alone, guided: `batch` pictures with two texts each; `twice` gives it the pictures twice as well."""
+def network(sd, side: int, batch: int, twice: bool = False, steps: int = 1, odd: bool = False):
+    """The UNet alone, guided: `batch` pictures with two texts each; `twice` gives it the pictures twice as well, `odd`
+    the words as they are."""
     h = side // sd.vae.config.factor
     x, words = torch.randn(batch, 4, h, h), torch.randn(2 * batch, 77, sd.unet.config.cross_attention_dim)
     with torch.inference_mode():
-        words, x = sd.unet.read(words), torch.cat([x, x]) if twice else x
+        x = torch.cat([x, x]) if twice else x
+        words = [listener.read(words) for listener in sd.unet.listeners] if odd else sd.unet.read(words)
     while True:
         with torch.inference_mode():
             for _ in range(steps):
@@ -65,6 +68,8 @@ def sides(trial: str, size: str, folder: Path) -> dict:
     if trial == "inside":
         alone = network(fresh(), side, 1, steps=bench.STEPS)
         return {"the network": alone, "the sampler": bench.sample(fresh(), side, 1)}
+    if trial == "even":
+        return {"even": network(fresh(), side, 1), "odd": network(fresh(), side, 1, odd=True)}
     return {"shared": network(fresh(), side, 1), "twice": network(fresh(), side, 1, twice=True)}
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hanokdiff import config as numbers
-from hanokdiff.lean import Conv2d, geglu, norm_silu
+from hanokdiff.lean import Conv2d, even, geglu, norm_silu
 
 
 @dataclass(frozen=True)
@@ -129,11 +129,11 @@ class Attention(nn.Module):
     def split(self, a: Tensor) -> Tensor:                        # (B, N, C) -> (B, heads, N, C / heads)
         return a.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def forward(self, x: Tensor, keys_values: tuple[Tensor, Tensor]) -> Tensor:      # (B, N, C), what `read` gave
-        q, k, v = self.split(self.to_q(x)), *keys_values
+    def forward(self, x: Tensor, read: tuple[Tensor, ...]) -> Tensor:                # (B, N, C), keys and values
+        qkv = self.split(self.to_q(x)), *read
         if self.upcast:
-            q, k, v = q.float(), k.float(), v.float()
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)     # (B, N, C)
+            qkv = [a.float() for a in qkv]
+        out = F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2)        # (B, N, C)
         return self.to_out[0](out.to(x.dtype))
 
 
@@ -171,7 +171,7 @@ class TransformerBlock(nn.Module):
         self.attn2 = Attention(width, c.cross_attention_dim, heads, c.upcast_attention)
         self.ff = FeedForward(width)
 
-    def forward(self, x: Tensor, words: tuple[Tensor, Tensor]) -> Tensor:            # (B, N, C), attn2's `read`
+    def forward(self, x: Tensor, words: tuple[Tensor, ...]) -> Tensor:               # (B, N, C), attn2's `read`
         y = self.norm1(x)
         x = rows(x + self.attn1(y, self.attn1.read(y)), len(words[0]))
         x = x + self.attn2(self.norm2(x), words)
@@ -190,7 +190,7 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, heads, c)])
         self.proj_out = project(width, width)
 
-    def forward(self, x: Tensor, words: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, words: tuple[Tensor, ...]) -> Tensor:
         def tokens(a):                                           # (B, C, h, w) -> (B, N, C)
             return a.flatten(2).transpose(1, 2).contiguous()     # or each norm and sum below would copy it
 
@@ -271,9 +271,9 @@ class UNet(nn.Module):
         self.conv_out = Conv2d(chans[0], c.out_channels, 3, padding=1)
         self.listeners = [m.attn2 for m in self.modules() if isinstance(m, TransformerBlock)]  # in order of their turn
 
-    def read(self, context: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def read(self, context: Tensor) -> list[tuple[Tensor, ...]]:
         """What each cross-attention hears of the words (B, T, D): the same at every step of a sampler."""
-        return [attention.read(context) for attention in self.listeners]
+        return [even(*attention.read(context)) for attention in self.listeners]
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | list) -> Tensor:
         words = iter(self.read(context) if isinstance(context, Tensor) else context)
