@@ -21,7 +21,7 @@ def test_both_sides_have_the_same_weights():
     pipe, x, t = peers.pipeline(sd), torch.randn(1, 4, 16, 16), torch.tensor([7])
     with torch.no_grad():
         words = sd.text(["a house"])
-        assert torch.equal(sd.unet(x, t, words), pipe.unet(x, t, words).sample)
+        assert (sd.unet(x, t, words) - pipe.unet(x, t, words).sample).abs().max() < 1e-5
         ids = pipe.tokenizer("a house", padding="max_length", max_length=77, return_tensors="pt").input_ids
         assert (pipe.text_encoder(ids)[0] - words).abs().max() < 1e-5
         assert (pipe.vae.decode(x).sample - sd.vae.decode(x * sd.vae.config.scaling_factor)).abs().max() < 1e-4
