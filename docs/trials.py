@@ -3,8 +3,8 @@
     python docs/trials.py lean      a frozen network's training step with lean.py's functions, over torch's own
     python docs/trials.py packed    a sampler's step with convolution weights re-ordered once for oneDNN, over ours
     python docs/trials.py inside    a sampler's step, over the network alone in it
-    python docs/trials.py shared    a guided step that draws what both texts share once, over one that draws it twice
-    python docs/trials.py even      a guided step that attends to 80 words, three of them masked, over one to 77
+    python docs/trials.py shared    a guided step that draws what both texts share twice, over one that draws it once
+    python docs/trials.py even      a guided step that attends to 77 words, over one to 80, three of them masked
 """
 
 import sys
@@ -70,6 +70,7 @@ def sides(trial: str, size: str, folder: Path) -> dict:
         return {"the network": alone, "the sampler": bench.sample(fresh(), side, 1)}
     if trial == "even":
         return {"even": network(fresh(), side, 1), "odd": network(fresh(), side, 1, odd=True)}
+    assert trial == "shared", f"no such trial: {trial}"
     return {"shared": network(fresh(), side, 1), "twice": network(fresh(), side, 1, twice=True)}
 
 

@@ -118,6 +118,8 @@ class StableDiffusion:
 
         `size` is (width, height) in pixels, both divisible by 8 (4 in the tiny world); default the model's own.
         `first` (1, 4, h, w), from `latents`, is a picture to begin with: the smaller `strength`, the more stays."""
+        if len(prompts) != len(seeds):
+            raise ValueError(f"{len(prompts)} prompts for {len(seeds)} seeds: each picture has one of both")
         cfg = self.cfg if cfg is None else cfg
         w, h = check_size(size or (self.resolution, self.resolution), self.vae.config.factor)
         shape = (self.unet.config.in_channels, h, w)

@@ -91,7 +91,8 @@ class TimeEmbedding(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions around a residual; between them the time embedding is added (the VAE has none)."""
+    """Two convolutions around a residual; between them the time is added, temb (B, E), which has been through SiLU (the
+    VAE has none)."""
 
     def __init__(self, cin: int, cout: int, time: int | None, groups: int, eps: float):
         super().__init__()
@@ -129,8 +130,9 @@ class Attention(nn.Module):
     def split(self, a: Tensor) -> Tensor:                        # (B, N, C) -> (B, heads, N, C / heads)
         return a.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def forward(self, x: Tensor, read: tuple[Tensor, ...]) -> Tensor:                # (B, N, C), keys and values
-        qkv = self.split(self.to_q(x)), *read
+    def forward(self, x: Tensor, heard: tuple[Tensor, ...]) -> Tensor:
+        """x (B, N, C); heard: keys, values and, where lean.even lengthened them, a mask -> (B, N, C)."""
+        qkv = self.split(self.to_q(x)), *heard
         if self.upcast:
             qkv = [a.float() for a in qkv]
         out = F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2)        # (B, N, C)
@@ -156,8 +158,10 @@ class FeedForward(nn.Module):
 
 
 def rows(x: Tensor, n: int) -> Tensor:
-    """(B, ...) -> (n, ...), n a multiple of B: guidance draws each picture with two texts, and until it meets the words
-    it is one and the same, computed once."""
+    """(B, ...) -> (n, ...), all B rows in order, then all again: guidance draws each picture with two texts, and until
+    it meets the words it is one and the same, computed once."""
+    if n % len(x):
+        raise ValueError(f"{n} texts for {len(x)} pictures: as many texts, or twice, three times as many")
     return x if len(x) == n else x.repeat(n // len(x), *[1] * (x.dim() - 1))
 
 
@@ -192,7 +196,7 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, words: tuple[Tensor, ...]) -> Tensor:
         def tokens(a):                                           # (B, C, h, w) -> (B, N, C)
-            return a.flatten(2).transpose(1, 2).contiguous()     # or each norm and sum below would copy it
+            return a.flatten(2).transpose(1, 2).contiguous()     # or each norm below would copy it
 
         def picture(a):                                          # and back
             return a.transpose(1, 2).unflatten(2, x.shape[-2:])
@@ -240,7 +244,8 @@ class UNet(nn.Module):
     x (B, 4, h, w) noisy latents, t (B,) timesteps 0 to 999, context (B, T, D) from the text encoder -> (B, 4, h, w).
     h and w may be any size: going up, each level takes the size of the level that it mirrors.  In place of the context
     there may be what `read` made of it, and one t (1,) for all: a sampler's words stay, and its pictures share a time.
-    With k B rows of context, for guidance, the result has k B rows: all pictures with the first B texts, then the next.
+    With that one t and k B rows of context, as guidance has them, the result has k B rows: all pictures with the first
+    B texts, then all with the next; from the first transformer on, read B below as k B.
     """
 
     def __init__(self, config: UNetConfig = UNetConfig()):
@@ -272,7 +277,8 @@ class UNet(nn.Module):
         self.listeners = [m.attn2 for m in self.modules() if isinstance(m, TransformerBlock)]  # in order of their turn
 
     def read(self, context: Tensor) -> list[tuple[Tensor, ...]]:
-        """What each cross-attention hears of the words (B, T, D): the same at every step of a sampler."""
+        """What each cross-attention hears of the words (B, T, D): the same at every step of a sampler. Keys and values,
+        on a CPU with a few masked words more (lean.even)."""
         return [even(*attention.read(context)) for attention in self.listeners]
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | list) -> Tensor:

@@ -1,4 +1,4 @@
-"""Layers that keep less: the same numbers to the bit as torch's own, forward and backward, and less kept."""
+"""Layers that keep less: the same numbers as torch's own, each to the bit, forward and backward, and less kept."""
 
 import pytest
 import torch
@@ -230,6 +230,17 @@ def test_several_texts_for_each_picture(reference, sides):
         once = sd.unet(x, torch.tensor([500]), context)
     assert once.shape == whole.shape == (2 * sides, 4, 8, 8) and seen == [2 * sides, 2]
     assert (once - whole).abs().max() < 1e-5 and (once[:2] - once[2:4]).abs().max() > 1e-2
+
+
+def test_texts_that_do_not_fit_the_pictures_are_refused(reference):
+    sd = fresh(reference)
+    width = sd.unet.config.cross_attention_dim
+    for pictures, texts in ((2, 1), (2, 3), (3, 2)):
+        with torch.no_grad(), pytest.raises(ValueError, match=f"{texts} texts for {pictures} pictures"):
+            sd.unet(normal(pictures, 4, 8, 8), torch.tensor([500]), normal(texts, 77, width))
+    for prompts, seeds in ((["a barn"], [0, 1]), (["a barn", "a tower"], [0])):
+        with pytest.raises(ValueError, match=f"{len(prompts)} prompts for {len(seeds)} seeds"):
+            next(sd.sample(prompts, seeds, steps=1))
 
 
 def test_blocks_are_compiled_each_alone(sd1, monkeypatch):
