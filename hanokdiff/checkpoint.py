@@ -72,7 +72,12 @@ def read_json(path: Path, most: int = 16 << 20) -> dict:
 
 def check_kind(folder: Path) -> None:
     """Whether a model folder is of Stable Diffusion 1 or 2, by the parts that model_index.json names."""
-    index = read_json(folder / "model_index.json")
+    index = folder / "model_index.json"
+    if not index.is_file():
+        inner = [file.parent for file in sorted(folder.glob("*/model_index.json"))]
+        raise ValueError(f"{index} is missing: not a model folder in the diffusers layout; name "
+                         f"{inner[0] if inner else 'the folder that holds it'}")  # fmt: skip
+    index = read_json(index)
     for part in ("text_encoder_2", "transformer", "prior"):
         if index.get(part) not in (None, [None, None]):
             raise ValueError(f"{folder} is a {str(index.get('_class_name'))[:60]}, a model with a {part} (such as SDXL "

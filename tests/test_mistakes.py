@@ -105,7 +105,7 @@ train_lora --model notes.safetensors --data photos
 train_ti --model empty.safetensors --data photos
     empty.safetensors cannot be read (it is empty); it is damaged or incomplete, fetch it again
 train_ti --model empty --data photos
-    empty/model_index.json is missing: not a complete model folder in the diffusers layout
+    empty/model_index.json is missing: not a model folder in the diffusers layout; name the folder that holds it
 train_lora --model no-unet --data photos
     no-unet/unet/config.json is missing: not a complete model folder in the diffusers layout
 train_lora --model no-tokenizer --data photos
@@ -333,7 +333,9 @@ sample "*" --model lora.safetensors
     model.diffusion_model.* (one is lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_k.alpha);
     a LoRA goes to sample.py as --lora FILE
 sample "*" --model finished
-    finished/model_index.json is missing: not a complete model folder in the diffusers layout
+    finished/model_index.json is missing: not a model folder in the diffusers layout; name the folder that holds it
+sample "*" --model dreambooth
+    dreambooth/model_index.json is missing: not a model folder in the diffusers layout; name dreambooth/model
 sample "a" "b" --out large.png
     --out large.png is a file; name a folder
 sample "*" --prompt a
@@ -494,7 +496,7 @@ convert tiny
 convert nowhere.safetensors a.safetensors
     no file at nowhere.safetensors
 convert photos a.safetensors
-    photos/model_index.json is missing: not a complete model folder in the diffusers layout
+    photos/model_index.json is missing: not a model folder in the diffusers layout; name the folder that holds it
 convert empty.pt a.pt
     empty.pt cannot be read (it is empty); it is damaged or incomplete, fetch it again
 convert sdxl.safetensors a
@@ -609,6 +611,8 @@ def write_models(root: Path) -> None:
     save_file({**tensors, "conv_in.weight": torch.ones(len(tensors["conv_in.weight"]), 9, 3, 3)}, weights)
     (root / "sdxl").mkdir()
     shutil.copy(model.TINY / "model_index.json", root / "sdxl")
+    (root / "dreambooth" / "model").mkdir(parents=True)
+    shutil.copy(model.TINY / "model_index.json", root / "dreambooth" / "model")
     second = ["transformers", "CLIPTextModelWithProjection"]
     edit(root / "sdxl" / "model_index.json", _class_name="StableDiffusionXLPipeline", text_encoder_2=second)
     copy_tiny(root / "future")
