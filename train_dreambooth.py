@@ -112,7 +112,7 @@ def main(argv=None):
         aside.rename(path)
 
     def preview():
-        return sd.preview(args.token)
+        return sd.preview(args.token, args.resolution)
 
     chores = cli.chores(args, sd, shots, unseen) | {"lr": rates}
     chores["config"]["class_pictures"] = class_shots and class_shots.hash  # to notice, on resume, that one was edited

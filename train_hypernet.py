@@ -79,7 +79,7 @@ def main(argv=None):
         hypernet.write(path, spec, hypernet.state(hyper), about)
 
     def preview():
-        return sd.preview(args.token)
+        return sd.preview(args.token, args.resolution)
 
     heard = sd.text(captions[:8])
     run = Run(out, learns, artefact="hypernet.pt", save=save, preview=preview,

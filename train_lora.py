@@ -65,7 +65,7 @@ def main(argv=None):
         lora.write(path, loras, lora.metadata(sd, name=path.stem, **vars(args)))
 
     def preview():
-        return sd.preview(args.token)
+        return sd.preview(args.token, args.resolution)
 
     run = Run(out, learns, artefact="lora.safetensors", save=save, preview=preview,
               **cli.chores(args, sd, shots, unseen))  # fmt: skip

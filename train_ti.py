@@ -66,7 +66,7 @@ def main(argv=None):
         inversion.write(path, args.token, rows.vectors(), {"step": run.step, "model": sd.name})
 
     def preview():
-        return sd.preview(args.token)
+        return sd.preview(args.token, args.resolution)
 
     usual = inversion.table(sd).float().norm(dim=1).mean().item()
     run = Run(out, {"rows": rows.rows}, artefact="embedding.safetensors", save=save, preview=preview, weight_decay=0.0,

@@ -157,9 +157,11 @@ class StableDiffusion:
             places = [i for i, n in enumerate(lengths) if n == length]
             yield from (places[k : k + size] for k in range(0, len(places), size))
 
-    def preview(self, word: str) -> Image.Image:
-        """What training shows along the way: the word, and whether it still goes with others."""
-        return grid(self.draw([word, f"{word} in the snow", f"{word} at night", f"{word} with trees"], range(4)), 4)
+    def preview(self, word: str, side: int) -> Image.Image:
+        """What training shows along the way, at the side in pixels that it trains at: the word, and whether it still
+        goes with others."""
+        prompts = [word, f"{word} in the snow", f"{word} at night", f"{word} with trees"]
+        return grid(self.draw(prompts, range(4), size=(side, side)), 4)
 
     @torch.inference_mode()
     def latents(self, picture: Image.Image) -> Tensor:

@@ -267,7 +267,10 @@ class Run:
         return self.out / "previews" / f"{self.step:06d}.png"
 
     def _preview(self) -> None:
-        start, picture = time.perf_counter(), self.preview()
+        start = time.perf_counter()
+        self.bar.set_description("drawing a preview")  # on a CPU, at the real size, it takes minutes
+        picture = self.preview()
+        self.bar.set_description(None)
         self._preview_file.parent.mkdir(exist_ok=True)
         with checkpoint.replacing(self._preview_file) as aside:
             picture.save(aside, "png")
