@@ -12,6 +12,7 @@ numbers, and two methods with one seed see the same photos, timesteps and noise.
 import hashlib
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -301,6 +302,8 @@ class Run:
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
+        if several.RANK == 0:  # not print: it may be in the middle of a line when a signal comes
+            os.write(2, b"\nstopping when this step is done and saved; once more stops at once\n")
 
     # --------------------------------------------------------------------------------------------------- its state
 

@@ -584,17 +584,32 @@ def test_previews_are_not_training_time(tmp_path):
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("at", [0, 7, 16])
-def test_stopped_and_resumed_to_the_bit(undisturbed, tmp_path, capsys, stop, at):
+def test_stopped_and_resumed_to_the_bit(undisturbed, tmp_path, capfd, stop, at):
     """After the step under way, also between two log points; the handlers are put back."""
     before = signal.getsignal(stop)
     with pytest.raises(SystemExit) as e:
         toy(tmp_path, each=lambda run, _: os.kill(os.getpid(), stop) if run.step == at else None)
     assert e.value.code == 130 and signal.getsignal(stop) is before
-    assert f"stopped at step {at + 1} of 24; go on with --resume {tmp_path}" in capsys.readouterr().out
+    told = capfd.readouterr()
+    assert f"stopped at step {at + 1} of 24; go on with --resume {tmp_path}" in told.out
+    assert told.err.count("\nstopping when this step is done and saved; once more stops at once\n") == 1
     assert not (tmp_path / "toy.safetensors").exists()
     assert apart(toy(tmp_path, resume=True), undisturbed.result) == 0
     assert rows(tmp_path) == undisturbed.rows
-    assert f"going on from step {at + 1} of 24" in capsys.readouterr().out
+    assert f"going on from step {at + 1} of 24" in capfd.readouterr().out
+
+
+def test_stopped_twice_stops_at_once(undisturbed, tmp_path):
+    """A preview may take minutes: who does not wait for it goes on from the last state."""
+    def twice(run, _):
+        if run.step == 15:
+            os.kill(os.getpid(), signal.SIGTERM), os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        toy(tmp_path, save_every=6, each=twice)
+    assert max(int(p.stem) for p in (tmp_path / "state").glob("*.pt")) == 12
+    assert apart(toy(tmp_path, save_every=6, resume=True), undisturbed.result) == 0
+    assert rows(tmp_path) == undisturbed.rows
 
 
 def test_a_crash_loses_only_what_came_after_the_last_state(undisturbed, tmp_path):
