@@ -70,11 +70,12 @@ def sides(trial: str, size: str, folder: Path) -> dict:
         return {"the network": alone, "the sampler": bench.sample(fresh(), side, 1)}
     if trial == "even":
         return {"even": network(fresh(), side, 1), "odd": network(fresh(), side, 1, odd=True)}
-    assert trial == "shared", f"no such trial: {trial}"
     return {"shared": network(fresh(), side, 1), "twice": network(fresh(), side, 1, twice=True)}
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] not in ([name] for name in ("lean", "packed", "inside", "shared", "even")):
+        sys.exit(__doc__)
     model.keep_memory()
     for size in ("overhead", "small", "tiny"):
         with tempfile.TemporaryDirectory() as folder:

@@ -102,8 +102,8 @@ class Conv2d(nn.Conv2d):
 
 def even(k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     """Keys and values (B, heads, T, d), on a CPU lengthened to 16, 32, 48... words, and a mask (1, 1, 1, T') over what
-    was added: torch's kernel there takes 13 words that fill no vector of 16 one by one, and attends to 80 in 2/3 to 3/4
-    of the time of 77 (with AVX2, vectors of 8, in 6/7)."""
+    was added: torch's kernel there works in vectors of 16 or 8 and takes what fills none of them one by one, which
+    costs more than three words too many (docs/trials.py even)."""
     more = -k.shape[2] % 16
     if not (k.is_cpu and more):
         return k, v
