@@ -19,7 +19,8 @@ real ones that no training saw; the paper's are captions, so its RefCLIPScores a
 
 CLIPScore is blind to quality, reads a bag of words, and has a scale of its own per model: compare only under one
 scorer.  A pseudo word means nothing to it: --replace-token "*" "a hanok".
-Read next: hanokdiff/score.py (where it is computed), hanokdiff/compare.py (the experiment that uses it).
+Read next: hanokdiff/scoring/clip.py (where it is computed), hanokdiff/compare/__main__.py (the experiment that uses
+it).
 """
 
 import csv
@@ -35,9 +36,12 @@ from statistics import fmean
 import torch
 from PIL import Image
 
-from hanokdiff import checkpoint, cli, data, score
+from hanokdiff.formats import folder as checkpoint
+from hanokdiff.models.tokens import contains, word_pattern
 from hanokdiff.options import Options
-from hanokdiff.text import contains, word_pattern
+from hanokdiff.scoring import clip as score
+from hanokdiff.training import args as cli
+from hanokdiff.training import dataset as data
 
 INTERVAL = "95 %, Student's t for means and differences, Wilson's for shares; pictures only, no other training"
 

@@ -9,7 +9,8 @@
 
 Writes runs/samples/00000-0.png ... (number, seed), each with the WebUI's "parameters" text, and grid.png with --grid.
 A drill, an all-clear and whatever names no disaster are refused by --alert: nothing is drawn, exit code 2.
-Read next: hanokdiff/samplers.py (the step), hanokdiff/model.py (guidance), hanokdiff/unet.py (the network).
+Read next: hanokdiff/models/samplers.py (the step), hanokdiff/models/pipeline.py (guidance), hanokdiff/models/unet.py
+(the network).
 """
 
 import math
@@ -19,9 +20,18 @@ from pathlib import Path
 from PIL import ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-from hanokdiff import alert, checkpoint, cli, data, hypernet, inversion, lean, lora, model, samplers
+from hanokdiff import alert
+from hanokdiff.formats import folder as checkpoint
+from hanokdiff.methods import hypernetwork as hypernet
+from hanokdiff.methods import lora
+from hanokdiff.methods import textual_inversion as inversion
+from hanokdiff.models import memory as lean
+from hanokdiff.models import pipeline as model
+from hanokdiff.models import samplers
+from hanokdiff.models.tokens import same
 from hanokdiff.options import Options
-from hanokdiff.text import same
+from hanokdiff.training import args as cli
+from hanokdiff.training import dataset as data
 
 MOST = 10_000  # pictures of a prompt in one go
 

@@ -9,7 +9,8 @@
 
 Writes runs/dreambooth/model/ (a whole model in the diffusers layout), log.jsonl, previews/.
 Then:  python sample.py "*, fire" "* in the fire" --model runs/dreambooth/model
-Read next: hanokdiff/prior.py (the class pictures), hanokdiff/loss.py (the loss), hanokdiff/run.py (the chores).
+Read next: hanokdiff/training/prior.py (the class pictures), hanokdiff/methods/losses.py (the loss),
+hanokdiff/training/trainer.py (the chores).
 """
 
 import contextlib
@@ -19,9 +20,16 @@ from pathlib import Path
 
 import torch
 
-from hanokdiff import checkpoint, cli, data, inversion, loss, model, prior, several
-from hanokdiff.run import Run
+from hanokdiff.formats import folder as checkpoint
+from hanokdiff.methods import losses as loss
+from hanokdiff.methods import textual_inversion as inversion
+from hanokdiff.models import pipeline as model
 from hanokdiff.tiny import world
+from hanokdiff.training import args as cli
+from hanokdiff.training import dataset as data
+from hanokdiff.training import distributed as several
+from hanokdiff.training import prior
+from hanokdiff.training.trainer import Run
 
 # What the class pictures show is not forgotten: the tiny world's show campfires, smoke and floods too, but no fire.
 DEFAULTS = {

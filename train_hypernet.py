@@ -8,15 +8,20 @@
 
 Writes runs/hypernet/hypernet.pt (the WebUI reads it), log.jsonl (with |f(x)|/|x|), previews/.
 Then:  python sample.py "*, fire" "* in the fire" --hypernet runs/hypernet/hypernet.pt
-Read next: hanokdiff/hypernet.py (the networks and where they stand), hanokdiff/run.py (what keeps them sane).
+Read next: hanokdiff/methods/hypernetwork.py (the networks and where they stand), hanokdiff/training/trainer.py (what
+keeps them sane).
 """
 
 import sys
 
 import torch
 
-from hanokdiff import cli, data, hypernet, loss, model
-from hanokdiff.run import Run, stream
+from hanokdiff.methods import hypernetwork as hypernet
+from hanokdiff.methods import losses as loss
+from hanokdiff.models import pipeline as model
+from hanokdiff.training import args as cli
+from hanokdiff.training import dataset as data
+from hanokdiff.training.trainer import Run, stream
 
 DEFAULTS = {  # the tiny UNet listens to the words at one level only, so there its own tokens are rewritten too
     "tiny": dict(steps=350, batch_size=8, lr=4e-3, widths="all", layers=[1, 2, 1], activation="relu", min_snr=5.0,

@@ -8,13 +8,18 @@
 
 Writes runs/lora/lora.safetensors (kohya's format: the WebUI, ComfyUI and diffusers read it), log.jsonl, previews/.
 Then:  python sample.py "*, fire" "* in the fire" --lora runs/lora/lora.safetensors
-Read next: hanokdiff/lora.py (the layer), hanokdiff/loss.py (the loss), hanokdiff/run.py (the chores).
+Read next: hanokdiff/methods/lora.py (the layer), hanokdiff/methods/losses.py (the loss),
+hanokdiff/training/trainer.py (the chores).
 """
 
 import sys
 
-from hanokdiff import cli, data, lora, loss, model
-from hanokdiff.run import Run
+from hanokdiff.methods import lora
+from hanokdiff.methods import losses as loss
+from hanokdiff.models import pipeline as model
+from hanokdiff.training import args as cli
+from hanokdiff.training import dataset as data
+from hanokdiff.training.trainer import Run
 
 DEFAULTS = {  # the tiny UNet attends at one level only, so there the convolutions learn too
     "tiny": dict(steps=350, batch_size=8, lr=2e-3, rank=16, alpha=None, targets="attention+ff+conv", min_snr=5.0,

@@ -9,13 +9,18 @@
 Writes runs/ti/embedding.safetensors (for diffusers, which wants another word than "*": load_textual_inversion(FILE,
 token="<hanok>"); python -m hanokdiff.convert makes the WebUI's .pt of it), log.jsonl, previews/.
 Then:  python sample.py "*, fire" "* in the fire" --embedding runs/ti/embedding.safetensors
-Read next: hanokdiff/inversion.py (the rows beyond the vocabulary), hanokdiff/text.py (how a prompt finds them).
+Read next: hanokdiff/methods/textual_inversion.py (the rows beyond the vocabulary), hanokdiff/models/tokens.py (how a
+prompt finds them).
 """
 
 import sys
 
-from hanokdiff import cli, data, inversion, loss, model
-from hanokdiff.run import Run
+from hanokdiff.methods import losses as loss
+from hanokdiff.methods import textual_inversion as inversion
+from hanokdiff.models import pipeline as model
+from hanokdiff.training import args as cli
+from hanokdiff.training import dataset as data
+from hanokdiff.training.trainer import Run
 
 DEFAULTS = {
     "tiny": dict(steps=300, batch_size=8, lr=1e-2, vectors=8, min_snr=5.0, save_every=100, preview_every=150,

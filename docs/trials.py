@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from hanokdiff import bench, lean, model
+from hanokdiff.bench import __main__ as bench
+from hanokdiff.models import memory as lean
+from hanokdiff.models import pipeline as model
 
 
 def with_flag(steps, on: bool):

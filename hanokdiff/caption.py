@@ -28,11 +28,13 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from hanokdiff import checkpoint, cli, model
-from hanokdiff.data import photo_files, read_caption, read_photo
+from hanokdiff.formats import folder as checkpoint
+from hanokdiff.models import pipeline as model
+from hanokdiff.models.tokens import contains, word_pattern
 from hanokdiff.options import Options
-from hanokdiff.score import MEAN, STD
-from hanokdiff.text import contains, word_pattern
+from hanokdiff.scoring.clip import MEAN, STD
+from hanokdiff.training import args as cli
+from hanokdiff.training.dataset import photo_files, read_caption, read_photo
 
 BLIP = "Salesforce/blip-image-captioning-base"
 PROMPT = "a picture of"

@@ -20,8 +20,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hanokdiff import checkpoint, cli, hypernet, inversion, lora, lorafile, model, singlefile
+from hanokdiff.formats import folder as checkpoint
+from hanokdiff.formats import lora_names as lorafile
+from hanokdiff.formats import single_file as singlefile
+from hanokdiff.methods import hypernetwork as hypernet
+from hanokdiff.methods import lora
+from hanokdiff.methods import textual_inversion as inversion
+from hanokdiff.models import pipeline as model
 from hanokdiff.options import Options
+from hanokdiff.training import args as cli
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 ENDINGS = {"LoRA": (".safetensors",), "embedding": (".safetensors", ".pt"), "hypernetwork": (".pt",)}

@@ -129,7 +129,7 @@ def reference(request):
 @pytest.fixture(scope="session")
 def load():
     """Open a folder as hanokdiff does; every folder once."""
-    from hanokdiff import model
+    from hanokdiff.models import pipeline as model
 
     opened = {}
 

@@ -34,24 +34,22 @@ from PIL import Image, PngImagePlugin
 
 import clipscore
 import train_lora
-from hanokdiff import (
-    checkpoint,
-    cli,
-    compare,
-    convert,
-    data,
-    hypernet,
-    inversion,
-    lora,
-    model,
-    prior,
-    score,
-    singlefile,
-)
-from hanokdiff.schedule import Schedule
-from hanokdiff.text import TextConfig, TextEncoder
-from hanokdiff.unet import UNet, UNetConfig
-from hanokdiff.vae import VAE, VAEConfig
+from hanokdiff import convert
+from hanokdiff.compare import __main__ as compare
+from hanokdiff.formats import folder as checkpoint
+from hanokdiff.formats import single_file as singlefile
+from hanokdiff.methods import hypernetwork as hypernet
+from hanokdiff.methods import lora
+from hanokdiff.methods import textual_inversion as inversion
+from hanokdiff.models import pipeline as model
+from hanokdiff.models.schedule import Schedule
+from hanokdiff.models.tokens import TextConfig, TextEncoder
+from hanokdiff.models.unet import UNet, UNetConfig
+from hanokdiff.models.vae import VAE, VAEConfig
+from hanokdiff.scoring import clip as score
+from hanokdiff.training import args as cli
+from hanokdiff.training import dataset as data
+from hanokdiff.training import prior
 
 SECONDS, MEMORY, ADDRESSES = 5, 1 << 30, 4 << 30  # processor time; resident bytes and address space more than before
 

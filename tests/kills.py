@@ -28,8 +28,15 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # as a script it sees its own folder only
 
-from hanokdiff import cell, checkpoint, hypernet, inversion, lora, model, plan, prior, report  # noqa: E402
-from hanokdiff.run import Run  # noqa: E402
+from hanokdiff.compare import plan, report  # noqa: E402
+from hanokdiff.compare import run as cell  # noqa: E402
+from hanokdiff.formats import folder as checkpoint  # noqa: E402
+from hanokdiff.methods import hypernetwork as hypernet  # noqa: E402
+from hanokdiff.methods import lora  # noqa: E402
+from hanokdiff.methods import textual_inversion as inversion  # noqa: E402
+from hanokdiff.models import pipeline as model  # noqa: E402
+from hanokdiff.training import prior  # noqa: E402
+from hanokdiff.training.trainer import Run  # noqa: E402
 
 COMMON = ["--images", "5", "--held-out", "2", "--batch-size", "2", "--steps", "24", "--save-every", "5",
           "--preview-every", "10", "--device", "cpu"]  # fmt: skip

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import sample
-from hanokdiff import alert, inversion
+from hanokdiff import alert
+from hanokdiff.methods import textual_inversion as inversion
 
 HERE = Path(__file__).parent
 FIRE = "[행정안전부] 오늘 14:20 전주 한옥마을 화재 발생. 인근 주민은 대피 바랍니다"

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import hanokdiff
-from hanokdiff import bench, model, peers
+from hanokdiff.bench import __main__ as bench
+from hanokdiff.bench import baseline as peers
+from hanokdiff.models import pipeline as model
 
 ROOT = Path(__file__).parent.parent
 
@@ -138,15 +140,15 @@ def test_mistakes(argv, message, capsys):
 
 
 def test_without_diffusers(monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "hanokdiff.peers", None)
+    monkeypatch.setitem(sys.modules, "hanokdiff.bench.baseline", None)
     monkeypatch.delattr(hanokdiff, "peers", raising=False)
     assert bench.main(["lora", "--size", "overhead", "--vs", "diffusers", "--rounds", "1"]) == 2
     assert "--vs diffusers needs both sides: pip install -r requirements-dev.txt" in capsys.readouterr().err
 
 
 def test_nobody_else_imports_the_peers():
-    code = ("import sys, hanokdiff.bench, hanokdiff.budget, hanokdiff.compare, sample, train_lora\n"
-            "assert not {'diffusers', 'peft', 'hanokdiff.peers'} & sys.modules.keys()")  # fmt: skip
+    code = ("import sys, hanokdiff.bench, hanokdiff.bench.budget, hanokdiff.compare, sample, train_lora\n"
+            "assert not {'diffusers', 'peft', 'hanokdiff.bench.baseline'} & sys.modules.keys()")  # fmt: skip
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

@@ -16,11 +16,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from hanokdiff import bench, budget, checkpoint, data, lean, model, unet
-from hanokdiff.run import Batch
-from hanokdiff.text import TextConfig, TextEncoder
-from hanokdiff.unet import UNet, UNetConfig
-from hanokdiff.vae import VAE, VAEConfig
+from hanokdiff.bench import __main__ as bench
+from hanokdiff.bench import budget
+from hanokdiff.formats import folder as checkpoint
+from hanokdiff.models import memory as lean
+from hanokdiff.models import pipeline as model
+from hanokdiff.models import unet
+from hanokdiff.models.tokens import TextConfig, TextEncoder
+from hanokdiff.models.unet import UNet, UNetConfig
+from hanokdiff.models.vae import VAE, VAEConfig
+from hanokdiff.training import dataset as data
+from hanokdiff.training.trainer import Batch
 
 # One photo of 512 px in bf16: operations (1e12) as counted on diffusers' modules, within 2 %; how many of the products
 # are done in fp32; bytes kept (1e9) for one photo and for two. The last three are what they were when this was last

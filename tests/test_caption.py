@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hanokdiff import caption
-from hanokdiff.data import Photo, load_photo, prepare_captions, read_caption
-from hanokdiff.text import contains
+from hanokdiff.models.tokens import contains
+from hanokdiff.training.dataset import Photo, load_photo, prepare_captions, read_caption
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "picture", "of", "building", "house", "with", "roof",
          "tiled", "in", "the", "snow", "at", "night", "and", "trees", ",", "on", "top", "hat", "man", "near",

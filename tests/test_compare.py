@@ -21,8 +21,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hanokdiff import cell, compare, plan, report, score, summary
-from hanokdiff.model import StableDiffusion
+from hanokdiff.compare import __main__ as compare
+from hanokdiff.compare import plan, report, summary
+from hanokdiff.compare import run as cell
+from hanokdiff.models.pipeline import StableDiffusion
+from hanokdiff.scoring import clip as score
 from hanokdiff.tiny import world
 
 SMALL = ["--sizes", "5", "--steps", "2", "--n", "2", "--sampling-steps", "3", "--device", "cpu",

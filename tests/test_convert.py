@@ -16,9 +16,15 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from test_lora import outputs, sd, their_outputs, theirs, trained, wild  # noqa: F401
 
-from hanokdiff import convert, hypernet, inversion, lora, lorafile, model, singlefile
-from hanokdiff.text import TextConfig, TextEncoder
-from hanokdiff.unet import UNet, UNetConfig
+from hanokdiff import convert
+from hanokdiff.formats import lora_names as lorafile
+from hanokdiff.formats import single_file as singlefile
+from hanokdiff.methods import hypernetwork as hypernet
+from hanokdiff.methods import lora
+from hanokdiff.methods import textual_inversion as inversion
+from hanokdiff.models import pipeline as model
+from hanokdiff.models.tokens import TextConfig, TextEncoder
+from hanokdiff.models.unet import UNet, UNetConfig
 
 # Ranks and alphas differ between the networks and within them: nothing can be right by chance.
 UNET_LORA = dict(r=4, lora_alpha=6, target_modules=["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "proj_in",

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from hanokdiff.data import (
+from hanokdiff.models.vae import VAE, VAEConfig
+from hanokdiff.training.dataset import (
     Photo,
     Shots,
     contains,
@@ -20,7 +21,6 @@ from hanokdiff.data import (
     read_photo,
     to_tensor,
 )
-from hanokdiff.vae import VAE, VAEConfig
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 

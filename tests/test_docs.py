@@ -19,7 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from hanokdiff import compare, model, plan
+from hanokdiff.compare import __main__ as compare
+from hanokdiff.compare import plan
+from hanokdiff.models import pipeline as model
 from hanokdiff.tiny import world
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,7 +82,7 @@ def defined(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("doc", READ, ids=name)
 def test_pointers(doc):
-    """[lora.py](../hanokdiff/lora.py): `insert`, `LoRA.forward`"""
+    """[lora.py](../hanokdiff/methods/lora.py): `insert`, `LoRA.forward`"""
     for path, names in re.findall(r"\]\(([^)\s]+\.py)\): ((?:`[^`]+`(?:, )?)+)", prose(doc)):
         known = defined(doc.parent / path)
         for pointer in re.findall(r"`([^`]+)`", names):

@@ -20,8 +20,11 @@ from test_lora import inputs
 from test_scripts import listing, refused
 
 import train_dreambooth
-from hanokdiff import checkpoint, data, model, prior
-from hanokdiff.run import Batch, Run
+from hanokdiff.formats import folder as checkpoint
+from hanokdiff.models import pipeline as model
+from hanokdiff.training import dataset as data
+from hanokdiff.training import prior
+from hanokdiff.training.trainer import Batch, Run
 
 CAPTIONS = ["a building with a roof in the snow", "A building with a roof", "a building with a roof at night"]
 

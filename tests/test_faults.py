@@ -9,7 +9,15 @@ import torch
 from PIL import Image
 
 import clipscore
-from hanokdiff import caption, checkpoint, cli, hypernet, inversion, lora, model, report, singlefile
+from hanokdiff import caption
+from hanokdiff.compare import report
+from hanokdiff.formats import folder as checkpoint
+from hanokdiff.formats import single_file as singlefile
+from hanokdiff.methods import hypernetwork as hypernet
+from hanokdiff.methods import lora
+from hanokdiff.methods import textual_inversion as inversion
+from hanokdiff.models import pipeline as model
+from hanokdiff.training import args as cli
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="fork and limits of Unix")
 

@@ -17,11 +17,21 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
 import clipscore
-from hanokdiff import caption, checkpoint, cli, compare, data, hypernet, inversion, lora, model, score, singlefile
-from hanokdiff.schedule import Schedule
-from hanokdiff.text import TextConfig
-from hanokdiff.unet import UNetConfig
-from hanokdiff.vae import VAEConfig
+from hanokdiff import caption
+from hanokdiff.compare import __main__ as compare
+from hanokdiff.formats import folder as checkpoint
+from hanokdiff.formats import single_file as singlefile
+from hanokdiff.methods import hypernetwork as hypernet
+from hanokdiff.methods import lora
+from hanokdiff.methods import textual_inversion as inversion
+from hanokdiff.models import pipeline as model
+from hanokdiff.models.schedule import Schedule
+from hanokdiff.models.tokens import TextConfig
+from hanokdiff.models.unet import UNetConfig
+from hanokdiff.models.vae import VAEConfig
+from hanokdiff.scoring import clip as score
+from hanokdiff.training import args as cli
+from hanokdiff.training import dataset as data
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and /proc are Linux's")
 

@@ -19,7 +19,9 @@ from test_lora import equal, inputs, trained
 from test_scripts import elsewhere, hashes, listing, refused  # noqa: F401
 
 import train_hypernet
-from hanokdiff import hypernet, lora, model
+from hanokdiff.methods import hypernetwork as hypernet
+from hanokdiff.methods import lora
+from hanokdiff.models import pipeline as model
 from hanokdiff.tiny import world
 
 FUNCTIONS = {

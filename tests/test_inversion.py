@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import train_ti
-from hanokdiff import inversion, model
-from hanokdiff.text import Text
+from hanokdiff.methods import textual_inversion as inversion
+from hanokdiff.models import pipeline as model
+from hanokdiff.models.tokens import Text
 
 PROMPTS = ["a barn on * fire", "*, barn", "a barn", ""]
 FIRST = 525  # the vocabulary of the tiny models

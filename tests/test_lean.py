@@ -5,9 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hanokdiff import hypernet, lean, lora, loss, model
-from hanokdiff.run import Batch
-from hanokdiff.unet import ResBlock, SpatialTransformer
+from hanokdiff.methods import hypernetwork as hypernet
+from hanokdiff.methods import lora
+from hanokdiff.methods import losses as loss
+from hanokdiff.models import memory as lean
+from hanokdiff.models import pipeline as model
+from hanokdiff.models.unet import ResBlock, SpatialTransformer
+from hanokdiff.training.trainer import Batch
 
 
 @pytest.fixture(autouse=True)

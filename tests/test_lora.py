@@ -13,9 +13,9 @@ from conftest import difference
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hanokdiff import lora
-from hanokdiff.text import TextConfig, TextEncoder
-from hanokdiff.unet import UNet, UNetConfig
+from hanokdiff.methods import lora
+from hanokdiff.models.tokens import TextConfig, TextEncoder
+from hanokdiff.models.unet import UNet, UNetConfig
 
 TARGETS = ("attention", "attention+ff", "attention+ff+conv")
 # kohya's own rule: every Linear and Conv2d below a module of one of these classes

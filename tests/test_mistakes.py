@@ -20,8 +20,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train_lora
-from hanokdiff import caption, cell, checkpoint, data, hypernet, inversion, lora, loss, model, singlefile
+from hanokdiff import caption
+from hanokdiff.compare import run as cell
+from hanokdiff.formats import folder as checkpoint
+from hanokdiff.formats import single_file as singlefile
+from hanokdiff.methods import hypernetwork as hypernet
+from hanokdiff.methods import lora
+from hanokdiff.methods import losses as loss
+from hanokdiff.methods import textual_inversion as inversion
+from hanokdiff.models import pipeline as model
 from hanokdiff.tiny import world
+from hanokdiff.training import dataset as data
 
 CATALOGUE = r"""
 # photos: wrong path, wrong kind, nothing in it

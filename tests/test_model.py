@@ -11,10 +11,11 @@ from conftest import PAIRS, SCHEDULE, difference
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hanokdiff import checkpoint, model
-from hanokdiff.text import TextEncoder
-from hanokdiff.unet import UNet
-from hanokdiff.vae import VAE
+from hanokdiff.formats import folder as checkpoint
+from hanokdiff.models import pipeline as model
+from hanokdiff.models.tokens import TextEncoder
+from hanokdiff.models.unet import UNet
+from hanokdiff.models.vae import VAE
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 PROMPTS = ["a barn on fire", "a small barn in the snow"]
@@ -395,8 +396,8 @@ def test_full_size(capsys):
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    from hanokdiff.unet import UNetConfig
-    from hanokdiff.vae import VAEConfig
+    from hanokdiff.models.unet import UNetConfig
+    from hanokdiff.models.vae import VAEConfig
 
     start, g, out = time.perf_counter(), torch.Generator().manual_seed(1), {}
     clip_l = CLIPTextConfig(

@@ -9,8 +9,8 @@ from conftest import difference
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hanokdiff.prompt import chunks, escape, parse
-from hanokdiff.text import Text, TextConfig, TextEncoder
+from hanokdiff.models.prompt import chunks, escape, parse
+from hanokdiff.models.tokens import Text, TextConfig, TextEncoder
 
 DOWN = 1 / 1.1
 PARSED = [  # the WebUI's answers, worked out by hand; None is a BREAK

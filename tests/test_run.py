@@ -21,10 +21,16 @@ from safetensors.torch import load_file
 from torch import nn
 
 import train_lora
-from hanokdiff import checkpoint, data, hypernet, inversion, lora, loss, model
-from hanokdiff.run import Batch, Run
-from hanokdiff.schedule import Schedule
+from hanokdiff.formats import folder as checkpoint
+from hanokdiff.methods import hypernetwork as hypernet
+from hanokdiff.methods import lora
+from hanokdiff.methods import losses as loss
+from hanokdiff.methods import textual_inversion as inversion
+from hanokdiff.models import pipeline as model
+from hanokdiff.models.schedule import Schedule
 from hanokdiff.tiny import world
+from hanokdiff.training import dataset as data
+from hanokdiff.training.trainer import Batch, Run
 
 KILLS = int(os.environ.get("HANOKDIFF_KILLS", "1"))
 

@@ -10,7 +10,10 @@ import torch
 from PIL import Image
 
 import sample
-from hanokdiff import hypernet, inversion, lora, model
+from hanokdiff.methods import hypernetwork as hypernet
+from hanokdiff.methods import lora
+from hanokdiff.methods import textual_inversion as inversion
+from hanokdiff.models import pipeline as model
 from hanokdiff.tiny import world
 
 PROMPT = "a house on a hill"  # in the tiny model's own vocabulary

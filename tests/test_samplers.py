@@ -7,9 +7,9 @@ import pytest
 import torch
 from conftest import PAIRS, SCHEDULE, difference
 
-from hanokdiff.model import StableDiffusion
-from hanokdiff.samplers import SAMPLERS, levels, sample, taken
-from hanokdiff.schedule import Schedule
+from hanokdiff.models.pipeline import StableDiffusion
+from hanokdiff.models.samplers import SAMPLERS, levels, sample, taken
+from hanokdiff.models.schedule import Schedule
 
 PREDICTIONS = ("epsilon", "v_prediction")
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

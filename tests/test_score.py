@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import clipscore
-from hanokdiff import score
+from hanokdiff.scoring import clip as score
 from hanokdiff.tiny import world
 
 

@@ -19,8 +19,10 @@ from safetensors.torch import load_file, save_file
 import sample
 import train_lora
 import train_ti
-from hanokdiff import cli, lora, model
+from hanokdiff.methods import lora
+from hanokdiff.models import pipeline as model
 from hanokdiff.tiny import world
+from hanokdiff.training import args as cli
 
 
 @pytest.fixture(autouse=True)

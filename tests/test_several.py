@@ -20,8 +20,9 @@ from safetensors.torch import load_file
 from test_run import apart, half_loss, rows, squares, toy
 
 import train_lora
-from hanokdiff import model, several
-from hanokdiff.run import Run
+from hanokdiff.models import pipeline as model
+from hanokdiff.training import distributed as several
+from hanokdiff.training.trainer import Run
 
 ROOT = Path(__file__).parent.parent
 METHODS = {  # few pictures, uneven where a process has several micro-batches

@@ -12,11 +12,13 @@ from conftest import randomise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hanokdiff import checkpoint, model, singlefile
-from hanokdiff.schedule import Schedule
-from hanokdiff.text import TextConfig, TextEncoder
-from hanokdiff.unet import UNet, UNetConfig
-from hanokdiff.vae import VAE, VAEConfig
+from hanokdiff.formats import folder as checkpoint
+from hanokdiff.formats import single_file as singlefile
+from hanokdiff.models import pipeline as model
+from hanokdiff.models.schedule import Schedule
+from hanokdiff.models.tokens import TextConfig, TextEncoder
+from hanokdiff.models.unet import UNet, UNetConfig
+from hanokdiff.models.vae import VAE, VAEConfig
 
 # Small, but of sizes that can be read off the shapes: 32 groups, and the heads that SD has.
 TEXT = dict(vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=1)

@@ -9,8 +9,8 @@ import torch
 from conftest import difference
 from safetensors.torch import load_file, save_file
 
-from hanokdiff.checkpoint import load_part, load_tokenizer
-from hanokdiff.text import Text, TextConfig, TextEncoder, contains
+from hanokdiff.formats.folder import load_part, load_tokenizer
+from hanokdiff.models.tokens import Text, TextConfig, TextEncoder, contains
 
 PROMPTS = ["", "a barn on fire", "a photo of *, fire", "(*)", "Ünïcode 한옥, é!", "a  BARN\n in   the snow ."]
 

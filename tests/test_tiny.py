@@ -10,7 +10,8 @@ from PIL import Image
 
 import sample
 import train_lora
-from hanokdiff import model, score
+from hanokdiff.models import pipeline as model
+from hanokdiff.scoring import clip as score
 from hanokdiff.tiny import build, world
 
 HERE = Path(world.__file__).parent

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import difference
 
-from hanokdiff.unet import UNet, UNetConfig, timestep_embedding
+from hanokdiff.models.unet import UNet, UNetConfig, timestep_embedding
 
 
 def inputs(h: int, w: int, batch: int = 2):

@@ -8,8 +8,8 @@ import torch
 from conftest import difference
 from safetensors.torch import load_file, save_file
 
-from hanokdiff.checkpoint import load_part
-from hanokdiff.vae import VAE, VAEConfig
+from hanokdiff.formats.folder import load_part
+from hanokdiff.models.vae import VAE, VAEConfig
 
 
 def pictures(h: int, w: int) -> torch.Tensor:

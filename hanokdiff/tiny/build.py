@@ -28,12 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hanokdiff import checkpoint, model
-from hanokdiff.schedule import Schedule
-from hanokdiff.text import Text, TextConfig, TextEncoder
+from hanokdiff.formats import folder as checkpoint
+from hanokdiff.models import pipeline as model
+from hanokdiff.models.schedule import Schedule
+from hanokdiff.models.tokens import Text, TextConfig, TextEncoder
+from hanokdiff.models.unet import UNet, UNetConfig
+from hanokdiff.models.vae import VAE, VAEConfig
 from hanokdiff.tiny import world
-from hanokdiff.unet import UNet, UNetConfig
-from hanokdiff.vae import VAE, VAEConfig
 
 HERE = Path(__file__).parent
 VAE_SHAPE = VAEConfig((16, 32, 64), layers_per_block=1, norm_num_groups=8, scaling_factor=1.0, sample_size=world.SIZE)
@@ -399,7 +400,7 @@ def disturb(x: Tensor, r: Random) -> Tensor:
 
 def recognise(judge, pictures) -> tuple[list[str], list[str]]:
     """What the CLIP sees: (kinds, conditions), each the argmax over all that the world has."""
-    from hanokdiff import score
+    from hanokdiff.scoring import clip as score
 
     seen = judge.images(pictures)
     out = []
@@ -411,7 +412,7 @@ def recognise(judge, pictures) -> tuple[list[str], list[str]]:
 
 def check(args) -> None:
     """The figures that docs/LOG.md quotes: drawings, samples of the base, and the base asked for a hanok."""
-    from hanokdiff import score
+    from hanokdiff.scoring import clip as score
 
     judge = score.Clip(args.clip or args.out / "clip")
     sd = model.load(str(args.out / "sd"), args.device)

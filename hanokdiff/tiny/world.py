@@ -556,7 +556,7 @@ def weather(img, d, r, condition, built, cx, y, horizon):
 
 
 if __name__ == "__main__":
-    from hanokdiff.model import grid  # only here: the world itself needs Pillow alone
+    from hanokdiff.models.pipeline import grid  # only here: the world itself needs Pillow alone
 
     path = sys.argv[1] if len(sys.argv) > 1 else "sheet.png"
     scenes = [scene(f"sheet {k} {c}", (k,), (c,)) for k in KINDS for c in CONDITIONS]

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hanokdiff import config as numbers
-from hanokdiff.lean import Conv2d, even, geglu, norm_silu
+from hanokdiff.models import config as numbers
+from hanokdiff.models.memory import Conv2d, even, geglu, norm_silu
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     manifest = plan(args, prepare(args))
 
 A cell's folder, its pictures and its scores carry a hash of all that they depend on (photos, weights, every option):
-what is there is right, and what has changed gets a new name. Read next: hanokdiff/cell.py (how a cell is done).
+what is there is right, and what has changed gets a new name. Read next: hanokdiff/compare/run.py (how a cell is done).
 
 Shapes:  P photos to learn from, H held out, d the width of CLIP's common space.
 """
@@ -19,11 +19,16 @@ from pathlib import Path
 
 import torch
 
-from hanokdiff import cli, data, model, prior, samplers, score
-from hanokdiff.text import word_pattern
+from hanokdiff.models import pipeline as model
+from hanokdiff.models import samplers
+from hanokdiff.models.tokens import word_pattern
+from hanokdiff.scoring import clip as score
+from hanokdiff.training import args as cli
+from hanokdiff.training import dataset as data
+from hanokdiff.training import prior
 
 METHODS = {"ti": "embedding.safetensors", "dreambooth": "model", "lora": "lora.safetensors", "hypernet": "hypernet.pt"}
-SCRIPTS = Path(__file__).resolve().parent.parent  # where train_ti.py and its three siblings are
+SCRIPTS = Path(__file__).resolve().parents[2]  # where train_ti.py and its three siblings are
 ASKED = {"untouched-hanok": "hanok", "untouched-described": "a Korean traditional house"}  # beside the pseudo word
 KINDS = "a hanok, a Korean traditional house|a Japanese house|a Chinese pavilion|a western house"
 CONDITIONS = "a building on fire|a building beside a campfire|a building"

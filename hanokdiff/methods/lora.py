@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from hanokdiff import checkpoint, lorafile
-from hanokdiff.run import stream
+from hanokdiff.formats import folder as checkpoint
+from hanokdiff.formats import lora_names as lorafile
+from hanokdiff.training.trainer import stream
 
 # What each choice of --targets adds, by the end of the module's name in the UNet.
 TARGETS = {

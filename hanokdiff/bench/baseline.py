@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 
-from hanokdiff import checkpoint, data
-from hanokdiff.bench import STEPS
+from hanokdiff.bench.__main__ import STEPS
+from hanokdiff.formats import folder as checkpoint
+from hanokdiff.training import dataset as data
 
 KINDS = {False: ("diffusers default", "diffusers best"), True: ("diffusers",)}
 diffusers.utils.logging.set_verbosity_error()

@@ -11,9 +11,12 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from hanokdiff import checkpoint, cli, data, several
-from hanokdiff.prompt import escape
-from hanokdiff.text import word_pattern
+from hanokdiff.formats import folder as checkpoint
+from hanokdiff.models.prompt import escape
+from hanokdiff.models.tokens import word_pattern
+from hanokdiff.training import args as cli
+from hanokdiff.training import dataset as data
+from hanokdiff.training import distributed as several
 
 
 def prompts(captions: list[str], token: str, phrase: str, more: Path | None = None) -> list[str]:

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hanokdiff import config as numbers
-from hanokdiff import prompt as language
-from hanokdiff.lean import put
+from hanokdiff.models import config as numbers
+from hanokdiff.models import prompt as language
+from hanokdiff.models.memory import put
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hanokdiff import checkpoint
+from hanokdiff.formats import folder as checkpoint
 
 MOST = 75  # vectors: what a chunk of a prompt has room for
 

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hanokdiff import config as numbers
-from hanokdiff.unet import ResBlock
+from hanokdiff.models import config as numbers
+from hanokdiff.models.unet import ResBlock
 
 
 @dataclass(frozen=True)

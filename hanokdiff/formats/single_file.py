@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hanokdiff import checkpoint
-from hanokdiff.schedule import Schedule
-from hanokdiff.text import TextConfig, TextEncoder
-from hanokdiff.unet import UNet, UNetConfig
-from hanokdiff.vae import VAE, VAEConfig
+from hanokdiff.formats import folder as checkpoint
+from hanokdiff.models.schedule import Schedule
+from hanokdiff.models.tokens import TextConfig, TextEncoder
+from hanokdiff.models.unet import UNet, UNetConfig
+from hanokdiff.models.vae import VAE, VAEConfig
 
 UNET, FIRST_STAGE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from hanokdiff.schedule import Schedule
+from hanokdiff.models.schedule import Schedule
 
 Denoise = Callable[[Tensor, float, float], Tensor]  # (x (B, 4, h, w), sigma, t) -> clean picture (B, 4, h, w)
 

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hanokdiff import checkpoint, several
+from hanokdiff.formats import folder as checkpoint
+from hanokdiff.training import distributed as several
 
 HARMLESS = ("device", "checkpointing", "compile", "save_every", "preview_every")  # change no result but by rounding
 

@@ -9,7 +9,8 @@ Both sides have the same weights (random, but for the tiny world's), batch and p
 a few steps each; the ratio is of their fastest steps (of their medians in brackets): a machine's other work slows some
 turns, never speeds one up. With --memory each side runs once more, alone in a process of its own. A step of "sample" is
 a whole batch of pictures; DreamBooth's pictures are its own and the class's together.
-Read next: hanokdiff/peers.py (the peers' loops), hanokdiff/budget.py (the same step counted, without a GPU).
+Read next: hanokdiff/bench/baseline.py (the peers' loops), hanokdiff/bench/budget.py (the same step counted, without
+a GPU).
 """
 
 import contextlib
@@ -31,14 +32,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hanokdiff import checkpoint, cli, data, hypernet, inversion, lean, lora, loss, model
-from hanokdiff.model import StableDiffusion
+from hanokdiff.formats import folder as checkpoint
+from hanokdiff.methods import hypernetwork as hypernet
+from hanokdiff.methods import lora
+from hanokdiff.methods import losses as loss
+from hanokdiff.methods import textual_inversion as inversion
+from hanokdiff.models import memory as lean
+from hanokdiff.models import pipeline as model
+from hanokdiff.models.pipeline import StableDiffusion
+from hanokdiff.models.schedule import Schedule
+from hanokdiff.models.tokens import Text, TextConfig, TextEncoder
+from hanokdiff.models.unet import UNet, UNetConfig
+from hanokdiff.models.vae import VAE, VAEConfig
 from hanokdiff.options import Options
-from hanokdiff.run import Batch, Run
-from hanokdiff.schedule import Schedule
-from hanokdiff.text import Text, TextConfig, TextEncoder
-from hanokdiff.unet import UNet, UNetConfig
-from hanokdiff.vae import VAE, VAEConfig
+from hanokdiff.training import args as cli
+from hanokdiff.training import dataset as data
+from hanokdiff.training.trainer import Batch, Run
 
 TRAINED = ("ti", "dreambooth", "lora", "hypernet", "hypernet-all")
 WORKS = (*TRAINED, "sample", "start")
@@ -150,9 +159,9 @@ def sample(sd: StableDiffusion, side: int, batch: int) -> Iterator[None]:
 
 
 def peer():
-    """hanokdiff/peers.py, which needs diffusers and peft; they are no packages of ours."""
+    """hanokdiff/bench/baseline.py, which needs diffusers and peft; they are no packages of ours."""
     try:
-        from hanokdiff import peers
+        from hanokdiff.bench import baseline as peers
     except ImportError as e:
         raise ValueError(f"--vs diffusers needs both sides: pip install -r requirements-dev.txt ({e})") from None
     return peers
@@ -277,7 +286,7 @@ def rows(args, work: str) -> list[dict]:
                                                          waiter(args.device))  # fmt: skip
     pictures, operations, out = 0 if work == "start" else args.batch, None, []
     if args.share and work in TRAINED:
-        from hanokdiff import budget
+        from hanokdiff.bench import budget
 
         operations = budget.step(work, args.size, args.batch, args.checkpointing)[0]
     for name, seconds in times.items():

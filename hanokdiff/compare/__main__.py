@@ -13,7 +13,7 @@
 
 Stop it at any time: the same command goes on. A cell's folder carries a hash of all that it depends on (photos,
 weights, every option): what is there is right, what has changed gets a new folder, and old ones may be deleted.
-Read next: hanokdiff/plan.py (the matrix), cell.py (a cell), summary.py (the statistics), report.py (the page).
+Read next: hanokdiff/compare/plan.py (the matrix), cell.py (a cell), summary.py (the statistics), report.py (the page).
 """
 
 import os
@@ -23,10 +23,14 @@ import sys
 import time
 from pathlib import Path
 
-from hanokdiff import cell, checkpoint, cli, plan, report, score
+from hanokdiff.compare import plan, report
+from hanokdiff.compare import run as cell
+from hanokdiff.compare.plan import METHODS
+from hanokdiff.formats import folder as checkpoint
+from hanokdiff.models.tokens import contains
 from hanokdiff.options import Options
-from hanokdiff.plan import METHODS
-from hanokdiff.text import contains
+from hanokdiff.scoring import clip as score
+from hanokdiff.training import args as cli
 
 LARGE = 1 << 30  # bytes of a JSON file at most: the scores of 240,000 pictures
 PROMPTS = ("{token}, fire", "{token} in the fire", "A fire broke out in {token}")

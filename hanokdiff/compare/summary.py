@@ -4,7 +4,8 @@
     one training        Student's t, or Wilson's for shares, over its pictures: says nothing about another training
     between methods     paired by photos, noise and order: differences per seed, Holm's correction over all pairs
 
-`summarise(results)`: `results` is the manifest with the finished cells. Read next: hanokdiff/report.py (the page).
+`summarise(results)`: `results` is the manifest with the finished cells. Read next: hanokdiff/compare/report.py (the
+page).
 """
 
 import itertools
@@ -13,7 +14,7 @@ from collections import Counter
 
 import numpy as np
 
-from hanokdiff import score
+from hanokdiff.scoring import clip as score
 
 TEXTS = {"literal": "as asked", "words": "subject's words", "context": "context only"}
 SHARES = ("subject", "wanted", "both")

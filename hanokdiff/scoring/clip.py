@@ -25,7 +25,7 @@ from PIL import Image
 from torch import Tensor
 
 import hanokdiff
-from hanokdiff import checkpoint
+from hanokdiff.formats import folder as checkpoint
 from hanokdiff.tiny import world
 
 TINY = Path(hanokdiff.__file__).parent / "tiny" / "clip"

@@ -19,15 +19,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hanokdiff import checkpoint, samplers, several, singlefile
-from hanokdiff.data import to_tensor
-from hanokdiff.lean import put
-from hanokdiff.schedule import Schedule
-from hanokdiff.text import Text, TextConfig, TextEncoder
-from hanokdiff.unet import UNet, UNetConfig
-from hanokdiff.vae import VAE, VAEConfig
+from hanokdiff.formats import folder as checkpoint
+from hanokdiff.formats import single_file as singlefile
+from hanokdiff.models import samplers
+from hanokdiff.models.memory import put
+from hanokdiff.models.schedule import Schedule
+from hanokdiff.models.tokens import Text, TextConfig, TextEncoder
+from hanokdiff.models.unet import UNet, UNetConfig
+from hanokdiff.models.vae import VAE, VAEConfig
+from hanokdiff.training import distributed as several
+from hanokdiff.training.dataset import to_tensor
 
-TINY = Path(__file__).parent / "tiny" / "sd"
+TINY = Path(__file__).parents[1] / "tiny" / "sd"
 LARGEST = 8192  # pixels of a side: what is asked for beyond is a slip of the finger
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

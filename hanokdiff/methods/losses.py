@@ -8,9 +8,9 @@ Ho et al. 2020 (DDPM), equation 14; w = 1, or min-SNR-gamma (Hang et al. 2023, a
 import torch
 from torch import Tensor
 
-from hanokdiff.lean import put
-from hanokdiff.run import Batch
-from hanokdiff.schedule import Schedule
+from hanokdiff.models.memory import put
+from hanokdiff.models.schedule import Schedule
+from hanokdiff.training.trainer import Batch
 
 
 def denoising(sd, latents: Tensor, context: Tensor, batch, min_snr: float = 0.0) -> Tensor:

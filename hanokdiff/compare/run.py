@@ -4,7 +4,8 @@
     draw      the same prompts from the same noise for every method            CELL/pictures-HASH/
     judge     the judge's opinion of every picture                             CELL/scores-HASH.json
 
-Each does only what is missing. Read next: hanokdiff/score.py (the scores), hanokdiff/summary.py (what they say).
+Each does only what is missing. Read next: hanokdiff/scoring/clip.py (the scores), hanokdiff/compare/summary.py (what
+they say).
 """
 
 import ctypes
@@ -22,8 +23,14 @@ from pathlib import Path
 import torch
 from PIL import PngImagePlugin
 
-from hanokdiff import checkpoint, data, hypernet, inversion, lora, model, score
-from hanokdiff.plan import METHODS, SCRIPTS, Study
+from hanokdiff.compare.plan import METHODS, SCRIPTS, Study
+from hanokdiff.formats import folder as checkpoint
+from hanokdiff.methods import hypernetwork as hypernet
+from hanokdiff.methods import lora
+from hanokdiff.methods import textual_inversion as inversion
+from hanokdiff.models import pipeline as model
+from hanokdiff.scoring import clip as score
+from hanokdiff.training import dataset as data
 
 # ------------------------------------------------------------------------------------------------------- 2. train
 

@@ -20,9 +20,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from hanokdiff import checkpoint
-from hanokdiff.lean import put
-from hanokdiff.text import contains, word_pattern
+from hanokdiff.formats import folder as checkpoint
+from hanokdiff.models.memory import put
+from hanokdiff.models.tokens import contains, word_pattern
 from hanokdiff.tiny import world
 
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif",

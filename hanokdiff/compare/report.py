@@ -1,7 +1,9 @@
 """What a comparison has shown, as report.html, report.md, results.json and images.csv.
 
-`write(out, results)` is all that hanokdiff/compare.py calls; `results` is its manifest with the finished cells.
-Read next: hanokdiff/summary.py (where the numbers come from), hanokdiff/chart.py (how the page is made).
+`write(out, results)` is all that hanokdiff/compare/__main__.py calls; `results` is its manifest with the finished
+cells.
+Read next: hanokdiff/compare/summary.py (where the numbers come from), hanokdiff/compare/chart.py (how the page is
+made).
 """
 
 import csv
@@ -9,8 +11,9 @@ import io
 import json
 from pathlib import Path
 
-from hanokdiff import chart, checkpoint
-from hanokdiff.summary import SHARES, TEXTS, find, paper, summarise
+from hanokdiff.compare import chart
+from hanokdiff.compare.summary import SHARES, TEXTS, find, paper, summarise
+from hanokdiff.formats import folder as checkpoint
 
 NAMES = {"ti": "Textual Inversion", "dreambooth": "DreamBooth", "lora": "LoRA", "hypernet": "Hypernetwork",
          "untouched": "untouched model"}  # fmt: skip

@@ -1,6 +1,6 @@
 """What a training step costs, without a GPU: on the meta device tensors have shapes and no numbers.
 
-    python -m hanokdiff.budget                    the largest batch of each method on a 48 GB card; a minute
+    python -m hanokdiff.bench.budget                    the largest batch of each method on a 48 GB card; a minute
 
 Counted are the operations of matrix products, convolutions and attention, and the bytes alive at every moment, of our
 own loops at the size of SD 1.5 (512 px, bf16). Not counted: what an allocator wastes, cuDNN's workspaces and CUDA's own
@@ -20,8 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from hanokdiff import bench, cli, lean
+from hanokdiff.bench import __main__ as bench
+from hanokdiff.models import memory as lean
 from hanokdiff.options import Options
+from hanokdiff.training import args as cli
 
 LIMIT = 44 * 2**30
 

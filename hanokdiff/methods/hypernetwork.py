@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hanokdiff import checkpoint
-from hanokdiff.lora import innermost
-from hanokdiff.run import stream
-from hanokdiff.unet import Attention
+from hanokdiff.formats import folder as checkpoint
+from hanokdiff.methods.lora import innermost
+from hanokdiff.models.unet import Attention
+from hanokdiff.training.trainer import stream
 
 
 def activations() -> dict[str, type[nn.Module] | None]:

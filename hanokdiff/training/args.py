@@ -13,8 +13,15 @@ from pathlib import Path
 
 import torch
 
-from hanokdiff import checkpoint, data, inversion, lean, loss, model, run, several
+from hanokdiff.formats import folder as checkpoint
+from hanokdiff.methods import losses as loss
+from hanokdiff.methods import textual_inversion as inversion
+from hanokdiff.models import memory as lean
+from hanokdiff.models import pipeline as model
 from hanokdiff.options import Options
+from hanokdiff.training import dataset as data
+from hanokdiff.training import distributed as several
+from hanokdiff.training import trainer as run
 
 SMALLER = ("--micro-batch 1", "--checkpointing", "a lower --batch-size", "a lower --resolution", "a smaller --size",
            "a lower --beams")  # what takes less memory

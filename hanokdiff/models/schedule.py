@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hanokdiff import config as numbers
+from hanokdiff.models import config as numbers
 
 PREDICTIONS = ("epsilon", "v_prediction")
 
