@@ -36,12 +36,13 @@ from statistics import fmean
 import torch
 from PIL import Image
 
-from hanokdiff.formats import folder as checkpoint
-from hanokdiff.models.tokens import contains, word_pattern
+from hanokdiff.errors import report_errors
+from hanokdiff.files import write_text
+from hanokdiff.images import SUFFIXES, read_photo
+from hanokdiff.models.tokens import contains_word, word_pattern
 from hanokdiff.options import Options
-from hanokdiff.scoring import clip as score
-from hanokdiff.training import args as cli
-from hanokdiff.training import dataset as data
+from hanokdiff.scoring.clip import EXAMPLE, LIKENESS, SCALES, TINY_CLIP, Clip, likeness, presence, scores
+from hanokdiff.scoring.stats import mean_interval, paired_interval, share_interval
 
 INTERVAL = "95 %, Student's t for means and differences, Wilson's for shares; pictures only, no other training"
 
@@ -70,12 +71,12 @@ def options() -> Options:
 
 def pictures_in(folder: Path) -> list[Path]:
     """Sorted by name; not the contact sheets (grid*.png, sheet*.png), not folders inside."""
-    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in data.SUFFIXES and f.name[0] != ".")
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and f.name[0] != ".")
     sheets = [f for f in files if re.match(r"(grid|sheet).*\.png$", f.name, re.IGNORECASE)]
     if sheets:
         print(f"note: {folder}: {len(sheets)} contact sheets skipped ({sheets[0].name})", file=sys.stderr)
     if len(files) == len(sheets):
-        raise ValueError(f"{folder} holds no pictures ({' '.join(sorted(data.SUFFIXES))}); folders inside are not "
+        raise ValueError(f"{folder} holds no pictures ({' '.join(sorted(SUFFIXES))}); folders inside are not "
                          "searched, so give the one that holds them")  # fmt: skip
     return [f for f in files if f not in sheets]
 
@@ -103,7 +104,7 @@ def look(files) -> tuple[dict[str, dict], list[str]]:
     seen, broken = {}, []
     for file in map(str, files):
         try:
-            side = min(data.read_photo(file)[0].size)
+            side = min(read_photo(file)[0].size)
         except ValueError as e:
             broken.append(file)
             print(f"note: {file} is left out: {e}", file=sys.stderr)
@@ -125,7 +126,7 @@ def set_texts(rows: list[dict], prompt: str | None, replace: list[tuple[str, str
     for token, words in replace:
         if not token.strip():
             raise ValueError('--replace-token has an empty TOKEN; give the pseudo word, e.g. "*"')
-        n = sum(contains(row["text"], token) for row in rows)
+        n = sum(contains_word(row["text"], token) for row in rows)
         if not n:
             raise ValueError(f'none of the {len(rows)} prompts holds "{token}"; see --replace-token, or leave it away')
         for row in rows:
@@ -144,8 +145,8 @@ def choose_clip(seen: dict[str, dict], clip: str | None):
     largest = max(seen, key=lambda file: seen[file]["side"])
     if clip is None and seen[largest]["side"] > 64:
         raise ValueError(f"{largest} is {seen[largest]['side']} px on its short side, but the embedded CLIP knows only "
-                         f"the tiny world's 64; name another: --clip {score.EXAMPLE}")  # fmt: skip
-    return score.TINY if clip in (None, "tiny") else clip
+                         f"the tiny world's 64; name another: --clip {EXAMPLE}")  # fmt: skip
+    return TINY_CLIP if clip in (None, "tiny") else clip
 
 
 # ------------------------------------------------------------------------------------------------- 2. the score
@@ -153,18 +154,18 @@ def choose_clip(seen: dict[str, dict], clip: str | None):
 
 def add_scores(clip, rows: list[dict], labels: list[str], references: list[str]) -> None:
     """Every score to each row; `presence` is a label, `nearest_file` a reference."""
-    images = clip.images(data.read_photo(row["file"])[0] for row in rows)  # (N, d)
-    columns = score.scores(clip, images, [row["text"] for row in rows])
+    images = clip.images(read_photo(row["file"])[0] for row in rows)  # (N, d)
+    columns = scores(clip, images, [row["text"] for row in rows])
     if references:
         files, paths = ([Path(f).resolve() for f in some] for some in ([row["file"] for row in rows], references))
         own = torch.tensor([[file == path for path in paths] for file in files])  # (N, M)
-        real = clip.images(data.read_photo(f)[0] for f in references)  # (M, d)
-        columns |= score.likeness(images, real, columns["clipscore"], own)
+        real = clip.images(read_photo(f)[0] for f in references)  # (M, d)
+        columns |= likeness(images, real, columns["clipscore"], own)
     columns = {name: values.tolist() for name, values in columns.items()}
     if references:
         columns["nearest_file"] = [references[i] for i in columns.pop("which")]
     if labels:
-        columns["presence"] = [labels[i] for i in score.presence(images, clip.texts(labels))]
+        columns["presence"] = [labels[i] for i in presence(images, clip.texts(labels))]
     for name, values in columns.items():
         for row, value in zip(rows, values, strict=True):
             row[name] = value
@@ -182,9 +183,9 @@ def summarise(rows: list[dict], names: list[str], labels: list[str]) -> list[dic
         groups["all"] = rows
     summary = []
     for folder, group in groups.items():
-        means = {name: known(score.mean_interval([r[name] for r in group])) for name in names}
+        means = {name: known(mean_interval([r[name] for r in group])) for name in names}
         count = Counter(r.get("presence") for r in group)
-        shares = {x: known(score.share_interval(count[x], len(group))) for x in labels}
+        shares = {x: known(share_interval(count[x], len(group))) for x in labels}
         summary.append({"folder": folder, "n": len(group), **means, "presence": shares})
     return summary
 
@@ -218,7 +219,7 @@ def differences(pairs: list[tuple[dict, dict]], names: list[str], labels: list[s
     sides = list(zip(*pairs, strict=True))
     values = {n: [[row[n] for row in side] for side in sides] for n in names}
     values |= {f"is {x}": [[float(row["presence"] == x) for row in side] for side in sides] for x in labels}
-    return {n: {"a": fmean(a), "b": fmean(b), "difference": known(score.paired_interval(a, b))}
+    return {n: {"a": fmean(a), "b": fmean(b), "difference": known(paired_interval(a, b))}
             for n, (a, b) in values.items()}  # fmt: skip
 
 
@@ -251,8 +252,8 @@ def show(report: dict, per_image: bool) -> None:
             print(table([head, "n", *names], *([r["folder"], str(r["n"]), *(interval(of(r)[k]) for k in names)]
                                                for r in report["summary"])))  # fmt: skip
 
-    means("folder", list(score.SCALES))
-    means(f"like {report['reference']}", [name for name in formulas if name not in score.SCALES])
+    means("folder", list(SCALES))
+    means(f"like {report['reference']}", [name for name in formulas if name not in SCALES])
     if report["reference"]:
         print("closest: {file} to {nearest_file}, {nearest:.4f}".format(**max(images, key=lambda r: r["nearest"])))
     means("recognised as", report["labels"], lambda r: r["presence"])
@@ -270,7 +271,7 @@ def show_paired(a: str, b: str, by: str, pairs: int, unmatched: list[str], score
 
 def write(path: Path, text: str) -> None:
     """Whole or not at all."""
-    checkpoint.write_text(path, text, newline="")
+    write_text(path, text, newline="")
 
 
 def as_csv(rows: list[dict]) -> str:
@@ -300,7 +301,7 @@ def check(o) -> None:
                          "give two: clipscore.py A B --paired")  # fmt: skip
 
 
-@cli.polite
+@report_errors
 def main(argv=None):
     o = options().parse_args(argv)
     check(o)
@@ -311,15 +312,15 @@ def main(argv=None):
     set_texts(rows, o.prompt, o.replace_token)
     paired = match(rows, o.paths, o.prompt) if o.paired else None
 
-    clip = score.Clip(choose_clip({**seen, **real}, o.clip), o.device)
+    clip = Clip(choose_clip({**seen, **real}, o.clip), o.device)
     add_scores(clip, rows, labels, list(real))
-    formulas = {name: s.formula for name, s in score.SCALES.items()} | (score.LIKENESS if real else {})
+    formulas = {name: s.formula for name, s in SCALES.items()} | (LIKENESS if real else {})
     if paired:
         pairs = paired["pairs"]
         paired |= {"a": o.paths[0], "b": o.paths[1], "pairs": len(pairs),
                    "scores": differences(pairs, list(formulas), labels)}  # fmt: skip
     report = {
-        "scorer": {"model": "tiny" if clip.name == str(score.TINY) else clip.name,
+        "scorer": {"model": "tiny" if clip.name == str(TINY_CLIP) else clip.name,
                    "image_size": clip.size, "device": str(clip.device)},
         "formulas": formulas, "interval": INTERVAL, "inputs": o.paths, "unreadable": broken, "labels": labels,
         "replaced": o.replace_token, "reference": o.reference, "references": list(real), "paired": paired,

@@ -21,17 +21,16 @@ from PIL import ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 from hanokdiff import alert
-from hanokdiff.formats import folder as checkpoint
-from hanokdiff.methods import hypernetwork as hypernet
+from hanokdiff.errors import check_folder, make_folder, report_errors
+from hanokdiff.files import free_folder, replacing
+from hanokdiff.formats import embedding_file, hypernet_file, lora_file
+from hanokdiff.formats.load import load_model
+from hanokdiff.images import grid, read_photo
 from hanokdiff.methods import lora
-from hanokdiff.methods import textual_inversion as inversion
-from hanokdiff.models import memory as lean
-from hanokdiff.models import pipeline as model
-from hanokdiff.models import samplers
-from hanokdiff.models.tokens import same
+from hanokdiff.models import memory, samplers
+from hanokdiff.models.pipeline import Image, latent_size
+from hanokdiff.models.tokens import same_word
 from hanokdiff.options import Options
-from hanokdiff.training import args as cli
-from hanokdiff.training import dataset as data
 
 MOST = 10_000  # pictures of a prompt in one go
 
@@ -103,7 +102,7 @@ def check(args) -> None:
     if args.n > MOST:
         raise ValueError(f"--n is {args.n}, but must be at most {MOST}; draw more with another --seed")
     if args.sampler not in samplers.SAMPLERS:
-        samplers.levels(args.sampler, None, args.steps)  # which refuses it
+        samplers.sigmas_and_timesteps(args.sampler, None, args.steps)  # which refuses it
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed is {args.seed}, but must be between 0 and {2**63 - 1}")
     scales = [(f"--{kind} {p}", s) for kind in ("lora", "hypernet") for p, s in map(parse_scale, getattr(args, kind))]
@@ -119,9 +118,9 @@ def check(args) -> None:
         raise ValueError("--strength says how far to go from --init-image, which is not given")
     if args.init_image:
         args.strength = 0.75 if args.strength is None else args.strength
-        samplers.taken(args.steps, args.strength)
+        samplers.img2img_steps(args.steps, args.strength)
     if args.out is not None:
-        cli.check_folder(args.out)
+        check_folder(args.out)
 
 
 def check_file(path: Path, option: str) -> None:
@@ -137,19 +136,19 @@ def apply(sd, args) -> None:
     """Every artefact into the model, and the pseudo words that came with them."""
     words = list(sd.text.words)
     for path, scale in map(parse_scale, args.lora):
-        loras, metadata = lora.load(sd, path, scale)
+        loras, metadata = lora_file.apply_file(sd, path, scale)
         lora.merge(sd, loras)  # into the weights: no step costs more than without it
         words.append(metadata.get("hanokdiff_token"))
     for path, scale in map(parse_scale, args.hypernet):
-        words.append(hypernet.word(hypernet.load(sd, path, scale)[1]))
+        words.append(hypernet_file.pseudo_word(hypernet_file.apply_file(sd, path, scale)[1]))
     for word in [args.token] if args.token else sorted(filter(None, set(words))):
         sd.text.add_word(word)
     embedded = set()
     for path, word in map(parse_word, args.embedding):
-        word = inversion.load(sd, path, word)[0]
-        if same(word) in embedded:
+        word = embedding_file.apply_file(sd, path, word)[0]
+        if same_word(word) in embedded:
             raise ValueError(f'two embeddings for "{word}"; give one another word: --embedding {path}:WORD')
-        embedded.add(same(word))
+        embedded.add(same_word(word))
 
 
 def from_alert(args, sd, reading: alert.Reading) -> str:
@@ -166,12 +165,12 @@ def first_picture(args, sd, size):
     """The initial picture at the size to draw, cropped where its shape differs, and that size."""
     if not args.init_image:
         return None, size or (sd.resolution, sd.resolution)
-    picture, _ = data.read_photo(args.init_image)
+    picture, _ = read_photo(args.init_image)
     if size is None:  # the shorter side as the model knows it, the shape kept
         zoom, step = sd.resolution / min(picture.size), 8
         size = tuple(max(step, round(side * zoom / step) * step) for side in picture.size)
-    model.check_size(size, sd.vae.config.factor)
-    return ImageOps.fit(picture, size, model.Image.Resampling.LANCZOS), size
+    latent_size(size, sd.vae.config.factor)
+    return ImageOps.fit(picture, size, Image.Resampling.LANCZOS), size
 
 
 def parameters(prompt: str, seed: int, size: tuple[int, int], args, cfg: float) -> str:
@@ -187,7 +186,7 @@ def parameters(prompt: str, seed: int, size: tuple[int, int], args, cfg: float) 
             f"Size: {size[0]}x{size[1]}, Model: {args.model}{more}")  # fmt: skip
 
 
-@cli.polite
+@report_errors
 def main(argv=None):
     p = options()
     args = p.parse_args(argv)
@@ -196,30 +195,30 @@ def main(argv=None):
     check(args)
     reading = None if args.alert is None else alert.drawable(args.alert)
     size = parse_size(args.size)
-    sd = model.load(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)
+    sd = load_model(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)
     first, size = first_picture(args, sd, size)
-    model.check_size(size, sd.vae.config.factor)
-    samplers.levels(args.sampler, sd.schedule, args.steps)  # refuses what cannot be, before anything is written
+    latent_size(size, sd.vae.config.factor)
+    samplers.sigmas_and_timesteps(args.sampler, sd.schedule, args.steps)  # refuses what cannot be, before anything is written
     cfg = sd.cfg if args.cfg is None else args.cfg
     sd.text.literal_tokens = args.literal_tokens
     sd.text.skip(args.clip_skip)
     apply(sd, args)
     if args.compile:
         print("--compile: each block is compiled at its first step, which takes a minute or more")
-        lean.compile(sd.unet)
+        memory.compile(sd.unet)
     understood = reading and from_alert(args, sd, reading)
     if understood:
         print(understood)
     sd.text.warn_without_word(args.prompt)
 
-    out = args.out or cli.free_folder(Path("runs") / "samples")
-    cli.make_folder(out)
+    out = args.out or free_folder(Path("runs") / "samples")
+    make_folder(out)
     number = 1 + max((int(p.name[:5]) for p in out.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")), default=-1)
     jobs = [(prompt, args.seed + i) for prompt in args.prompt for i in range(args.n)]
     how = dict(negative=args.negative, sampler=args.sampler, steps=args.steps, cfg=cfg, size=size)
     if first:
         how |= dict(first=sd.latents(first), strength=args.strength)
-    total, drawn = samplers.taken(args.steps, args.strength) if first else args.steps, {}
+    total, drawn = samplers.img2img_steps(args.steps, args.strength) if first else args.steps, {}
     for part in sd.batches([prompt for prompt, _ in jobs], args.batch_size or (32 if sd.resolution <= 64 else 4)):
         prompts, seeds = map(list, zip(*(jobs[i] for i in part), strict=True))
         for latents in tqdm(sd.sample(prompts, seeds, **how), f"{len(drawn) + len(part)} of {len(jobs)}", total,
@@ -231,13 +230,13 @@ def main(argv=None):
             info.add_text("parameters", parameters(prompt, seed, size, args, cfg))
             if understood:
                 info.add_text("alert", understood)
-            with checkpoint.replacing(out / f"{number + i:05d}-{seed}.png") as aside:
+            with replacing(out / f"{number + i:05d}-{seed}.png") as aside:
                 picture.save(aside, "png", pnginfo=info)
             drawn[i] = picture
     print(f"wrote {len(drawn)} pictures to {out}")
     if args.grid:
-        sheet = model.grid([drawn[i] for i in range(len(jobs))], args.n, zoom=max(1, 128 // size[0]))
-        with checkpoint.replacing(out / "grid.png") as aside:
+        sheet = grid([drawn[i] for i in range(len(jobs))], args.n, zoom=max(1, 128 // size[0]))
+        with replacing(out / "grid.png") as aside:
             sheet.save(aside, "png")
         print(f"one row per prompt: {out / 'grid.png'}")
 

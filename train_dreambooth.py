@@ -20,16 +20,17 @@ from pathlib import Path
 
 import torch
 
-from hanokdiff.formats import folder as checkpoint
-from hanokdiff.methods import losses as loss
-from hanokdiff.methods import textual_inversion as inversion
-from hanokdiff.models import pipeline as model
+from hanokdiff.errors import report_errors
+from hanokdiff.files import write_json
+from hanokdiff.formats.folder import save_folder
+from hanokdiff.formats.load import load_model
+from hanokdiff.methods import textual_inversion
+from hanokdiff.methods.losses import denoising_loss
 from hanokdiff.tiny import world
-from hanokdiff.training import args as cli
-from hanokdiff.training import dataset as data
-from hanokdiff.training import distributed as several
-from hanokdiff.training import prior
-from hanokdiff.training.trainer import Run
+from hanokdiff.training import distributed, prior
+from hanokdiff.training.args import check_resolution, check_training, run_folder, trainer_options, training_parser
+from hanokdiff.training.dataset import LatentDataset, load_photos, prepare_captions
+from hanokdiff.training.trainer import Trainer
 
 # What the class pictures show is not forgotten: the tiny world's show campfires, smoke and floods too, but no fire.
 DEFAULTS = {
@@ -41,7 +42,7 @@ DEFAULTS = {
 
 
 def options():
-    parser, method = cli.training_parser(__doc__, DEFAULTS)
+    parser, method = training_parser(__doc__, DEFAULTS)
     method("--class-phrase", "what the subject is one of, in the class prompts (default: --replace's)")
     method("--class-images", "pictures of the class, drawn by the untouched model; 0 for none", type=int)
     method("--class-prompts", "more prompts for class pictures, one a line: what must not be forgotten "
@@ -55,13 +56,13 @@ def options():
     return parser
 
 
-@cli.polite
+@report_errors
 def main(argv=None):
     parser = options()
     given, args = parser.parse_args(argv), parser.parse(argv)
     args.class_phrase = args.class_phrase or args.replace
     asked = args.class_prompts or (world.CLASS_PROMPTS if args.model == "tiny" else None)
-    cli.check_training(args)
+    check_training(args)
     if given.freeze_text and {given.text_lr, given.word_lr, given.text_steps} != {None}:
         raise ValueError("--freeze-text leaves nothing to do for --text-lr, --word-lr and --text-steps; leave them out")
     if args.class_prompts and not args.class_images:
@@ -70,21 +71,21 @@ def main(argv=None):
         prior.read_prompts(Path(args.class_prompts), args.token)  # refuses before the model is opened
     if args.class_images and not args.class_phrase.strip():
         raise ValueError('--class-phrase is empty; name what the subject is one of, such as "a house"')
-    out = cli.run_folder(args, "dreambooth", "model")
+    out = run_folder(args, "dreambooth", "model")
 
     # 1. The base model
-    sd = model.load(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction,
+    sd = load_model(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction,
                     masters=True)  # fmt: skip
     sd.text.literal_tokens = args.literal_tokens
     sd.text.add_word(args.token)
-    args.resolution = cli.check_resolution(args.resolution, sd)
+    args.resolution = check_resolution(args.resolution, sd)
 
     # 2. What learns: everything, and of the table of words the pseudo word's own rows
     learns, rates = {f"unet.{name}": p for name, p in sd.unet.named_parameters()}, {"unet": args.lr}
     if not args.freeze_text:
         learns |= {f"text.{n}": p for n, p in sd.text.encoder.named_parameters() if "token_embedding" not in n}
         ids = sd.text.words[args.token]
-        rows = inversion.insert(sd, args.token, inversion.table(sd)[ids])
+        rows = textual_inversion.insert(sd, args.token, textual_inversion.token_embedding(sd)[ids])
         learns, rates = learns | {"word": rows.rows}, rates | {"text": args.text_lr, "word": args.word_lr}
     for p in learns.values():
         p.requires_grad_(True)
@@ -92,17 +93,17 @@ def main(argv=None):
           f"{sum(p.numel() for p in learns.values()):,} numbers")  # fmt: skip
 
     # 3. The data, the class's half drawn by the model that has not learnt yet
-    photos, unseen = data.load_photos(args.data, args.resolution, args.images, args.held_out)
+    photos, unseen = load_photos(args.data or world.photos, args.resolution, args.images, args.held_out)
     args.images = len(photos)
-    captions = data.prepare_captions(photos, args.token, args.replace, args.caption)
-    shots = data.Shots(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
+    captions = prepare_captions(photos, args.token, args.replace, args.caption)
+    shots = LatentDataset(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
     if args.class_images:
         if not (given.class_phrase or any(args.class_phrase in (p.caption or "") for p in photos) or args.resume):
             raise ValueError(f'no caption contains "{args.class_phrase}", so what the subject is one of is not known; '
                              'name it: --class-phrase "a house"')  # fmt: skip
         words = prior.prompts(captions, args.token, args.class_phrase, asked)
         drawn, words, seconds = prior.pictures(sd, words, args.class_images, args.resolution, args.seed)
-        class_shots = data.Shots(sd.vae, drawn, words, args.flip, sd.device)
+        class_shots = LatentDataset(sd.vae, drawn, words, args.flip, sd.device)
     else:
         class_shots, words, seconds = None, [], 0.0
     if args.freeze_text:
@@ -113,20 +114,20 @@ def main(argv=None):
         dtype = torch.float32 if sd.dtype == torch.float32 else torch.float16
         aside = path.with_name(path.name + ".part")
         shutil.rmtree(aside, ignore_errors=True)  # what a kill has left of it
-        with contextlib.nullcontext() if args.freeze_text else inversion.folded(sd, rows, ids):
-            checkpoint.save_folder(aside, sd.unet, sd.vae, sd.text.encoder, sd.text.tokenizer, sd.schedule, dtype)
-        checkpoint.write_json(aside / "hanokdiff.json", {"token": args.token})
+        with contextlib.nullcontext() if args.freeze_text else textual_inversion.folded_into_table(sd, rows, ids):
+            save_folder(aside, sd.unet, sd.vae, sd.text.encoder, sd.text.tokenizer, sd.schedule, dtype)
+        write_json(aside / "hanokdiff.json", {"token": args.token})
         shutil.rmtree(path, ignore_errors=True)  # of the same step, before a run was resumed
         aside.rename(path)
 
     def preview():
         return sd.preview(args.token, args.resolution)
 
-    chores = cli.chores(args, sd, shots, unseen) | {"lr": rates}
+    chores = trainer_options(args, sd, shots, unseen) | {"lr": rates}
     chores["config"]["class_pictures"] = class_shots and class_shots.hash  # to notice, on resume, that one was edited
-    run = Run(out, learns, artefact="model", save=save, preview=preview, **chores)
-    if several.RANK == 0 and not (out / "class.json").exists():  # a resumed run has drawn nothing itself
-        checkpoint.write_json(out / "class.json", {"pictures": args.class_images, "seconds": round(seconds, 3)})
+    run = Trainer(out, learns, artefact="model", save=save, preview=preview, **chores)
+    if distributed.RANK == 0 and not (out / "class.json").exists():  # a resumed run has drawn nothing itself
+        write_json(out / "class.json", {"pictures": args.class_images, "seconds": round(seconds, 3)})
 
     # 5. The method
     for batch in run:
@@ -136,7 +137,7 @@ def main(argv=None):
             latents, prompts, both = torch.cat([latents, more]), prompts + words, batch.half("", "class")
         with torch.set_grad_enabled(args.text_steps is None or batch.step < args.text_steps):
             context = sd.text(prompts)                           # (2B, 77, D)
-        losses = loss.denoising(sd, latents, context, both if class_shots else batch, args.min_snr)
+        losses = denoising_loss(sd, latents, context, both if class_shots else batch, args.min_snr)
         own, prior_loss = losses.chunk(2) if class_shots else (losses, torch.zeros(1, device=sd.device))
         run.update(own.mean() + args.prior_weight * prior_loss.mean())
 

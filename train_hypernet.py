@@ -16,12 +16,16 @@ import sys
 
 import torch
 
-from hanokdiff.methods import hypernetwork as hypernet
-from hanokdiff.methods import losses as loss
-from hanokdiff.models import pipeline as model
-from hanokdiff.training import args as cli
-from hanokdiff.training import dataset as data
-from hanokdiff.training.trainer import Run, stream
+from hanokdiff.errors import report_errors
+from hanokdiff.formats import hypernet_file
+from hanokdiff.formats.load import load_model
+from hanokdiff.methods import hypernetwork
+from hanokdiff.methods.losses import denoising_loss
+from hanokdiff.seeding import seeded_generator
+from hanokdiff.tiny import world
+from hanokdiff.training.args import check_resolution, check_training, run_folder, trainer_options, training_parser
+from hanokdiff.training.dataset import LatentDataset, load_photos, prepare_captions
+from hanokdiff.training.trainer import Trainer
 
 DEFAULTS = {  # the tiny UNet listens to the words at one level only, so there its own tokens are rewritten too
     "tiny": dict(steps=350, batch_size=8, lr=4e-3, widths="all", layers=[1, 2, 1], activation="relu", min_snr=5.0,
@@ -32,7 +36,7 @@ DEFAULTS = {  # the tiny UNet listens to the words at one level only, so there i
 
 
 def options():
-    parser, method = cli.training_parser(__doc__, DEFAULTS)
+    parser, method = training_parser(__doc__, DEFAULTS)
     method("--widths", "what is rewritten: the words' context, or the picture's own tokens too, as in the WebUI",
            choices=("context", "all"))  # fmt: skip
     method("--layers", "of each network, as multiples of the width", type=float, nargs="+")
@@ -42,28 +46,28 @@ def options():
     return parser
 
 
-@cli.polite
+@report_errors
 def main(argv=None):
     args = options().parse(argv)
-    cli.check_training(args)
+    check_training(args)
     if "softm" in args.activation:
         raise ValueError(f"--activation {args.activation} mixes the pictures of a batch; take another, such as relu")
     if not 0 <= args.dropout < 1:
         raise ValueError(f"--dropout is {args.dropout:g}, but must be a number from 0 to below 1")
     if args.dropout and len(args.layers) == 2:
         raise ValueError("--dropout needs an inner layer to leave something out of, such as --layers 1 2 1")
-    out = cli.run_folder(args, "hypernet", "hypernet.pt")
+    out = run_folder(args, "hypernet", "hypernet.pt")
     dropout = (0.0, *[args.dropout] * (len(args.layers) - 2), 0.0) if args.dropout else ()
-    spec = hypernet.Spec(tuple(args.layers), args.activation, args.layer_norm, dropout)
+    spec = hypernetwork.HypernetConfig(tuple(args.layers), args.activation, args.layer_norm, dropout)
 
     # 1. The base model, frozen
-    sd = model.load(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)
+    sd = load_model(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)
     sd.text.literal_tokens = args.literal_tokens
     sd.text.add_word(args.token)
-    args.resolution = cli.check_resolution(args.resolution, sd)
+    args.resolution = check_resolution(args.resolution, sd)
 
     # 2. What learns
-    hyper = hypernet.insert(sd, hypernet.Hypernet(spec, hypernet.widths(sd)[args.widths]))
+    hyper = hypernetwork.insert(sd, hypernetwork.Hypernetwork(spec, hypernetwork.dims(sd)[args.widths]))
     for name, pair in hyper.pairs.items():
         for f, side in zip(pair, "KV", strict=True):
             f.start((args.seed, "hypernet", name, side))
@@ -72,31 +76,31 @@ def main(argv=None):
     print(f"learns: networks for widths {', '.join(hyper.pairs)}, {sum(p.numel() for p in learns.values()):,} numbers")
 
     # 3. The data
-    photos, unseen = data.load_photos(args.data, args.resolution, args.images, args.held_out)
+    photos, unseen = load_photos(args.data or world.photos, args.resolution, args.images, args.held_out)
     args.images = len(photos)
-    captions = data.prepare_captions(photos, args.token, args.replace, args.caption)
-    shots = data.Shots(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
+    captions = prepare_captions(photos, args.token, args.replace, args.caption)
+    shots = LatentDataset(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
     sd.text.remember(captions)  # a frozen encoder says the same every time
 
     # 4. The run
     def save(path):
-        about = {"step": run.step, "name": path.stem, "model": sd.name, "info": hypernet.TOKEN + args.token}
-        hypernet.write(path, spec, hypernet.state(hyper), about)
+        about = {"step": run.step, "name": path.stem, "model": sd.name, "info": hypernet_file.TOKEN + args.token}
+        hypernet_file.save_file(path, spec, hypernet_file.state(hyper), about)
 
     def preview():
         return sd.preview(args.token, args.resolution)
 
     heard = sd.text(captions[:8])
-    run = Run(out, learns, artefact="hypernet.pt", save=save, preview=preview,
-              watch=lambda: {"ratio": hyper.ratio(heard)}, **cli.chores(args, sd, shots, unseen))
+    run = Trainer(out, learns, artefact="hypernet.pt", save=save, preview=preview,
+              watch=lambda: {"ratio": hyper.ratio(heard)}, **trainer_options(args, sd, shots, unseen))
 
     # 5. The method
     for batch in run:
         latents, prompts = shots[batch]                          # (B, 4, h, w), [B]
         context = sd.text(prompts)                               # (B, 77, D)
-        torch.manual_seed(stream(args.seed, batch.step, batch.slots.start, "dropout").initial_seed())
+        torch.manual_seed(seeded_generator(args.seed, batch.step, batch.slots.start, "dropout").initial_seed())
         hyper.train()
-        run.update(loss.denoising(sd, latents, context, batch, args.min_snr))
+        run.update(denoising_loss(sd, latents, context, batch, args.min_snr))
         hyper.eval()
 
 

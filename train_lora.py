@@ -14,12 +14,15 @@ hanokdiff/training/trainer.py (the chores).
 
 import sys
 
+from hanokdiff.errors import report_errors
+from hanokdiff.formats import lora_file
+from hanokdiff.formats.load import load_model
 from hanokdiff.methods import lora
-from hanokdiff.methods import losses as loss
-from hanokdiff.models import pipeline as model
-from hanokdiff.training import args as cli
-from hanokdiff.training import dataset as data
-from hanokdiff.training.trainer import Run
+from hanokdiff.methods.losses import denoising_loss
+from hanokdiff.tiny import world
+from hanokdiff.training.args import check_resolution, check_training, run_folder, trainer_options, training_parser
+from hanokdiff.training.dataset import LatentDataset, load_photos, prepare_captions
+from hanokdiff.training.trainer import Trainer
 
 DEFAULTS = {  # the tiny UNet attends at one level only, so there the convolutions learn too
     "tiny": dict(steps=350, batch_size=8, lr=2e-3, rank=16, alpha=None, targets="attention+ff+conv", min_snr=5.0,
@@ -30,7 +33,7 @@ DEFAULTS = {  # the tiny UNet attends at one level only, so there the convolutio
 
 
 def options():
-    parser, method = cli.training_parser(__doc__, DEFAULTS)
+    parser, method = training_parser(__doc__, DEFAULTS)
     method("--rank", "rank of the change", type=int)
     method("--alpha", "strength: the change is scaled by alpha / rank (default: the rank)", type=float)
     method("--targets", "what is changed in the UNet",
@@ -39,18 +42,18 @@ def options():
     return parser
 
 
-@cli.polite
+@report_errors
 def main(argv=None):
     args = options().parse(argv)
     args.alpha = args.rank if args.alpha is None else args.alpha
-    cli.check_training(args)
-    out = cli.run_folder(args, "lora", "lora.safetensors")
+    check_training(args)
+    out = run_folder(args, "lora", "lora.safetensors")
 
     # 1. The base model, frozen
-    sd = model.load(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)
+    sd = load_model(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)
     sd.text.literal_tokens = args.literal_tokens
     sd.text.add_word(args.token)
-    args.resolution = cli.check_resolution(args.resolution, sd)
+    args.resolution = check_resolution(args.resolution, sd)
 
     # 2. What learns
     loras = lora.insert(sd, args.rank, args.alpha, args.targets, args.text_rank, args.seed)
@@ -58,28 +61,28 @@ def main(argv=None):
     print(f"learns: {len(loras)} LoRAs of rank {args.rank}, {sum(p.numel() for p in learns.values()):,} numbers")
 
     # 3. The data
-    photos, unseen = data.load_photos(args.data, args.resolution, args.images, args.held_out)
+    photos, unseen = load_photos(args.data or world.photos, args.resolution, args.images, args.held_out)
     args.images = len(photos)
-    captions = data.prepare_captions(photos, args.token, args.replace, args.caption)
-    shots = data.Shots(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
+    captions = prepare_captions(photos, args.token, args.replace, args.caption)
+    shots = LatentDataset(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
     if not args.text_rank:
         sd.text.remember(captions)  # a frozen encoder says the same every time
 
     # 4. The run
     def save(path):
-        lora.write(path, loras, lora.metadata(sd, name=path.stem, **vars(args)))
+        lora_file.save_file(path, loras, lora_file.metadata(sd, name=path.stem, **vars(args)))
 
     def preview():
         return sd.preview(args.token, args.resolution)
 
-    run = Run(out, learns, artefact="lora.safetensors", save=save, preview=preview,
-              **cli.chores(args, sd, shots, unseen))  # fmt: skip
+    run = Trainer(out, learns, artefact="lora.safetensors", save=save, preview=preview,
+              **trainer_options(args, sd, shots, unseen))  # fmt: skip
 
     # 5. The method
     for batch in run:
         latents, prompts = shots[batch]                          # (B, 4, h, w), [B]
         context = sd.text(prompts)                               # (B, 77, D)
-        run.update(loss.denoising(sd, latents, context, batch, args.min_snr))
+        run.update(denoising_loss(sd, latents, context, batch, args.min_snr))
 
 
 if __name__ == "__main__":

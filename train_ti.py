@@ -15,12 +15,15 @@ prompt finds them).
 
 import sys
 
-from hanokdiff.methods import losses as loss
-from hanokdiff.methods import textual_inversion as inversion
-from hanokdiff.models import pipeline as model
-from hanokdiff.training import args as cli
-from hanokdiff.training import dataset as data
-from hanokdiff.training.trainer import Run
+from hanokdiff.errors import report_errors
+from hanokdiff.formats import embedding_file
+from hanokdiff.formats.load import load_model
+from hanokdiff.methods import textual_inversion
+from hanokdiff.methods.losses import denoising_loss
+from hanokdiff.tiny import world
+from hanokdiff.training.args import check_resolution, check_training, run_folder, trainer_options, training_parser
+from hanokdiff.training.dataset import LatentDataset, load_photos, prepare_captions
+from hanokdiff.training.trainer import Trainer
 
 DEFAULTS = {
     "tiny": dict(steps=300, batch_size=8, lr=1e-2, vectors=8, min_snr=5.0, save_every=100, preview_every=150,
@@ -36,47 +39,47 @@ TEMPLATES = {
 
 
 def options():
-    parser, method = cli.training_parser(__doc__, DEFAULTS)
+    parser, method = training_parser(__doc__, DEFAULTS)
     method("--vectors", "how many vectors the word is made of", type=int)
     method("--init", "words that name the kind of thing; the vectors start as theirs")
     method("--hold-norm", "keep the vectors' length: one that grows drowns the other words", action="store_true")
     return parser
 
 
-@cli.polite
+@report_errors
 def main(argv=None):
     args = options().parse(argv)
-    cli.check_training(args)
-    out = cli.run_folder(args, "ti", "embedding.safetensors")
+    check_training(args)
+    out = run_folder(args, "ti", "embedding.safetensors")
 
     # 1. The base model, frozen
-    sd = model.load(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)
+    sd = load_model(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)
     sd.text.literal_tokens = args.literal_tokens
-    args.resolution = cli.check_resolution(args.resolution, sd)
+    args.resolution = check_resolution(args.resolution, sd)
 
     # 2. What learns
-    rows = inversion.insert(sd, args.token, inversion.start(sd, args.init, args.vectors))
+    rows = textual_inversion.insert(sd, args.token, textual_inversion.initial_vectors(sd, args.init, args.vectors))
     rows.hold_norm = args.hold_norm
     print(f'learns: {args.vectors} vector{"s" * (args.vectors > 1)} of "{args.init}", {rows.rows.numel():,} numbers')
 
     # 3. The data
-    photos, unseen = data.load_photos(args.data, args.resolution, args.images, args.held_out)
+    photos, unseen = load_photos(args.data or world.photos, args.resolution, args.images, args.held_out)
     args.images = len(photos)
-    captions = data.prepare_captions(photos, args.token, args.replace, args.caption)
-    shots = data.Shots(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
+    captions = prepare_captions(photos, args.token, args.replace, args.caption)
+    shots = LatentDataset(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
     templates = TEMPLATES["tiny" if args.model == "tiny" else "sd"]
 
     # 4. The run
     def save(path):
-        inversion.write(path, args.token, rows.vectors(), {"step": run.step, "model": sd.name})
+        embedding_file.save_file(path, args.token, rows.vectors(), {"step": run.step, "model": sd.name})
 
     def preview():
         return sd.preview(args.token, args.resolution)
 
-    usual = inversion.table(sd).float().norm(dim=1).mean().item()
-    run = Run(out, {"rows": rows.rows}, artefact="embedding.safetensors", save=save, preview=preview, weight_decay=0.0,
+    usual = textual_inversion.token_embedding(sd).float().norm(dim=1).mean().item()
+    run = Trainer(out, {"rows": rows.rows}, artefact="embedding.safetensors", save=save, preview=preview, weight_decay=0.0,
               watch=lambda: {"norm": rows.vectors().norm(dim=1).mean().item() / usual},
-              **cli.chores(args, sd, shots, unseen))  # fmt: skip
+              **trainer_options(args, sd, shots, unseen))  # fmt: skip
 
     # 5. The method
     for batch in run:
@@ -84,7 +87,7 @@ def main(argv=None):
         which = batch.integers("template", len(templates))
         prompts = [templates[k].format(p) for k, p in zip(which, prompts, strict=True)]
         context = sd.text(prompts)                               # (B, 77, D)
-        run.update(loss.denoising(sd, latents, context, batch, args.min_snr))
+        run.update(denoising_loss(sd, latents, context, batch, args.min_snr))
 
 
 if __name__ == "__main__":

@@ -15,14 +15,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from hanokdiff.bench import __main__ as bench
-from hanokdiff.models import memory as lean
-from hanokdiff.models import pipeline as model
+from hanokdiff.bench import setup
+from hanokdiff.device import keep_freed_memory
+from hanokdiff.models import memory
 
 
 def with_flag(steps, on: bool):
     """A training whose every step has lean.py's functions switched on a CPU, or off."""
     while True:
-        lean.ON_CPU = on
+        memory.ON_CPU = on
         next(steps)
         yield
 
@@ -57,9 +58,9 @@ def pack(unet) -> None:
 
 def sides(trial: str, size: str, folder: Path) -> dict:
     def fresh():
-        return bench.build(size, "cpu", torch.float32)
+        return setup.build(size, "cpu", torch.float32)
 
-    side, batch = bench.side(size), 8 if size == "tiny" else bench.SIZES[size].batch
+    side, batch = setup.side(size), 8 if size == "tiny" else setup.SIZES[size].batch
     if trial == "lean":
         return {name: with_flag(bench.train(fresh(), "lora", side, batch, folder / name), name == "lean")
                 for name in ("torch", "lean")}  # fmt: skip
@@ -68,7 +69,7 @@ def sides(trial: str, size: str, folder: Path) -> dict:
         pack(packed.unet)
         return {"ours": network(fresh(), side, 1), "packed": network(packed, side, 1)}
     if trial == "inside":
-        alone = network(fresh(), side, 1, steps=bench.STEPS)
+        alone = network(fresh(), side, 1, steps=setup.STEPS)
         return {"the network": alone, "the sampler": bench.sample(fresh(), side, 1)}
     if trial == "even":
         return {"even": network(fresh(), side, 1), "odd": network(fresh(), side, 1, odd=True)}
@@ -78,9 +79,9 @@ def sides(trial: str, size: str, folder: Path) -> dict:
 if __name__ == "__main__":
     if sys.argv[1:] not in ([name] for name in ("lean", "packed", "inside", "shared", "even")):
         sys.exit(__doc__)
-    model.keep_memory()
+    keep_freed_memory()
     for size in ("overhead", "small", "tiny"):
         with tempfile.TemporaryDirectory() as folder:
-            times = bench.race(sides(sys.argv[1], size, Path(folder)), 20, 2, lambda: None)
+            times = bench.interleaved(sides(sys.argv[1], size, Path(folder)), 20, 2, lambda: None)
         (first, a), (second, b) = ((name, min(seconds)) for name, seconds in times.items())
         print(f"{size:9} {first} {1e3 * a:.1f} ms, {second} {1e3 * b:.1f} ms: {b / a:.3f}", flush=True)

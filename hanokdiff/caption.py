@@ -28,13 +28,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from hanokdiff.formats import folder as checkpoint
-from hanokdiff.models import pipeline as model
-from hanokdiff.models.tokens import contains, word_pattern
+from hanokdiff.device import choose_device
+from hanokdiff.errors import report_errors
+from hanokdiff.files import write_text
+from hanokdiff.images import read_photo
+from hanokdiff.models.tokens import contains_word, word_pattern
 from hanokdiff.options import Options
+from hanokdiff.pretrained import check_pretrained
 from hanokdiff.scoring.clip import MEAN, STD
-from hanokdiff.training import args as cli
-from hanokdiff.training.dataset import photo_files, read_caption, read_photo
+from hanokdiff.training.dataset import photo_files, read_caption
 
 BLIP = "Salesforce/blip-image-captioning-base"
 PROMPT = "a picture of"
@@ -57,7 +59,7 @@ class Blip:
     """Pictures in, captions out. A folder (config.json, weights, tokenizer) or a hub id."""
 
     def __init__(self, name: str, device: str | None, dtype: str, min_length: int, max_length: int, beams: int):
-        self.device, self.dtype, reason = model.choose(device, dtype)
+        self.device, self.dtype, reason = choose_device(device, dtype)
         self.min_length, self.fixed = min_length, dict(max_length=max_length, num_beams=beams, do_sample=False)
         network, self.tokenizer = open_blip(name)
         self.model = network.to(self.device, self.dtype).eval().requires_grad_(False)
@@ -110,7 +112,7 @@ def open_blip(name: str):
     source, only = (str(folder), {"local_files_only": True}) if folder.is_dir() else (name, {})
     try:
         if only:
-            checkpoint.check_pretrained(folder, BlipForConditionalGeneration)
+            check_pretrained(folder, BlipForConditionalGeneration)
         network, info = BlipForConditionalGeneration.from_pretrained(source, output_loading_info=True,
                                                                      ignore_mismatched_sizes=True, **only)  # fmt: skip
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **only)
@@ -165,7 +167,7 @@ def existing(path: Path) -> tuple[str | None, str]:
 
 def write(path: Path, text: str) -> None:
     """Aside, then renamed: a caption is there whole or not at all."""
-    checkpoint.write_text(path, text + "\n", newline="\n")
+    write_text(path, text + "\n", newline="\n")
 
 
 def caption(todo: list[Path], blip: Callable[[], Blip], batch_size: int, seen: Seen) -> dict[Path, str]:
@@ -212,7 +214,7 @@ def variants(phrase: str) -> re.Pattern:
 def replace(texts: dict[Path, str], phrase: str, word: str, exact: bool, dry: bool) -> None:
     """Put the pseudo word in the phrase's place, in the files, and report what was found and where nothing was."""
     pattern, found, missed, changed = word_pattern(phrase) if exact else variants(phrase), Counter(), [], 0
-    todo = {path: text for path, text in texts.items() if not contains(text, word)}
+    todo = {path: text for path, text in texts.items() if not contains_word(text, word)}
     for path, text in todo.items():
         hits = pattern.findall(text)
         found.update(" ".join(hit.lower().split()) for hit in hits)
@@ -268,7 +270,7 @@ def counted(paths: list[Path], what: str) -> str:
     return f"{len(paths)} {what} ({paths[0].name!r}{', ...' if paths[1:] else ''})"
 
 
-@cli.polite
+@report_errors
 def main(argv=None) -> None:
     args = options().parse_args(argv)
     check(args)

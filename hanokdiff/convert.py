@@ -20,15 +20,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hanokdiff.formats import folder as checkpoint
-from hanokdiff.formats import lora_names as lorafile
-from hanokdiff.formats import single_file as singlefile
-from hanokdiff.methods import hypernetwork as hypernet
-from hanokdiff.methods import lora
-from hanokdiff.methods import textual_inversion as inversion
-from hanokdiff.models import pipeline as model
+from hanokdiff.device import DTYPES
+from hanokdiff.errors import make_folder, report_errors
+from hanokdiff.files import read_json
+from hanokdiff.formats import embedding_file, hypernet_file, lora_file, lora_names, single_file
+from hanokdiff.formats.folder import find_model, save_folder
+from hanokdiff.formats.load import TINY_MODEL, open_file, open_folder
+from hanokdiff.formats.tensors import read_pt, read_safetensors
 from hanokdiff.options import Options
-from hanokdiff.training import args as cli
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 ENDINGS = {"LoRA": (".safetensors",), "embedding": (".safetensors", ".pt"), "hypernetwork": (".pt",)}
@@ -38,16 +37,16 @@ OPTIONS = {"model": {"dtype", "prediction", "tokenizer"}, "LoRA": {"dtype", "to"
 def names(path: Path) -> list:
     """The names in a file, without its tensors where the container allows that."""
     if path.suffix in PICKLES:
-        content = checkpoint.read_pt(path, "model, LoRA, embedding or hypernetwork")
+        content = read_pt(path, "model, LoRA, embedding or hypernetwork")
         return [k for k in content if isinstance(k, str | int)] if isinstance(content, dict) else []
-    return list(checkpoint.read_safetensors(path, "model, LoRA or embedding")[0])
+    return list(read_safetensors(path, "model, LoRA or embedding")[0])
 
 
 def recognise(path: Path, keys: list) -> str:
     """What a file is, by the names in it."""
     if any(isinstance(k, int) for k in keys):
         return "hypernetwork"
-    if any(k.startswith(singlefile.UNET) for k in keys):
+    if any(k.startswith(single_file.UNET) for k in keys):
         return "model"
     if len(keys) == 1 or {"string_to_param", "emb_params", "clip_l", "clip_g"} & set(keys):
         return "embedding"
@@ -62,7 +61,7 @@ def precision(args, tensors: Iterable[Tensor]) -> torch.dtype:
     """--dtype, else the narrowest that keeps every weight as it is."""
     own = reduce(torch.promote_types, (t.dtype for t in tensors if t.is_floating_point() and t.itemsize > 1),
                  torch.float16)
-    return model.DTYPES.get(args.dtype, own)
+    return DTYPES.get(args.dtype, own)
 
 
 def is_folder(out: Path) -> bool:
@@ -78,44 +77,44 @@ def same(args, what: str) -> ValueError:
 
 
 def convert_model(args, keys: list) -> tuple[str, int]:
-    source, out = model.TINY if args.input == "tiny" else checkpoint.find(args.input), args.output
+    source, out = TINY_MODEL if args.input == "tiny" else find_model(args.input), args.output
     to_folder, token = is_folder(out), source / "hanokdiff.json"
     changed = source.is_file() if to_folder else source.suffix != out.suffix
     if not (changed or args.dtype or args.prediction):
         raise same(args, "a model folder" if to_folder else "a single file")
     if source.is_file() and not to_folder:
-        unet, vae, encoder, schedule = singlefile.read(source, args.prediction, print)
+        unet, vae, encoder, schedule = single_file.read(source, args.prediction, print)
     else:
-        opened = model.open_file if source.is_file() else model.open_folder
+        opened = open_file if source.is_file() else open_folder
         unet, vae, encoder, words, schedule = opened(source, args.tokenizer, args.prediction, print)
     tensors = [t for network in (unet, vae, encoder) for t in network.state_dict().values()]
     dtype = precision(args, tensors)
     if to_folder:
-        checkpoint.save_folder(out, unet, vae, encoder, words, schedule, dtype)
+        save_folder(out, unet, vae, encoder, words, schedule, dtype)
         if token.is_file():
             shutil.copy(token, out)
     else:
-        singlefile.write(out, unet, vae, encoder, schedule, dtype)
+        single_file.write(out, unet, vae, encoder, schedule, dtype)
         if token.is_file():
-            word = checkpoint.read_json(token).get("token")
+            word = read_json(token).get("token")
             print(f'note: a single file has no place for the pseudo word "{word}": keep it in mind', file=sys.stderr)
     return f"model {'folder' if source.is_dir() else 'file'}, {schedule.prediction_type}", len(tensors)
 
 
 def convert_lora(args, keys: list) -> tuple[str, int]:
-    loras, metadata = lora.read(args.input)
+    loras, metadata = lora_file.read_file(args.input)
     kohya = keys[0].startswith("lora_")
     to = args.to or ("diffusers" if kohya else "kohya")
-    tidy = all(k.startswith((lorafile.UNET, lorafile.TEXT)) for k in keys) if kohya else \
-        "lora_adapter_metadata" not in metadata and all(lorafile.is_written(k) for k in keys)  # fmt: skip
+    tidy = all(k.startswith((lora_names.UNET, lora_names.TEXT)) for k in keys) if kohya else \
+        "lora_adapter_metadata" not in metadata and all(lora_names.is_written(k) for k in keys)  # fmt: skip
     if args.dtype is None and (to == "kohya") == kohya and tidy:
         raise same(args, f"a LoRA in the {to} layout")
     dtype = precision(args, (t[side] for t in loras.values() for side in ("down", "up")))
     if to == "kohya":
-        lora.write(args.output, loras, {**kohya_metadata(loras), **metadata}, dtype)
+        lora_file.save_file(args.output, loras, {**kohya_metadata(loras), **metadata}, dtype)
     else:
-        lora.write_native(args.output, loras, metadata, dtype)
-    text = sum(name.startswith(lorafile.TEXT) for name in loras)
+        lora_file.save_diffusers_file(args.output, loras, metadata, dtype)
+    text = sum(name.startswith(lora_names.TEXT) for name in loras)
     layout = "kohya" if kohya else "diffusers"
     return f"LoRA in the {layout} layout, {len(loras)} modules, {text} of them text", len(keys)
 
@@ -132,21 +131,21 @@ def kohya_metadata(loras: dict[str, dict[str, Tensor]]) -> dict[str, str]:
 
 
 def convert_embedding(args, keys: list) -> tuple[str, int]:
-    word, vectors, metadata = inversion.read(args.input)
+    word, vectors, metadata = embedding_file.read_file(args.input)
     to_webui = args.output.suffix == ".pt"
     tidy = "name" in keys and not zipfile.is_zipfile(args.input) if to_webui else "emb_params" not in keys
     if tidy and Path(args.input).suffix == args.output.suffix:
         raise same(args, f"an embedding in the {'WebUI' if to_webui else 'diffusers'} layout")
-    inversion.write(args.output, word, vectors, metadata)
+    embedding_file.save_file(args.output, word, vectors, metadata)
     return f'embedding "{word}", {len(vectors)} x {vectors.shape[1]}', 1
 
 
 def convert_hypernetwork(args, keys: list) -> tuple[str, int]:
-    spec, nets, held = hypernet.read(args.input)
+    spec, nets, held = hypernet_file.read_file(args.input)
     if {"activate_output", "dropout_structure"} <= set(keys) and not zipfile.is_zipfile(args.input):
         raise same(args, "a hypernetwork in the current WebUI layout")
     ours = {"step": "step", "name": "name", "info": "optional_info", "model": "sd_checkpoint_name"}
-    hypernet.write(args.output, spec, nets, {k: held[v] for k, v in ours.items() if held.get(v) is not None})
+    hypernet_file.save_file(args.output, spec, nets, {k: held[v] for k, v in ours.items() if held.get(v) is not None})
     count = sum(len(tensors) for pair in nets.values() for tensors in pair)
     return f"hypernetwork for widths {', '.join(str(d) for d in sorted(nets))}", count
 
@@ -159,7 +158,7 @@ def options() -> Options:
     p = Options("hanokdiff.convert", description=__doc__)
     p.add_argument("input", metavar="IN", help="a file, a model folder, a hub id or tiny")
     p.add_argument("output", metavar="OUT", type=Path, help="the file or folder to write")
-    p.add_argument("--dtype", choices=list(model.DTYPES), help="precision of a model or LoRA (default: as it is)")
+    p.add_argument("--dtype", choices=list(DTYPES), help="precision of a model or LoRA (default: as it is)")
     p.add_argument("--to", choices=["kohya", "diffusers"], help="names in a LoRA (default: the other ones)")
     p.add_argument("--prediction", choices=["epsilon", "v_prediction"], help="what a model's UNet predicts")
     p.add_argument("--tokenizer", help="folder or hub id, for a single file that has none beside it")
@@ -167,7 +166,7 @@ def options() -> Options:
     return p
 
 
-@cli.polite
+@report_errors
 def main(argv=None) -> None:
     args = options().parse_args(argv)
     source, out, kind, keys = Path(args.input), args.output, "model", []
@@ -188,7 +187,7 @@ def main(argv=None) -> None:
         raise ValueError(f"{out} is there already; name another OUT{'' if args.overwrite else ', or add --overwrite'}")
     if folder and out.is_dir() and not (out / "model_index.json").is_file() and any(out.iterdir()):
         raise ValueError(f"{out} is there already and holds other things than a model; name another OUT")
-    cli.make_folder(out.parent, f"OUT {out}:")
+    make_folder(out.parent, f"OUT {out}:")
     what, count = CONVERT[kind](args, keys)
     print(f"{args.input}: {what}; all {count} tensors matched; wrote {out}")
 

@@ -18,6 +18,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hanokdiff.formats.load import load_model
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
                 steps_offset=1, set_alpha_to_one=False, clip_sample=False)  # fmt: skip
@@ -129,14 +131,13 @@ def reference(request):
 @pytest.fixture(scope="session")
 def load():
     """Open a folder as hanokdiff does; every folder once."""
-    from hanokdiff.models import pipeline as model
 
     opened = {}
 
     def open_(made):
         if made.folder not in opened:
             with torch.inference_mode(False):  # whoever asks first: later ones want gradients
-                opened[made.folder] = model.load(str(made.folder), device="cpu", say=None)
+                opened[made.folder] = load_model(str(made.folder), device="cpu", say=None)
         return opened[made.folder]
 
     return open_

@@ -36,20 +36,25 @@ import clipscore
 import train_lora
 from hanokdiff import convert
 from hanokdiff.compare import __main__ as compare
-from hanokdiff.formats import folder as checkpoint
-from hanokdiff.formats import single_file as singlefile
-from hanokdiff.methods import hypernetwork as hypernet
-from hanokdiff.methods import lora
-from hanokdiff.methods import textual_inversion as inversion
-from hanokdiff.models import pipeline as model
+from hanokdiff.compare import run
+from hanokdiff.errors import one_line
+from hanokdiff.files import write_json
+from hanokdiff.formats import embedding_file, hypernet_file, lora_file, single_file
+from hanokdiff.formats.folder import save_folder
+from hanokdiff.formats.load import TINY_MODEL, load_model
+from hanokdiff.formats.tensors import read_tensors, write_tensors
+from hanokdiff.formats.tokenizer import load_tokenizer
+from hanokdiff.images import ORIENTATION, read_photo
+from hanokdiff.methods import hypernetwork, lora, textual_inversion
+from hanokdiff.methods.inject import base_layer
 from hanokdiff.models.schedule import Schedule
-from hanokdiff.models.tokens import TextConfig, TextEncoder
+from hanokdiff.models.text_encoder import TextConfig, TextEncoder
 from hanokdiff.models.unet import UNet, UNetConfig
 from hanokdiff.models.vae import VAE, VAEConfig
-from hanokdiff.scoring import clip as score
-from hanokdiff.training import args as cli
-from hanokdiff.training import dataset as data
+from hanokdiff.scoring.clip import TINY_CLIP, Clip, scores
 from hanokdiff.training import prior
+from hanokdiff.training.args import check_training
+from hanokdiff.training.dataset import read_caption
 
 SECONDS, MEMORY, ADDRESSES = 5, 1 << 30, 4 << 30  # processor time; resident bytes and address space more than before
 
@@ -57,7 +62,7 @@ SECONDS, MEMORY, ADDRESSES = 5, 1 << 30, 4 << 30  # processor time; resident byt
 
 
 def small_model():
-    words = checkpoint.load_tokenizer(model.TINY / "tokenizer")
+    words = load_tokenizer(TINY_MODEL / "tokenizer")
     configs = (UNetConfig(8, block_out_channels=(32, 64), attention=(True, False), heads=(8, 8), layers_per_block=1,
                           cross_attention_dim=64),
                VAEConfig((32, 64), 1, sample_size=16), TextConfig(len(words), 64, 96, 2, 1))  # fmt: skip
@@ -67,7 +72,7 @@ def small_model():
 def pictures(folder: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (24, 32, 4), dtype=np.uint8)
     image, exif, info = Image.fromarray(noise[..., :3]), Image.Exif(), PngImagePlugin.PngInfo()
-    exif[data.ORIENTATION] = 6
+    exif[ORIENTATION] = 6
     info.add_text("parameters", "a barn\nSteps: 20, Sampler: ddim, Seed: 3, Size: 8x8", zip=True)
     Image.fromarray(noise).save(folder / "a.png", pnginfo=info)
     image.save(folder / "plain.png", pnginfo=info)
@@ -81,19 +86,19 @@ def pictures(folder: Path) -> None:
 def small_files(folder: Path, sd) -> None:
     """LoRAs, embeddings, hypernetworks in every container, captions, and a run's files."""
     names = list(lora.layers(sd))[:3]
-    weights = [lora.innermost(net.get_submodule(path)).weight for net, path in map(lora.layers(sd).get, names)]
+    weights = [base_layer(net.get_submodule(path)).weight for net, path in map(lora.layers(sd).get, names)]
     loras = {n: {"down": torch.randn(2, *w.shape[1:]), "up": torch.randn(len(w), 2, *[1] * (w.dim() - 2)),
                  "alpha": torch.tensor(2.0)} for n, w in zip(names, weights, strict=True)}  # fmt: skip
-    lora.write(folder / "kohya.safetensors", loras, {"ss_network_dim": "2", "hanokdiff_token": "*"})
-    lora.write_native(folder / "peft.safetensors", loras, {"lora_adapter_metadata": '{"unet.lora_alpha": 4}'})
-    torch.save(checkpoint.read_tensors(folder / "kohya.safetensors"), folder / "lora.bin")
+    lora_file.save_file(folder / "kohya.safetensors", loras, {"ss_network_dim": "2", "hanokdiff_token": "*"})
+    lora_file.save_diffusers_file(folder / "peft.safetensors", loras, {"lora_adapter_metadata": '{"unet.lora_alpha": 4}'})
+    torch.save(read_tensors(folder / "kohya.safetensors"), folder / "lora.bin")
     vectors = torch.randn(2, sd.text.encoder.config.hidden_size)
-    inversion.write(folder / "word.safetensors", "*", vectors, {"step": "3"})
-    inversion.write(folder / "word.pt", "*", vectors)
+    embedding_file.save_file(folder / "word.safetensors", "*", vectors, {"step": "3"})
+    embedding_file.save_file(folder / "word.pt", "*", vectors)
     torch.save(torch.load(folder / "word.pt"), folder / "zipped.pt")
-    spec, width = hypernet.Spec((1, 2, 1), "relu", True), sd.unet.config.cross_attention_dim
-    pair = tuple(hypernet.Net(width, spec).state_dict() for _ in range(2))
-    hypernet.write(folder / "hyper.pt", spec, {width: pair}, {"step": 3, "info": hypernet.TOKEN + "*"})
+    spec, width = hypernetwork.HypernetConfig((1, 2, 1), "relu", True), sd.unet.config.cross_attention_dim
+    pair = tuple(hypernetwork.ResidualMLP(width, spec).state_dict() for _ in range(2))
+    hypernet_file.save_file(folder / "hyper.pt", spec, {width: pair}, {"step": 3, "info": hypernet_file.TOKEN + "*"})
     torch.save(torch.load(folder / "hyper.pt"), folder / "hyperzip.pt")
     (folder / "caption.txt").write_text("a building with a roof on fire")
     (folder / "cp949.txt").write_bytes("눈 오는 한옥".encode("cp949"))
@@ -102,22 +107,22 @@ def small_files(folder: Path, sd) -> None:
     (folder / "config.json").write_text(json.dumps({**vars(args), "photos": "0123"}))
     cells = [{"name": n, "folder": f"cells/{n}", "pictures": "pictures-a", "scores": "scores-b.json"} for n in "xy"]
     (folder / "manifest.json").write_text(json.dumps({"settings": {}, "cells": cells}))
-    checkpoint.write_json(folder / "log.jsonl", {"step": 1, "seconds": 0.5})
+    write_json(folder / "log.jsonl", {"step": 1, "seconds": 0.5})
 
 
 def good_files(home: Path) -> None:
     (networks, words), schedule = small_model(), Schedule()
-    checkpoint.save_folder(home / "model", *networks, words, schedule)
-    checkpoint.write_json(home / "model" / "hanokdiff.json", {"token": "*"})
-    shutil.copytree(score.TINY, home / "clip")
+    save_folder(home / "model", *networks, words, schedule)
+    write_json(home / "model" / "hanokdiff.json", {"token": "*"})
+    shutil.copytree(TINY_CLIP, home / "clip")
     for name in ("pictures", "files", "single"):
         (home / name).mkdir()
     pictures(home / "pictures")
-    sd = model.load(str(home / "model"), "cpu", say=None)
+    sd = load_model(str(home / "model"), "cpu", say=None)
     small_files(home / "files", sd)
-    singlefile.write(home / "single" / "a.safetensors", *networks, schedule)
-    tensors = checkpoint.read_tensors(home / "single" / "a.safetensors")
-    checkpoint.write_tensors(tensors, home / "single" / "bare.safetensors")
+    single_file.write(home / "single" / "a.safetensors", *networks, schedule)
+    tensors = read_tensors(home / "single" / "a.safetensors")
+    write_tensors(tensors, home / "single" / "bare.safetensors")
     torch.save({"state_dict": dict(tensors), "global_step": 5}, home / "single" / "a.ckpt")
     torch.save(dict(tensors), home / "single" / "old.ckpt", _use_new_zipfile_serialization=False)
 
@@ -129,7 +134,7 @@ class Readers:
     """Each takes the path of a file and opens it the way a command does."""
 
     def __init__(self, home: Path):
-        self.home, self.sd = home, model.load(str(home / "model"), "cpu", say=None)
+        self.home, self.sd = home, load_model(str(home / "model"), "cpu", say=None)
         self.out = home / "out"
         files = home / "files"
         kinds = {
@@ -148,16 +153,16 @@ class Readers:
         self.jobs = list(kinds.items())
 
     def photo(self, file):
-        data.read_photo(file)
+        read_photo(file)
         with contextlib.redirect_stderr(io.StringIO()):
             clipscore.look([file])
 
     def text(self, file):
-        data.read_caption(file)
+        read_caption(file)
         prior.prompts(["* on fire"], "*", "a house", file)
 
     def lora(self, file):
-        loras, metadata = lora.load(self.sd, file, say=None)
+        loras, metadata = lora_file.apply_file(self.sd, file, say=None)
         lora.remove(self.sd, loras)
         self.known(metadata.get("hanokdiff_token"))
 
@@ -169,25 +174,25 @@ class Readers:
         self.sd.text.words.clear()
 
     def word(self, file):
-        inversion.remove(self.sd, *inversion.load(self.sd, file, say=None))
+        textual_inversion.remove(self.sd, *embedding_file.apply_file(self.sd, file, say=None))
 
     def hyper(self, file):
-        net, metadata = hypernet.load(self.sd, file, say=None)
-        hypernet.remove(self.sd, net)
-        self.known(hypernet.word(metadata))
+        net, metadata = hypernet_file.apply_file(self.sd, file, say=None)
+        hypernetwork.remove(self.sd, net)
+        self.known(hypernet_file.pseudo_word(metadata))
 
     def single(self, file):
-        singlefile.read(file)
+        single_file.read(file)
 
     def folder(self, file):
         with self.beside(file, self.home / "model") as folder:
-            sd = model.load(str(folder), "cpu", say=None)
+            sd = load_model(str(folder), "cpu", say=None)
             sd.draw(["a barn, (fire:1.3)"], [0], steps=2, size=(16, 16))
 
     def clip(self, file):
         with self.beside(file, self.home / "clip") as folder:
-            clip = score.Clip(folder)
-            score.scores(clip, clip.images([Image.new("RGB", (64, 64))]), ["a barn"])
+            clip = Clip(folder)
+            scores(clip, clip.images([Image.new("RGB", (64, 64))]), ["a barn"])
 
     @contextlib.contextmanager
     def beside(self, file: Path, whole: Path):
@@ -202,13 +207,13 @@ class Readers:
     def config(self, file):
         args = train_lora.options().parse(["--resume", str(file.parent)])
         args.alpha = args.rank if args.alpha is None else args.alpha  # as train_lora.py has it
-        cli.check_training(args)
+        check_training(args)
 
     def manifest(self, file):
         compare.read_manifest(file.parent)
 
     def log(self, file):
-        compare.cell.notes(file)
+        run.notes(file)
 
     def convert(self, file):
         out = self.out / ("out.pt" if file.name.startswith(("word", "hyper", "zipped")) else "out.safetensors")
@@ -355,7 +360,7 @@ def judged(work, file: Path, out: Path) -> str:
         said = "opened"
     except (ValueError, OSError) as e:
         named = any(str(n) in str(e) for n in (file, file.name, out / "case")) or str(e).startswith("--")  # an option
-        line = cli.sentence(e)
+        line = one_line(e)
         said = "refused" if named and "\n" not in line else f"does not name the file: {type(e).__name__}: {line[:300]}"
     except Exception as e:
         place = e.__traceback__
@@ -412,7 +417,7 @@ def batch(readers: Readers, numbers: range) -> list:
     return rows
 
 
-def run(first: int, count: int, say=None) -> tuple[Counter, list]:
+def fuzz(first: int, count: int, say=None) -> tuple[Counter, list]:
     """({"reader: outcome": cases}, what went wrong)."""
     torch.set_num_threads(1)
     table, wrong, done, numbers = Counter(), [], 0, range(first, first + count)
@@ -437,7 +442,7 @@ def main() -> int:
     p.add_argument("--first", type=int, default=0, help="the number of the first case (default: 0)")
     args = p.parse_args()
     start = time.perf_counter()
-    table, wrong = run(args.first, args.files, say=lambda line: print(line, flush=True))
+    table, wrong = fuzz(args.first, args.files, say=lambda line: print(line, flush=True))
     print(*(f"{count:7}  {what}" for what, count in sorted(table.items())), sep="\n")
     print(f"{args.files} files in {time.perf_counter() - start:.0f} s, {len(wrong)} wrong")
     return bool(wrong)

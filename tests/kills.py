@@ -28,15 +28,11 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # as a script it sees its own folder only
 
-from hanokdiff.compare import plan, report  # noqa: E402
-from hanokdiff.compare import run as cell  # noqa: E402
-from hanokdiff.formats import folder as checkpoint  # noqa: E402
-from hanokdiff.methods import hypernetwork as hypernet  # noqa: E402
-from hanokdiff.methods import lora  # noqa: E402
-from hanokdiff.methods import textual_inversion as inversion  # noqa: E402
-from hanokdiff.models import pipeline as model  # noqa: E402
+from hanokdiff.compare import plan, report, run  # noqa: E402
+from hanokdiff.formats import embedding_file, folder, hypernet_file, load, lora_file  # noqa: E402
+from hanokdiff.formats.tensors import read_safetensors  # noqa: E402
 from hanokdiff.training import prior  # noqa: E402
-from hanokdiff.training.trainer import Run  # noqa: E402
+from hanokdiff.training.trainer import Trainer  # noqa: E402
 
 COMMON = ["--images", "5", "--held-out", "2", "--batch-size", "2", "--steps", "24", "--save-every", "5",
           "--preview-every", "10", "--device", "cpu"]  # fmt: skip
@@ -45,16 +41,17 @@ RUNS = {  # name -> module and options
     "DreamBooth": ("train_dreambooth", [*COMMON, "--class-images", "5"]),
     "LoRA": ("train_lora", [*COMMON, "--text-rank", "2"]),
     "hypernetwork": ("train_hypernet", [*COMMON, "--dropout", "0.3"]),
-    "comparison": ("hanokdiff.compare", ["--methods", "lora", "ti", "--sizes", "5", "--steps", "12", "--n", "1",
+    "comparison": ("hanokdiff.compare.__main__", ["--methods", "lora", "ti", "--sizes", "5", "--steps", "12", "--n", "1",
                    "--sampling-steps", "3", "--prompts", "{token}, fire", "--device", "cpu", "--with",
                    "all --save-every 4 --batch-size 2"]),
 }  # fmt: skip
 PLACES = [  # what is under way while these run
-    (model, "load", "opening"), (prior, "pictures", "class pictures"), (Run, "_load_state", "resuming"),
-    (Run, "_look", "held-out loss"), (Run, "_preview", "preview"), (Run, "save_state", "state"),
-    (lora, "write", "file"), (inversion, "write", "file"), (hypernet, "write", "file"),
-    (checkpoint, "save_folder", "file"), (Run, "_finish", "finishing"), (plan, "prepare", "opening"),
-    (cell, "train", "training"), (cell, "draw", "drawing"), (cell, "judge", "scoring"), (report, "write", "report"),
+    (load, "load_model", "opening"), (prior, "pictures", "class pictures"), (Trainer, "_load_state", "resuming"),
+    (Trainer, "_look", "held-out loss"), (Trainer, "_preview", "preview"), (Trainer, "save_state", "state"),
+    (lora_file, "save_file", "file"), (embedding_file, "save_file", "file"),
+    (hypernet_file, "save_file", "file"),
+    (folder, "save_folder", "file"), (Trainer, "_finish", "finishing"), (plan, "prepare", "opening"),
+    (run, "train", "training"), (run, "draw", "drawing"), (run, "score_images", "scoring"), (report, "write", "report"),
 ]  # fmt: skip
 AIMS = {  # and how many seconds after it has begun at most
     "trainer": {"state": 0.01, "file": 0.01, "final file": 0.01, "preview": 0.3},
@@ -90,14 +87,14 @@ def child(module: str, argv: list[str], home: Path) -> None:
 
         return wrapped
 
-    def update(run, losses, original=Run.update):
+    def update(run, losses, original=Trainer.update):
         tell("step", run.step)
         original(run, losses)
 
     tell("starting", 0)
     for place, name, what in PLACES:
         setattr(place, name, told(getattr(place, name), what))
-    Run.update = update
+    Trainer.update = update
     sys.exit(importlib.import_module(module).main(argv))
 
 
@@ -125,7 +122,7 @@ def log(file: Path) -> list[dict]:
 
 def content(file: Path):
     if file.suffix == ".safetensors":
-        return plain(checkpoint.read_safetensors(file, "model"))
+        return plain(read_safetensors(file, "model"))
     if file.suffix == ".pt":
         return plain(torch.load(file, weights_only=True))
     if file.name == "log.jsonl":

@@ -15,7 +15,7 @@ from PIL import Image
 
 import sample
 from hanokdiff import alert
-from hanokdiff.methods import textual_inversion as inversion
+from hanokdiff.formats import embedding_file
 
 HERE = Path(__file__).parent
 FIRE = "[행정안전부] 오늘 14:20 전주 한옥마을 화재 발생. 인근 주민은 대피 바랍니다"
@@ -242,7 +242,7 @@ def pictures() -> list[dict]:
 
 
 def test_an_alert_is_drawn_and_its_reading_kept(tmp_path, capsys):
-    inversion.write(tmp_path / "gate.safetensors", "Gate", torch.randn(1, 72))
+    embedding_file.save_file(tmp_path / "gate.safetensors", "Gate", torch.randn(1, 72))
     assert draw("--alert", FIRE, "--n", 2, "--embedding", tmp_path / "gate.safetensors") == 0
     out = capsys.readouterr().out
     texts = pictures()
@@ -288,7 +288,7 @@ def test_neither_prompt_nor_alert(capsys):
 
 def test_two_learnt_words_need_a_choice(tmp_path, capsys):
     for word in ("Gate", "Roof"):
-        inversion.write(tmp_path / f"{word}.safetensors", word, torch.randn(1, 72))
+        embedding_file.save_file(tmp_path / f"{word}.safetensors", word, torch.randn(1, 72))
     both = ["--embedding", tmp_path / "Gate.safetensors", "--embedding", tmp_path / "Roof.safetensors"]
     assert draw("--alert", FIRE, *both) == 2
     error = capsys.readouterr().err

@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-import hanokdiff
+import hanokdiff.bench
 from hanokdiff.bench import __main__ as bench
-from hanokdiff.bench import baseline as peers
-from hanokdiff.models import pipeline as model
+from hanokdiff.bench import baseline, setup
+from hanokdiff.formats.load import TINY_MODEL, load_model
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_both_sides_have_the_same_weights():
-    sd = bench.build("overhead", "cpu", torch.float32)
-    pipe, x, t = peers.pipeline(sd), torch.randn(1, 4, 16, 16), torch.tensor([7])
+    sd = setup.build("overhead", "cpu", torch.float32)
+    pipe, x, t = baseline.pipeline(sd), torch.randn(1, 4, 16, 16), torch.tensor([7])
     with torch.no_grad():
         words = sd.text(["a house"])
         assert (sd.unet(x, t, words) - pipe.unet(x, t, words).sample).abs().max() < 1e-5
@@ -29,10 +29,10 @@ def test_both_sides_have_the_same_weights():
         assert (pipe.vae.decode(x).sample - sd.vae.decode(x * sd.vae.config.scaling_factor)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("method", bench.TRAINED)
+@pytest.mark.parametrize("method", setup.TRAINED)
 def test_our_side_learns(method, tmp_path):
     """Every step of the benchmark is a step of training: what should move does, nothing else."""
-    sd = bench.build("overhead", "cpu", torch.float32)
+    sd = setup.build("overhead", "cpu", torch.float32)
     before = {k: p.clone() for k, p in sd.unet.state_dict().items()}
     steps = bench.train(sd, method, 128, 2, tmp_path)
     for _ in range(3):
@@ -43,13 +43,13 @@ def test_our_side_learns(method, tmp_path):
     assert learns and method != "lora" or sum(p.numel() for p in learns) < 60_000
 
 
-@pytest.mark.parametrize("kind", peers.KINDS[False])
+@pytest.mark.parametrize("kind", baseline.KINDS[False])
 @pytest.mark.parametrize("method", ["ti", "dreambooth", "lora"])
 def test_their_side_learns(method, kind):
-    pipe = peers.pipeline(bench.build("overhead", "cpu", torch.float32))
+    pipe = baseline.pipeline(setup.build("overhead", "cpu", torch.float32))
     before = {k: p.detach().clone() for k, p in pipe.unet.named_parameters()}
     words = pipe.text_encoder.get_input_embeddings().weight.detach().clone()
-    steps = peers.train(pipe, method, kind.endswith("best"), torch.float32, 2, *bench.photos(128))
+    steps = baseline.train(pipe, method, kind.endswith("best"), torch.float32, 2, *setup.photos(128))
     for _ in range(3):
         next(steps)
     moved = [k for k, p in pipe.unet.named_parameters() if k in before and not torch.equal(p, before[k])]
@@ -85,7 +85,7 @@ def test_the_default_size(capsys):
 
 def test_stopped(monkeypatch, tmp_path, capsys):
     """Ctrl-C ends it: no state of a training that nobody wants, no folder left; the JSON has what was done."""
-    real, temporary, file = bench.race, tmp_path / "temporary", tmp_path / "new" / "a.json"
+    real, temporary, file = bench.interleaved, tmp_path / "temporary", tmp_path / "new" / "a.json"
     temporary.mkdir()
     monkeypatch.setattr(bench.tempfile, "tempdir", str(temporary))
 
@@ -95,7 +95,7 @@ def test_stopped(monkeypatch, tmp_path, capsys):
             os.kill(os.getpid(), signal.SIGINT)
         return real(sides, *how)
 
-    monkeypatch.setattr(bench, "race", race)
+    monkeypatch.setattr(bench, "interleaved", race)
     argv = ["--size", "overhead", "--rounds", "1", "--turn", "1", "--json", str(file)]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in a shell's background it is ignored
     try:
@@ -115,7 +115,7 @@ def test_turns_are_taken(monkeypatch):
             seen.append(name)
             yield
 
-    times = bench.race({"a": side("a"), "b": side("b")}, 3, 2, lambda: None)
+    times = bench.interleaved({"a": side("a"), "b": side("b")}, 3, 2, lambda: None)
     assert "".join(seen) == "aabb" * 4 and [len(t) for t in times.values()] == [6, 6]
 
 
@@ -141,7 +141,7 @@ def test_mistakes(argv, message, capsys):
 
 def test_without_diffusers(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "hanokdiff.bench.baseline", None)
-    monkeypatch.delattr(hanokdiff, "peers", raising=False)
+    monkeypatch.delattr(hanokdiff.bench, "baseline", raising=False)
     assert bench.main(["lora", "--size", "overhead", "--vs", "diffusers", "--rounds", "1"]) == 2
     assert "--vs diffusers needs both sides: pip install -r requirements-dev.txt" in capsys.readouterr().err
 
@@ -154,12 +154,12 @@ def test_nobody_else_imports_the_peers():
 
 def test_the_first_step_of_both(tmp_path):
     """What the start is timed to."""
-    peers.first_step(str(model.TINY))
-    assert next(model.load(say=None).sample(["a house"], [0])).shape == (1, 4, 16, 16)
+    baseline.first_step(str(TINY_MODEL))
+    assert next(load_model(say=None).sample(["a house"], [0])).shape == (1, 4, 16, 16)
 
 
 def test_a_start_imports_no_compiler():
     """torch._dynamo takes most of a second, and something on the meta device may ask for it."""
-    code = ("import sys; from hanokdiff import model; next(model.load(say=None).sample(['a house'], [0]))\n"
+    code = ("import sys; from hanokdiff.formats.load import load_model; next(load_model(say=None).sample(['a house'], [0]))\n"
             "assert 'torch._dynamo' not in sys.modules")  # fmt: skip
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

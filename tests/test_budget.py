@@ -16,17 +16,16 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from hanokdiff.bench import __main__ as bench
-from hanokdiff.bench import budget
-from hanokdiff.formats import folder as checkpoint
-from hanokdiff.models import memory as lean
-from hanokdiff.models import pipeline as model
-from hanokdiff.models import unet
-from hanokdiff.models.tokens import TextConfig, TextEncoder
+from hanokdiff.bench import budget, setup
+from hanokdiff.formats import folder as layout
+from hanokdiff.formats.folder import PARTS
+from hanokdiff.formats.load import TINY_MODEL, load_model
+from hanokdiff.models import memory
+from hanokdiff.models.text_encoder import TextConfig, TextEncoder
 from hanokdiff.models.unet import UNet, UNetConfig
 from hanokdiff.models.vae import VAE, VAEConfig
-from hanokdiff.training import dataset as data
-from hanokdiff.training.trainer import Batch
+from hanokdiff.training.dataset import LatentDataset, encode
+from hanokdiff.training.noise import Batch
 
 # One photo of 512 px in bf16: operations (1e12) as counted on diffusers' modules, within 2 %; how many of the products
 # are done in fp32; bytes kept (1e9) for one photo and for two. The last three are what they were when this was last
@@ -83,15 +82,15 @@ def sd15(tmp_path_factory):
     for part, network in parts.items():
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_text(json.dumps(network.config.to_json()))
-        (folder / part / f"{checkpoint.PARTS[part]}.safetensors").touch()
+        (folder / part / f"{PARTS[part]}.safetensors").touch()
     (folder / "model_index.json").write_text("{}")
     for part in ("scheduler", "tokenizer"):
-        shutil.copytree(model.TINY / part, folder / part)
+        shutil.copytree(TINY_MODEL / part, folder / part)
     for i in range(2):
         Image.new("RGB", (512, 512)).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(f"* in {i}")  # two prompts: the same one would be read once
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "read_tensors", lambda path: parts[path.parent.name].state_dict())
+        patch.setattr(layout, "read_tensors", lambda path: parts[path.parent.name].state_dict())
         patch.setattr(torch.Tensor, "item", lambda _: 0.0)  # asked for by train_ti's log, of a tensor without numbers
         with budget.fused():
             yield folder
@@ -100,7 +99,7 @@ def sd15(tmp_path_factory):
 def step(sd15, out, script: str, photos: int = 1, disturb=lambda sd: None) -> Count:
     """What one step of a script's own loop costs; `disturb` comes in before it."""
     name, *options = script.split()
-    module, load, seen = importlib.import_module(f"train_{name}"), model.load, {}
+    module, load, seen = importlib.import_module(f"train_{name}"), load_model, {}
 
     class OneStep:
         """In Run's place."""
@@ -126,8 +125,8 @@ def step(sd15, out, script: str, photos: int = 1, disturb=lambda sd: None) -> Co
     argv = ["--model", sd15, "--data", sd15, "--device", "meta", "--dtype", "bf16", "--out", out, *options]
     argv += ["--class-images", "0"] if name == "dreambooth" else []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "Run", OneStep)
-        patch.setattr(model, "load", opened)
+        patch.setattr(module, "Trainer", OneStep)
+        patch.setattr(module, "load_model", opened)
         assert module.main([str(a) for a in argv]) == 0
     return seen["count"]
 
@@ -164,10 +163,10 @@ def test_a_base_that_is_not_frozen_is_noticed(sd15, tmp_path, script):
 
 
 def test_photos_encoded_in_the_step_are_noticed(sd15, tmp_path, monkeypatch):
-    get, photo = data.Shots.__getitem__, Image.new("RGB", (512, 512))
+    get, photo = LatentDataset.__getitem__, Image.new("RGB", (512, 512))
 
     def disturb(sd):
-        monkeypatch.setattr(data.Shots, "__getitem__", lambda *a: (data.encode(sd.vae, [photo]), get(*a))[1])
+        monkeypatch.setattr(LatentDataset, "__getitem__", lambda *a: (encode(sd.vae, [photo]), get(*a))[1])
 
     count = step(sd15, tmp_path / "out", "lora --rank 4", disturb=disturb)
     assert count.operations / 1e12 == pytest.approx(BUDGET["lora --rank 4"][0] + 1.117, rel=0.01)  # an encoding
@@ -175,7 +174,7 @@ def test_photos_encoded_in_the_step_are_noticed(sd15, tmp_path, monkeypatch):
 
 def autocast(sd, patch) -> None:
     """What it does, by hand (on meta there is none): norms in fp32, what follows them too, up to the next product."""
-    patch.setattr(unet, "norm_silu", lambda norm, x: F.silu(norm(x)))
+    patch.setattr(memory, "norm_silu", lambda norm, x: F.silu(norm(x)))
     for m in sd.unet.modules():
         if isinstance(m, nn.GroupNorm | nn.LayerNorm):
             m.float().register_forward_pre_hook(lambda m, x: x[0].float())
@@ -223,7 +222,7 @@ def test_waiting_is_noticed():
 
 
 def test_no_step_of_a_sampler_waits(sd15):
-    sd = model.load(str(sd15), "meta", "bf16", say=None)
+    sd = load_model(str(sd15), "meta", "bf16", say=None)
     words = sd.text(["a house", "a barn"])
     with torch.no_grad():
         denoise = sd.denoiser(words, words, 7.5)
@@ -255,7 +254,7 @@ def test_checkpointing_costs_a_third_and_saves_more_than_half():
 
 def test_what_torch_itself_would_keep(monkeypatch):
     """Without lean.py, DreamBooth at 32 photos would pass its 40 GiB."""
-    monkeypatch.setattr(lean, "saves", lambda x: False)
+    monkeypatch.setattr(memory, "keeps_for_backward", lambda x: False)
     assert budget.step("dreambooth", batch=32)[1] > 1.04 * LARGE["dreambooth"][0]
 
 
@@ -278,4 +277,4 @@ def test_limits(monkeypatch, capsys):
 def test_the_two_ways_to_a_step_agree(sd15, tmp_path):
     """bench.prepare is what bench and budget run; the script's own step is the other."""
     assert budget.step("lora")[0] == pytest.approx(step(sd15, tmp_path / "out", "lora --rank 4").operations, rel=1e-3)
-    assert set(bench.TRAINED) == {"ti", "dreambooth", "lora", "hypernet", "hypernet-all"}
+    assert set(setup.TRAINED) == {"ti", "dreambooth", "lora", "hypernet", "hypernet-all"}

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from hanokdiff import caption
-from hanokdiff.models.tokens import contains
+from hanokdiff.models.tokens import contains_word
 from hanokdiff.training.dataset import Photo, load_photo, prepare_captions, read_caption
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "picture", "of", "building", "house", "with", "roof",
@@ -393,9 +393,9 @@ def test_exact_replacing_is_what_training_does(tmp_path, run):
 def test_captions_just_made_are_replaced_too(tmp_path, run, blip):
     fill(tmp_path, [f"{i}.png" for i in range(8)], {"0.txt": "a man with a hat"})
     code, out, _ = run(tmp_path, "--replace", "man", "sks", blip=blip)
-    replaced = [t for t in texts(tmp_path).values() if contains(t, "sks")]
+    replaced = [t for t in texts(tmp_path).values() if contains_word(t, "sks")]
     assert code == 0 and texts(tmp_path)["0.txt"] == "a sks with a hat\n" and 2 < len(replaced) <= 8
-    assert f"{len(replaced)} captions replaced" in out and not any(contains(t, "man") for t in replaced)
+    assert f"{len(replaced)} captions replaced" in out and not any(contains_word(t, "man") for t in replaced)
 
 
 # ------------------------------------------------------------------------------------------------ mistakes

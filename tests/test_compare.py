@@ -22,10 +22,10 @@ import pytest
 from PIL import Image
 
 from hanokdiff.compare import __main__ as compare
-from hanokdiff.compare import plan, report, summary
-from hanokdiff.compare import run as cell
+from hanokdiff.compare import plan, report, run
+from hanokdiff.compare.summary import difference, estimate, find, holm, summarise, t_tail
 from hanokdiff.models.pipeline import StableDiffusion
-from hanokdiff.scoring import clip as score
+from hanokdiff.scoring.stats import mean_interval, share_interval, t_quantile
 from hanokdiff.tiny import world
 
 SMALL = ["--sizes", "5", "--steps", "2", "--n", "2", "--sampling-steps", "3", "--device", "cpu",
@@ -49,7 +49,7 @@ def train_here(argv, home):
 
 @pytest.fixture
 def here(monkeypatch):
-    monkeypatch.setattr(cell, "process", train_here)
+    monkeypatch.setattr(run, "process", train_here)
 
 
 def results(out) -> dict:
@@ -64,49 +64,49 @@ def results(out) -> dict:
 
 
 def test_holm():
-    assert summary.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert summary.holm([0.5, 0.9]) == [1.0, 1.0] and summary.holm([0.03]) == [0.03] and summary.holm([]) == []
-    assert summary.holm([0.02, 0.02, 0.02]) == pytest.approx([0.06] * 3)
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([0.03]) == [0.03] and holm([]) == []
+    assert holm([0.02, 0.02, 0.02]) == pytest.approx([0.06] * 3)
 
 
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0, 2.5, 12.7, 100.0])
 def test_tail_of_t(t):
     """Closed forms for 1, 2 and 4 degrees of freedom, and the quantiles' own inverse."""
-    assert summary.t_tail(t, 1) == pytest.approx(1 - 2 / math.pi * math.atan(t), abs=1e-7)
-    assert summary.t_tail(-t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t), abs=1e-7)
+    assert t_tail(t, 1) == pytest.approx(1 - 2 / math.pi * math.atan(t), abs=1e-7)
+    assert t_tail(-t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t), abs=1e-7)
     u = t / math.sqrt(4 + t * t)
-    assert summary.t_tail(t, 4) == pytest.approx(1 - u * (3 - u * u) / 2, abs=1e-7)
+    assert t_tail(t, 4) == pytest.approx(1 - u * (3 - u * u) / 2, abs=1e-7)
     for freedom in (1, 4, 30):
-        assert summary.t_tail(score.t_quantile(freedom), freedom) == pytest.approx(0.05, abs=1e-5)
+        assert t_tail(t_quantile(freedom), freedom) == pytest.approx(0.05, abs=1e-5)
 
 
 def test_difference_between_two_methods():
     """Differences of 1 to 5 over five trainings: t = 3 / sqrt(2.5 / 5) with 4 degrees of freedom."""
     a = {(s, "A", i): float(s + i) for s in range(5) for i in range(3)}
     b = {k: v - (k[0] + 1) for k, v in a.items()}
-    (mean, low, high), p = summary.difference(a, b)
+    (mean, low, high), p = difference(a, b)
     t, half = 3 / math.sqrt(0.5), 2.776445 * math.sqrt(0.5)
     assert (mean, low, high) == pytest.approx((3, 3 - half, 3 + half), abs=1e-4)
     u = t / math.sqrt(4 + t * t)
     assert p == pytest.approx(1 - u * (3 - u * u) / 2, abs=1e-6)
-    found, p = summary.difference({k: v for k, v in a.items() if k[0] == 0}, b)
+    found, p = difference({k: v for k, v in a.items() if k[0] == 0}, b)
     assert p is None and found == [1, 1, 1]
-    assert summary.difference(a, a) == ([0, 0, 0], 1.0)
+    assert difference(a, a) == ([0, 0, 0], 1.0)
 
 
 def test_planted_differences_are_found_and_equalities_are_not():
     r = np.random.default_rng(0)
     keys = [(s, "A", i) for s in range(5) for i in range(100)]
     a, b, c = ({k: float(r.random() < p) for k in keys} for p in (0.5, 0.5, 0.8))
-    p = summary.holm([summary.difference(a, b)[1], summary.difference(a, c)[1], summary.difference(b, c)[1]])
+    p = holm([difference(a, b)[1], difference(a, c)[1], difference(b, c)[1]])
     assert p[0] > 0.05 > max(p[1:])
 
 
 def test_estimates():
-    assert summary.estimate([[1, 0, 0, 0]], share=True) == pytest.approx(score.share_interval(1, 4), abs=1e-6)
-    assert summary.estimate([[1, 0], [1, 1]], share=True)[0] == 0.75
-    assert summary.estimate([[0.2, 0.4]]) == pytest.approx(score.mean_interval([0.2, 0.4]), abs=1e-6)
-    assert summary.estimate([[0.5]]) == [0.5, None, None]
+    assert estimate([[1, 0, 0, 0]], share=True) == pytest.approx(share_interval(1, 4), abs=1e-6)
+    assert estimate([[1, 0], [1, 1]], share=True)[0] == 0.75
+    assert estimate([[0.2, 0.4]]) == pytest.approx(mean_interval([0.2, 0.4]), abs=1e-6)
+    assert estimate([[0.5]]) == [0.5, None, None]
 
 
 # ------------------------------------------------------------------------------------------------------- the plan
@@ -192,14 +192,14 @@ def test_budgets(study):
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """LoRA, in a process of its own, and DreamBooth, in this one: 5 photos, 2 steps, 2 pictures a prompt."""
-    out, real = tmp_path_factory.mktemp("compare") / "한옥 out", cell.process
+    out, real = tmp_path_factory.mktemp("compare") / "한옥 out", run.process
 
     def process(argv, home):
         return (real if "train_lora" in str(argv[1]) else train_here)(argv, home)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(out.parent)
-        patch.setattr(cell, "process", process)
+        patch.setattr(run, "process", process)
         assert compare.main([*SMALL, "--methods", "lora", "dreambooth", "--out", str(out)]) == 0
     return out
 
@@ -222,7 +222,7 @@ def test_miniature(done):
     assert all(len(v) == 1 for v in noise.values()) and len(set.union(*noise.values())) == len(noise)
     row = next(r for r in found["summary"]["rows"] if r["method"] == "lora" and r["question"] == "all")
     own = [int(r["both"]) for r in rows if r["method"] == "lora" and r["question"] in "ABC"]
-    assert row["pictures"] == 6 and row["both"] == pytest.approx(score.share_interval(sum(own), 6), abs=1e-6)
+    assert row["pictures"] == 6 and row["both"] == pytest.approx(share_interval(sum(own), 6), abs=1e-6)
     assert [(p["a"], p["b"], p["p"]) for p in found["summary"]["pairs"]] == [("lora", "dreambooth", None)]
 
 
@@ -247,7 +247,7 @@ def test_the_pages(done):
 def test_the_second_start_does_nothing(done, monkeypatch, capsys):
     before = {f: f.stat().st_mtime_ns for f in done.glob("cells/**/*") if f.is_file()}
     held = results(done)
-    monkeypatch.setattr(cell, "process", None)
+    monkeypatch.setattr(run, "process", None)
     monkeypatch.setattr(StableDiffusion, "draw", None)
     assert compare.main([*SMALL, "--methods", "lora", "dreambooth", "--out", str(done)]) == 0
     assert "5 cells, 5 of them done" in capsys.readouterr().out
@@ -284,7 +284,7 @@ def test_stopped_and_continued(here, tmp_path, monkeypatch, capsys):
     def third(*args, **kwargs):
         return (stop if next(count) == 2 else draw)(*args, **kwargs)
 
-    stops = ((StableDiffusion, "draw", third), (cell, "process", stop), (cell, "judge", stop))
+    stops = ((StableDiffusion, "draw", third), (run, "process", stop), (run, "judge", stop))
     for place, name, stopping in stops:
         with monkeypatch.context() as patch:
             patch.setattr(place, name, stopping)
@@ -304,13 +304,13 @@ def test_a_stopped_training_is_resumed(tmp_path, monkeypatch):
         (home / "run" / ("config.json" if len(asked) == 1 else "lora.safetensors")).touch()
         return 130 if len(asked) == 1 else 0, 1.5, 10**8, len(asked) == 1
 
-    monkeypatch.setattr(cell, "process", process)
+    monkeypatch.setattr(run, "process", process)
     with pytest.raises(KeyboardInterrupt):
-        cell.train(lora, tmp_path)
-    cell.train(lora, tmp_path)
-    cell.train(lora, tmp_path)
+        run.train(lora, tmp_path)
+    run.train(lora, tmp_path)
+    run.train(lora, tmp_path)
     assert asked == [[*lora["options"], "--out", "run"], ["--resume", "run", "--device", "cpu"]]
-    assert [a["seconds"] for a in cell.notes(tmp_path / "attempts.jsonl")] == [1.5, 1.5]
+    assert [a["seconds"] for a in run.notes(tmp_path / "attempts.jsonl")] == [1.5, 1.5]
 
 
 @pytest.mark.slow
@@ -339,7 +339,7 @@ def test_a_disk_that_fills(here, tmp_path, monkeypatch, capsys):
         patch.setattr(Image.Image, "save", full)
         refused([*argv, "a"], ["No space left on device"], capsys)
     with monkeypatch.context() as patch:
-        patch.setattr(cell, "process", fails)
+        patch.setattr(run, "process", fails)
         refused([*argv, "a"], ["ti-5-0 could not be trained", "No space left", "finished cells are kept"], capsys)
     assert len(results("a")["cells"]) == 3
     assert compare.main([*argv, "a"]) == 0
@@ -365,7 +365,7 @@ def test_ctrl_c_reaches_the_child_once(tmp_path):
 
     (tmp_path / "log.txt").touch()
     threading.Thread(target=press, daemon=True).start()
-    code, seconds, peak, stopped = cell.process([sys.executable, "-c", child], tmp_path)
+    code, seconds, peak, stopped = run.process([sys.executable, "-c", child], tmp_path)
     assert code == 130 and stopped and 0.2 < seconds < 25 and (tmp_path / "log.txt").read_text().count("stopped") == 1
     assert sys.platform != "linux" or 1e6 < peak < 1e8  # the child's own, not this process's
 
@@ -399,8 +399,8 @@ def test_several_trainings_are_compared(done):
             images = [{**r, "seed": seed, "both": int(trained["method"] == "lora" and (r["index"] + seed) % 5 < 4)}
                       for r in trained["images"]]  # fmt: skip
             cells.append({**trained, "seed": seed, "images": images})
-    told = summary.summarise({**found, "cells": cells})
-    row = summary.find(told, "lora", 5)
+    told = summarise({**found, "cells": cells})
+    row = find(told, "lora", 5)
     assert row["trainings"] == 5 and row["both"][0] == pytest.approx(0.8) and row["both"][1] < 0.8
     (pair,) = told["pairs"]
     assert pair["difference"][0] == pytest.approx(0.8) and pair["p"] == pair["p_holm"] < 0.05
@@ -455,7 +455,7 @@ def test_a_training_that_fails_says_why(monkeypatch, capsys, tmp_path):
         (home / "log.txt").write_text("model tiny\nerror: the disk is full\n")
         return 2, 0.1, None, False
 
-    monkeypatch.setattr(cell, "process", process)
+    monkeypatch.setattr(run, "process", process)
     refused([*SMALL, "--methods", "ti", "--out", "a"], ["ti-5-0", "the disk is full", "log.txt", "are kept"], capsys)
     assert len(results("a")["cells"]) == 3 and results("a")["missing"] == ["ti-5-0"]
 

@@ -17,13 +17,10 @@ from safetensors.torch import load_file, save_file
 from test_lora import outputs, sd, their_outputs, theirs, trained, wild  # noqa: F401
 
 from hanokdiff import convert
-from hanokdiff.formats import lora_names as lorafile
-from hanokdiff.formats import single_file as singlefile
-from hanokdiff.methods import hypernetwork as hypernet
+from hanokdiff.formats import embedding_file, hypernet_file, lora_file, lora_names, single_file
+from hanokdiff.formats.load import load_model
 from hanokdiff.methods import lora
-from hanokdiff.methods import textual_inversion as inversion
-from hanokdiff.models import pipeline as model
-from hanokdiff.models.tokens import TextConfig, TextEncoder
+from hanokdiff.models.text_encoder import TextConfig, TextEncoder
 from hanokdiff.models.unet import UNet, UNetConfig
 
 # Ranks and alphas differ between the networks and within them: nothing can be right by chance.
@@ -142,7 +139,7 @@ SPELLINGS = {
 def test_their_spellings_here(sd, reference, adapted, tmp_path, spelling):  # noqa: F811
     """Written by the library (or as it once wrote), read by us: the library's own output."""
     before, path = outputs(sd), SPELLINGS[spelling](adapted, tmp_path)
-    loras, _ = lora.load(sd, path, say=None)
+    loras, _ = lora_file.apply_file(sd, path, say=None)
     assert len(loras) == 207 + 15 and sum("te_text_model" in n for n in loras) == 15
     for ours, other, base in zip(outputs(sd), adapted.outputs, before, strict=True):
         assert difference(ours, base) > 1e-2
@@ -161,14 +158,14 @@ def test_peft_alone(sd, reference, tmp_path):  # noqa: F811
     (unet, unet_file), (encoder, text_file) = files
     assert next(iter(load_file(text_file))).startswith("base_model.model.")
     before, expected = outputs(sd), theirs(unet, encoder)
-    loras = lora.load(sd, unet_file, say=None)[0] | lora.load(sd, text_file, say=None)[0]
+    loras = lora_file.apply_file(sd, unet_file, say=None)[0] | lora_file.apply_file(sd, text_file, say=None)[0]
     scales = {m.rank: m.alpha / m.rank for n, m in loras.items() if n.endswith(("to_q", "to_v", "self_attn_q_proj"))}
     assert scales == pytest.approx({4: 6 / 4**0.5, 8: 6 / 8**0.5, 3: 6 / 3**0.5}, rel=1e-6)
     for ours, other, base in zip(outputs(sd), expected, before, strict=True):
         assert difference(ours, base) > 1e-2 and difference(ours, other) <= 1e-5
     (tmp_path / "unet" / "adapter_config.json").unlink()
     with pytest.warns(UserWarning, match=r"adapter_config\.json.* is missing: .* alpha = rank"):
-        assert not any("alpha" in t for t in lora.read(unet_file)[0].values())
+        assert not any("alpha" in t for t in lora_file.read_file(unet_file)[0].values())
 
 
 @pytest.mark.parametrize("reference", ["sd1"], indirect=True)
@@ -177,8 +174,8 @@ def test_one_network_saved_by_diffusers(sd, reference, adapted, tmp_path):  # no
     adapted.unet.save_lora_adapter(tmp_path)
     file = tmp_path / "pytorch_lora_weights.safetensors"
     assert next(iter(load_file(file))).startswith("down_blocks.")
-    assert "lora_alpha" in json.loads(lora.read(file)[1]["lora_adapter_metadata"])
-    lora.load(sd, file, say=None)
+    assert "lora_alpha" in json.loads(lora_file.read_file(file)[1]["lora_adapter_metadata"])
+    lora_file.apply_file(sd, file, say=None)
     assert difference(outputs(sd)[0], adapted.outputs[0]) <= 1e-5
 
 
@@ -191,11 +188,11 @@ def test_our_native_file_there(sd, reference, tmp_path):  # noqa: F811
     before, path = outputs(sd), tmp_path / "a.safetensors"
     loras = lora.insert(sd, 4, 6.0, "attention+ff+conv", 3)
     trained(loras)
-    lora.write_native(path, loras, {"ss_v2": "False", "ss_network_alpha": "6.0", "hanokdiff_token": "*"})
-    assert lora.read(path)[1] == {"format": "pt", "ss_v2": "False", "hanokdiff_token": "*"}
+    lora_file.save_diffusers_file(path, loras, {"ss_v2": "False", "ss_network_alpha": "6.0", "hanokdiff_token": "*"})
+    assert lora_file.read_file(path)[1] == {"format": "pt", "ss_v2": "False", "hanokdiff_token": "*"}
     ours = outputs(sd)
     lora.remove(sd, loras)
-    again, _ = lora.load(sd, path, 1.0, say=None)
+    again, _ = lora_file.apply_file(sd, path, 1.0, say=None)
     assert all(difference(x, y) <= 1e-5 for x, y in zip(outputs(sd), ours, strict=True))
     for m in again.values():
         m.strength = 0.5
@@ -224,11 +221,11 @@ def test_there_and_back(sd, tmp_path):  # noqa: F811
     """kohya, diffusers and kohya again: the same deltas under the same names, whatever alpha."""
     first, second, third = (tmp_path / f"{n}.safetensors" for n in "abc")
     save_file(wild(sd, lambda i: (None, 2.0, 10.0, 0.0)[i % 4]), first)
-    a, _ = lora.read(first)
-    lora.write_native(second, a, {})
-    b, _ = lora.read(second)
-    lora.write(third, b, {})
-    c, _ = lora.read(third)
+    a, _ = lora_file.read_file(first)
+    lora_file.save_diffusers_file(second, a, {})
+    b, _ = lora_file.read_file(second)
+    lora_file.save_file(third, b, {})
+    c, _ = lora_file.read_file(third)
     assert a.keys() == b.keys() == c.keys() and not any("alpha" in t for t in b.values())
     assert {float(t["alpha"]) for t in c.values()} == {5.0}
     then, now = deltas(a), deltas(c)
@@ -243,8 +240,8 @@ def test_half_precision_keeps_its_digits(tmp_path, alpha):
     down, up = torch.randn(128, 320, generator=g) / 20, torch.randn(320, 128, generator=g) * 1e-3
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
     loras = {name: {"down": down.half(), "up": up.half(), "alpha": torch.tensor(alpha).half()}}
-    lora.write_native(tmp_path / "a.safetensors", loras, {}, torch.float16)
-    then, now = deltas(loras)[name], deltas(lora.read(tmp_path / "a.safetensors")[0])[name]
+    lora_file.save_diffusers_file(tmp_path / "a.safetensors", loras, {}, torch.float16)
+    then, now = deltas(loras)[name], deltas(lora_file.read_file(tmp_path / "a.safetensors")[0])[name]
     assert ((now - then).norm() / then.norm()) < 5e-4
 
 
@@ -266,18 +263,18 @@ def test_every_name_of_stable_diffusion(sd):  # noqa: F811
     assert len(lora.insert(model, 1, 1, "attention+ff+conv")) == 278
     for name, (network, path) in {**places, **lora.layers(sd)}.items():
         prefix = "unet." if isinstance(network, UNet) else "text_encoder.text_model."
-        assert lorafile.native(name) == prefix + path
+        assert lora_names.diffusers_name(name) == prefix + path
         for end, kind in ((".lora_A.weight", "down"), (".lora.up.weight", "up"), (".alpha", "alpha")):
-            assert lorafile.parse(prefix + path + end) == (name, kind, path)
-            assert lorafile.parse(path + end) == (name, kind, path)
-        assert lorafile.parse(f"{name}.lora_up.weight") == (name, "up", "")
+            assert lora_names.parse(prefix + path + end) == (name, kind, path)
+            assert lora_names.parse(path + end) == (name, kind, path)
+        assert lora_names.parse(f"{name}.lora_up.weight") == (name, "up", "")
 
 
 @pytest.mark.parametrize("name", ["lora_unet_mud_block_attentions_0_proj_in", "lora_te2_text_model_encoder_layers_0",
                                   "lora_unet_", "lora_unet_conv12", "lora_unet_input_blocks_1_1_proj_in"])  # fmt: skip
 def test_names_without_a_native_spelling(tmp_path, name):
     with pytest.raises(ValueError, match=f"{name} is no layer of .* leave the file in kohya's layout"):
-        lora.write_native(tmp_path / "a.safetensors", {name: {"down": torch.ones(1, 2), "up": torch.ones(2, 1)}}, {})
+        lora_file.save_diffusers_file(tmp_path / "a.safetensors", {name: {"down": torch.ones(1, 2), "up": torch.ones(2, 1)}}, {})
     assert not list(tmp_path.iterdir())
 
 
@@ -308,7 +305,7 @@ def test_what_is_refused(tmp_path, kind):
     tensors, *words = REFUSED[kind]
     path = saved(tensors, tmp_path / "bad.safetensors")
     with pytest.raises(ValueError) as e:
-        lora.read(path)
+        lora_file.read_file(path)
     assert "\n" not in str(e.value) and all(word in str(e.value) for word in (str(path), *words)), e.value
 
 
@@ -319,21 +316,21 @@ def test_what_is_refused(tmp_path, kind):
 def test_broken_settings_of_peft(tmp_path, settings, words):
     path = saved(GOOD, tmp_path / "a.safetensors", {"lora_adapter_metadata": settings})
     with pytest.raises(ValueError, match=words):
-        lora.read(path)
+        lora_file.read_file(path)
 
 
 def test_pickles_that_are_no_lora(tmp_path):
     for content in ([torch.ones(2, 2)], {"a": {}}, {"step": 3}):
         with pytest.raises(ValueError, match="holds no tensors by name"):
-            lora.read(binary(content, tmp_path / "a.pt"))
+            lora_file.read_file(binary(content, tmp_path / "a.pt"))
     (tmp_path / "a.bin").write_bytes(b"hello")
     with pytest.raises(ValueError, match="cannot be read"):
-        lora.read(tmp_path / "a.bin")
+        lora_file.read_file(tmp_path / "a.bin")
 
 
 def test_without_settings_alpha_is_the_rank(tmp_path):
     for metadata in (None, {"lora_adapter_metadata": '{"text_encoder.lora_alpha": 9}'}):
-        t = lora.read(saved(GOOD, tmp_path / "a.safetensors", metadata))[0][KOHYA]
+        t = lora_file.read_file(saved(GOOD, tmp_path / "a.safetensors", metadata))[0][KOHYA]
         assert float(t.get("alpha", 4)) == 4
 
 
@@ -365,7 +362,7 @@ def test_model_to_file_and_back(run, reference, load):
     assert "model.diffusion_model.out.2.weight" in load_file("new/a.safetensors")
     code, said = run("new/a.safetensors", "sd-v1.5", "--tokenizer", reference.folder)
     assert code == 0 and "model file" in said and "wrote sd-v1.5" in said, said
-    then, now = load(reference), model.load("sd-v1.5", "cpu", say=None)
+    then, now = load(reference), load_model("sd-v1.5", "cpu", say=None)
     a, b = weights(then), weights(now)
     assert a.keys() == b.keys() and all(torch.equal(b[k], t) for k, t in a.items())
     assert now.schedule == then.schedule and now.text.tokenizer.get_vocab() == then.text.tokenizer.get_vocab()
@@ -385,7 +382,7 @@ def test_precision_and_the_pseudo_word(run, sd1, tmp_path):
     assert (tmp_path / "full" / "hanokdiff.json").read_text() == '{"token": "sks"}'
     assert load_file("full/unet/diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype == torch.float32
     assert run("half", "a.safetensors", "--overwrite", "--prediction", "v_prediction")[0] == 0
-    assert singlefile.read("a.safetensors")[-1].prediction_type == "v_prediction"
+    assert single_file.read("a.safetensors")[-1].prediction_type == "v_prediction"
 
 
 def test_ckpt_to_safetensors(run, sd1, load, monkeypatch):
@@ -394,10 +391,10 @@ def test_ckpt_to_safetensors(run, sd1, load, monkeypatch):
     torch.save({"state_dict": {}}, "a.ckpt")
     parts = (sd_.unet, sd_.vae, sd_.text.encoder, sd_.schedule)
     with monkeypatch.context() as m:
-        m.setattr(singlefile, "read", lambda path, prediction, say: parts)
+        m.setattr(single_file, "read", lambda path, prediction, say: parts)
         code, said = run("a.ckpt", "b.safetensors")
     assert code == 0 and "a.ckpt: model file, epsilon; all 980 tensors matched; wrote b.safetensors" in said
-    assert {p.dtype for part in singlefile.read("b.safetensors")[:3] for p in part.parameters()} == {torch.float32}
+    assert {p.dtype for part in single_file.read("b.safetensors")[:3] for p in part.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("reference", ["sd1"], indirect=True)
@@ -406,7 +403,7 @@ def test_lora_both_ways(run, sd, adapted, tmp_path):  # noqa: F811
     save_peft(adapted, tmp_path)
     code, said = run("pytorch_lora_weights.safetensors", "k.safetensors")
     assert code == 0 and "LoRA in the diffusers layout, 222 modules, 15 of them text; all 444 tensors matched" in said
-    metadata = lora.read("k.safetensors")[1]
+    metadata = lora_file.read_file("k.safetensors")[1]
     assert (metadata["ss_network_module"], metadata["ss_v2"]) == ("networks.lora", "False")
     assert metadata["ss_network_dim"] == "Dynamic"
     assert "lora_adapter_metadata" not in metadata and len(metadata["sshs_model_hash"]) == 64
@@ -416,7 +413,7 @@ def test_lora_both_ways(run, sd, adapted, tmp_path):  # noqa: F811
     assert {t.dtype for t in load_file("k2.safetensors").values()} == {torch.float16}
     assert run("pytorch_lora_weights.safetensors", "d2.safetensors", "--to", "diffusers")[0] == 0  # alpha goes inside
     for file in ("k.safetensors", "d.safetensors", "d2.safetensors"):
-        loras, _ = lora.load(sd, file, say=None)
+        loras, _ = lora_file.apply_file(sd, file, say=None)
         assert all(difference(x, y) <= 1e-5 for x, y in zip(outputs(sd), adapted.outputs, strict=True)), file
         lora.remove(sd, loras)
     for file, to in (("k.safetensors", "kohya"), ("d.safetensors", "diffusers")):
@@ -438,7 +435,7 @@ def test_kohya_metadata():
 
 def test_embedding_both_ways(run, tmp_path):
     vectors = torch.randn(3, 48, generator=torch.Generator().manual_seed(0))
-    inversion.write(tmp_path / "hanok.safetensors", "<hanok>", vectors, {"step": 7})
+    embedding_file.save_file(tmp_path / "hanok.safetensors", "<hanok>", vectors, {"step": 7})
     code, said = run("hanok.safetensors", "a.pt")
     assert code == 0 and 'embedding "<hanok>", 3 x 48' in said and said.endswith("wrote a.pt\n")
     webui = torch.load("a.pt", weights_only=True)
@@ -471,7 +468,7 @@ def test_old_hypernetwork(run):
     new = torch.load("new.pt", weights_only=True)
     assert new["layer_structure"] == [1, 2, 1] and new["activate_output"] is True and not zipfile.is_zipfile("new.pt")
     assert torch.equal(new[48][1]["linear.1.weight"], old_[48][1]["linear2.weight"])
-    spec, nets, _ = hypernet.read("new.pt")
+    spec, nets, _ = hypernet_file.read_file("new.pt")
     assert nets.keys() == {32, 48} and spec.activation == "linear"
     more = {"name": "hanok", "step": 30, "optional_info": "*"}
     torch.save({**old_, **more}, "named.pt")

@@ -9,18 +9,12 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
+from hanokdiff.images import crop_to_square, read_photo
+from hanokdiff.models.pipeline import to_tensor
+from hanokdiff.models.tokens import contains_word as contains
 from hanokdiff.models.vae import VAE, VAEConfig
-from hanokdiff.training.dataset import (
-    Photo,
-    Shots,
-    contains,
-    fit,
-    load_photos,
-    prepare_captions,
-    read_caption,
-    read_photo,
-    to_tensor,
-)
+from hanokdiff.tiny import world
+from hanokdiff.training.dataset import LatentDataset, Photo, load_photos, prepare_captions, read_caption
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 
@@ -155,7 +149,7 @@ def test_fit_crops_and_never_squashes():
     tall = Image.new("RGB", (200, 1000), RED)
     tall.paste(WHITE, (0, 400, 200, 600))
     ImageDraw.Draw(tall).ellipse((20, 420, 180, 580), fill=BLUE)
-    for image in (fit(tall, 64), fit(tall.rotate(90, expand=True), 64), fit(tall, 400)):
+    for image in (crop_to_square(tall, 64), crop_to_square(tall.rotate(90, expand=True), 64), crop_to_square(tall, 400)):
         pixels = np.asarray(image).astype(int)
         assert image.size in {(64, 64), (400, 400)}
         assert (pixels[..., 2] > 200).all()  # no red: blue and white both have a full blue channel
@@ -166,7 +160,7 @@ def test_fit_crops_and_never_squashes():
 
 def test_fit_leaves_the_right_size_alone():
     image = Image.effect_noise((64, 64), 80).convert("RGB")
-    assert fit(image, 64).tobytes() == image.tobytes()
+    assert crop_to_square(image, 64).tobytes() == image.tobytes()
 
 
 @pytest.mark.parametrize("raw,text,notes", [
@@ -279,7 +273,7 @@ def test_held_out_photos_are_the_last_ones(tmp_path):
         assert [p.name for p in photos] == names[: images or 8 - held_out]
     with pytest.raises(ValueError, match="--images 6 and --held-out 3, but .* has 8 readable photos"):
         load_photos(tmp_path, 8, 6, 3, quiet)
-    photos, unseen = load_photos(None, 64, 5, 30, quiet)
+    photos, unseen = load_photos(world.photos, 64, 5, 30, quiet)
     assert (len(photos), len(unseen)) == (5, 30) and not {p.image.tobytes() for p in photos} & {
         p.image.tobytes() for p in unseen}  # fmt: skip
 
@@ -312,12 +306,12 @@ def test_refusals(tmp_path):
 
 def test_embedded_photos():
     said = []
-    photos = load_photos(None, 64, None, say=said.append)[0]
+    photos = load_photos(world.photos, 64, None, say=said.append)[0]
     assert len(photos) == 50 and all(p.caption and p.image.size == (64, 64) for p in photos)
-    assert "50" in said[-1] and len(load_photos(None, 32, 3, say=quiet)[0]) == 3
+    assert "50" in said[-1] and len(load_photos(world.photos, 32, 3, say=quiet)[0]) == 3
     for n in (0, 101):
         with pytest.raises(ValueError, match=str(n)):
-            load_photos(None, 64, n, say=quiet)[0]
+            load_photos(world.photos, 64, n, say=quiet)[0]
 
 
 @pytest.mark.skipif(os.name == "nt" or os.uname().sysname == "Darwin", reason="such names are Linux only")
@@ -427,7 +421,7 @@ def test_to_tensor():
 @pytest.mark.parametrize("flip", [False, True])
 def test_shots_are_mean_plus_std_times_noise(vae, pictures, flip):
     """Six photos are more than one chunk; the photo and the mirroring of each slot are its own."""
-    shots = Shots(vae, pictures, list("abcdef"), flip)
+    shots = LatentDataset(vae, pictures, list("abcdef"), flip)
     batch = FixedBatch([5, 0, 5, 2], [0.1, 0.9, 0.5, 0.49])
     latents, prompts = shots[batch]
     assert len(shots) == 6 and prompts == ["f", "a", "f", "c"]
@@ -441,7 +435,7 @@ def test_shots_are_mean_plus_std_times_noise(vae, pictures, flip):
 def test_shots_can_be_trained_on(vae, pictures):
     """Not inference tensors, and without the VAE's graph."""
     trainable = VAE(vae.config)
-    latents, _ = Shots(trainable, pictures, ["x"] * 6)[FixedBatch([0, 1], [0.0, 0.0])]
+    latents, _ = LatentDataset(trainable, pictures, ["x"] * 6)[FixedBatch([0, 1], [0.0, 0.0])]
     assert not latents.requires_grad
     weight = torch.ones(1, requires_grad=True)
     (latents * weight).sum().backward()
@@ -451,6 +445,6 @@ def test_shots_can_be_trained_on(vae, pictures):
 def test_shots_of_a_bf16_vae_are_float32(vae, pictures):
     half = VAE(vae.config).to(torch.bfloat16)
     half.load_state_dict(vae.state_dict())
-    coarse, fine = Shots(half, pictures[:1], ["x"]), Shots(vae, pictures[:1], ["x"])
+    coarse, fine = LatentDataset(half, pictures[:1], ["x"]), LatentDataset(vae, pictures[:1], ["x"])
     assert coarse.mean.dtype == coarse.std.dtype == torch.float32
     torch.testing.assert_close(coarse.mean, fine.mean, atol=0.1, rtol=0.1)

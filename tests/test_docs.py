@@ -21,7 +21,7 @@ import pytest
 
 from hanokdiff.compare import __main__ as compare
 from hanokdiff.compare import plan
-from hanokdiff.models import pipeline as model
+from hanokdiff.formats.load import TINY_MODEL
 from hanokdiff.tiny import world
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +30,7 @@ RUN = [doc for doc in READ if doc.parent in (ROOT, ROOT / "docs")]  # their comm
 SKIPPED = ("pip ", "git ", "cd ", ". ", "torchrun ", "python -m venv ", "python -m pip ", "python -m pytest ",
            "python -m hanokdiff.tiny.build ")  # the last trains the tiny world itself, for an hour  # fmt: skip
 SHORT = {"--steps": "2", "--class-images": "2", "--n": "1", "--preview-every": "0", "--save-every": "0"}
-PLACEHOLDERS = {"MODEL": str(model.TINY), "openai/clip-vit-base-patch32": "tiny"}  # PHOTOS is a folder of that name
+PLACEHOLDERS = {"MODEL": str(TINY_MODEL), "openai/clip-vit-base-patch32": "tiny"}  # PHOTOS is a folder of that name
 FILES = {"--lora": "runs/lora/lora.safetensors", "--hypernet": "runs/hypernet/hypernet.pt",
          "--embedding": "runs/ti/embedding.safetensors", "--init-image": "FILE.png",
          "--class-prompts": str(world.CLASS_PROMPTS)}  # what FILE is after this option  # fmt: skip

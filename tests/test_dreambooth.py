@@ -20,22 +20,25 @@ from test_lora import inputs
 from test_scripts import listing, refused
 
 import train_dreambooth
-from hanokdiff.formats import folder as checkpoint
-from hanokdiff.models import pipeline as model
-from hanokdiff.training import dataset as data
+from hanokdiff.formats import folder as layout
+from hanokdiff.formats.load import load_model
+from hanokdiff.formats.tokenizer import save_tokenizer
+from hanokdiff.models.pipeline import StableDiffusion
 from hanokdiff.training import prior
-from hanokdiff.training.trainer import Batch, Run
+from hanokdiff.training.dataset import LatentDataset
+from hanokdiff.training.noise import Batch
+from hanokdiff.training.trainer import Trainer
 
 CAPTIONS = ["a building with a roof in the snow", "A building with a roof", "a building with a roof at night"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def home(tmp_path_factory):
-    folder, draw = tmp_path_factory.mktemp("home"), model.StableDiffusion.draw
+    folder, draw = tmp_path_factory.mktemp("home"), StableDiffusion.draw
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("warnings.showwarning", warnings.showwarning)
-        patch.setattr(model.StableDiffusion, "draw", lambda *args, **more: draw(*args, **{"steps": 2, **more}))
+        patch.setattr(StableDiffusion, "draw", lambda *args, **more: draw(*args, **{"steps": 2, **more}))
         yield folder
 
 
@@ -98,7 +101,7 @@ def first_step(made, photos, *more) -> SimpleNamespace:
     """The loss of a run's first step, its gradients, and the shots that it draws from."""
     seen = SimpleNamespace(loss=0.0, shots=[], gradients={})
 
-    class Shots(data.Shots):
+    class Shots(LatentDataset):
         def __init__(self, *args, **more):
             super().__init__(*args, **more)
             seen.shots.append(self)
@@ -111,11 +114,11 @@ def first_step(made, photos, *more) -> SimpleNamespace:
         seen.gradients = {k: p.grad.clone() for k, p in run.learns.items() if p.grad is not None}
         raise EnoughError
 
-    old_update = Run.update
+    old_update = Trainer.update
     with pytest.MonkeyPatch.context() as patch, pytest.raises(EnoughError):
-        patch.setattr(train_dreambooth.data, "Shots", Shots)
-        patch.setattr(Run, "update", update)
-        patch.setattr(Run, "_finish_step", finish)
+        patch.setattr(train_dreambooth, "LatentDataset", Shots)
+        patch.setattr(Trainer, "update", update)
+        patch.setattr(Trainer, "_finish_step", finish)
         train_dreambooth.main(arguments(made, photos, "never", *more))
     shutil.rmtree("never")
     return seen
@@ -192,7 +195,7 @@ def test_the_text_encoder_may_stop_and_a_run_go_on(sd1, photos, base):
     first = tensors(Path("stopped/model-000001"))
     assert of("text_encoder", moved(base, first)) and not of("text_encoder", moved(first, stopped))
     assert of("unet", moved(first, stopped)) == of("unet", base)
-    update = Run.update
+    update = Trainer.update
 
     def crash(run, loss):
         if run.step == 2:
@@ -200,7 +203,7 @@ def test_the_text_encoder_may_stop_and_a_run_go_on(sd1, photos, base):
         update(run, loss)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(Run, "update", crash)
+        patch.setattr(Trainer, "update", crash)
         train(sd1, photos, "again", *options)
     told, pictures = '{"pictures": 3, "seconds": 99.0}', listing(Path("runs/class"))
     assert Path("again/class.json").exists() and Path("again/class.json").write_text(told)
@@ -213,7 +216,7 @@ def test_the_text_encoder_may_stop_and_a_run_go_on(sd1, photos, base):
 def test_edited_class_pictures_are_noticed(sd1, photos, base, capsys):
     """Deleted ones are drawn again, the very same; with an edited one the run goes on only if told to."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(Run, "_finish", lambda run: (_ for _ in ()).throw(RuntimeError("the power went")))
+        patch.setattr(Trainer, "_finish", lambda run: (_ for _ in ()).throw(RuntimeError("the power went")))
         train(sd1, photos, "edited", "--save-every", 1)
     used = [f for f in Path("runs/class").rglob("*.png")]
     before = listing(Path("runs/class"))
@@ -221,7 +224,7 @@ def test_edited_class_pictures_are_noticed(sd1, photos, base, capsys):
         file.unlink()
     resume = ["--resume", "edited", "--device", "cpu"]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(Run, "_finish", lambda run: (_ for _ in ()).throw(RuntimeError("the power went")))
+        patch.setattr(Trainer, "_finish", lambda run: (_ for _ in ()).throw(RuntimeError("the power went")))
         train_dreambooth.main(resume)
     after = listing(Path("runs/class"))
     assert after.items() <= before.items() and len(after) == 3
@@ -236,7 +239,7 @@ def test_edited_class_pictures_are_noticed(sd1, photos, base, capsys):
 
 def test_frozen_text_and_a_crash_while_the_model_is_written(sd1, photos, base, monkeypatch):
     """What is not whole does not stand under the model's name; the run goes on from its last state."""
-    save, count = checkpoint.save_tokenizer, []
+    save, count = save_tokenizer, []
 
     def crash(*args):
         count.append(1)
@@ -248,7 +251,7 @@ def test_frozen_text_and_a_crash_while_the_model_is_written(sd1, photos, base, m
     argv = arguments(sd1, photos, "broken", *options)
     del argv[argv.index("--text-lr") : argv.index("--text-lr") + 2]
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(checkpoint, "save_tokenizer", crash)
+        patch.setattr(layout, "save_tokenizer", crash)
         train_dreambooth.main(argv)
     assert sorted(p.name for p in Path("broken").glob("model*")) == ["model-000001", "model.part"]
     Path("broken/model.part/unet/.tmpAb3dE6").write_bytes(b"half a file, as a kill leaves it")
@@ -284,7 +287,7 @@ def test_half_precision_loses_no_digit(sd1, photos, base):
 def test_the_folder_in_diffusers(whole, sd1, home):
     """The whole pipeline; and here, with its word."""
     folder = home / "whole" / "model"
-    pipeline, sd = StableDiffusionPipeline.from_pretrained(folder), model.load(str(folder), device="cpu", say=None)
+    pipeline, sd = StableDiffusionPipeline.from_pretrained(folder), load_model(str(folder), device="cpu", say=None)
     pixels, ids = inputs()
     with torch.no_grad():
         out, text = pipeline.unet(*pixels).sample, pipeline.text_encoder(ids)[0]

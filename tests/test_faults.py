@@ -11,20 +11,21 @@ from PIL import Image
 import clipscore
 from hanokdiff import caption
 from hanokdiff.compare import report
-from hanokdiff.formats import folder as checkpoint
-from hanokdiff.formats import single_file as singlefile
-from hanokdiff.methods import hypernetwork as hypernet
-from hanokdiff.methods import lora
-from hanokdiff.methods import textual_inversion as inversion
-from hanokdiff.models import pipeline as model
-from hanokdiff.training import args as cli
+from hanokdiff.errors import one_line
+from hanokdiff.files import replacing, write_json
+from hanokdiff.formats import embedding_file, hypernet_file, lora_file, single_file
+from hanokdiff.formats.folder import save_folder
+from hanokdiff.formats.load import load_model
+from hanokdiff.formats.tensors import write_pt, write_tensors
+from hanokdiff.formats.tokenizer import save_tokenizer
+from hanokdiff.methods import hypernetwork
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="fork and limits of Unix")
 
 
 @pytest.fixture(scope="module")
 def sd():
-    return model.load("tiny", "cpu", say=None)
+    return load_model("tiny", "cpu", say=None)
 
 
 def low_rank(value):
@@ -32,25 +33,25 @@ def low_rank(value):
 
 
 def picture(path, value):
-    with checkpoint.replacing(path) as aside:
+    with replacing(path) as aside:
         Image.effect_noise((200, 200), 50 + value).save(aside, "png")
 
 
 def net(value):
-    spec = hypernet.Spec()
-    return spec, {16: [{k: t + value for k, t in hypernet.Net(16, spec).state_dict().items()}] * 2}
+    spec = hypernetwork.HypernetConfig()
+    return spec, {16: [{k: t + value for k, t in hypernetwork.ResidualMLP(16, spec).state_dict().items()}] * 2}
 
 
 WRITERS = {
-    "json": ("a.json", lambda sd, p, v: checkpoint.write_json(p, {"a": [v] * 5000})),
-    "tensors": ("a.safetensors", lambda sd, p, v: checkpoint.write_tensors({"a": torch.full((5000,), v)}, p)),
-    "pt": ("a.pt", lambda sd, p, v: checkpoint.write_pt({"a": torch.full((5000,), v)}, p)),
-    "embedding": ("a.safetensors", lambda sd, p, v: inversion.write(p, "*", torch.full((4, 2000), v))),
-    "WebUI embedding": ("a.pt", lambda sd, p, v: inversion.write(p, "*", torch.full((4, 2000), v))),
-    "LoRA": ("a.safetensors", lambda sd, p, v: lora.write(p, low_rank(v), {})),
-    "diffusers LoRA": ("a.safetensors", lambda sd, p, v: lora.write_native(p, low_rank(v), {})),
-    "hypernetwork": ("a.pt", lambda sd, p, v: hypernet.write(p, *net(v))),
-    "single file": ("a.safetensors", lambda sd, p, v: singlefile.write(
+    "json": ("a.json", lambda sd, p, v: write_json(p, {"a": [v] * 5000})),
+    "tensors": ("a.safetensors", lambda sd, p, v: write_tensors({"a": torch.full((5000,), v)}, p)),
+    "pt": ("a.pt", lambda sd, p, v: write_pt({"a": torch.full((5000,), v)}, p)),
+    "embedding": ("a.safetensors", lambda sd, p, v: embedding_file.save_file(p, "*", torch.full((4, 2000), v))),
+    "WebUI embedding": ("a.pt", lambda sd, p, v: embedding_file.save_file(p, "*", torch.full((4, 2000), v))),
+    "LoRA": ("a.safetensors", lambda sd, p, v: lora_file.save_file(p, low_rank(v), {})),
+    "diffusers LoRA": ("a.safetensors", lambda sd, p, v: lora_file.save_diffusers_file(p, low_rank(v), {})),
+    "hypernetwork": ("a.pt", lambda sd, p, v: hypernet_file.save_file(p, *net(v))),
+    "single file": ("a.safetensors", lambda sd, p, v: single_file.write(
         p, sd.unet, sd.vae, sd.text.encoder, sd.schedule, torch.float32 if v else torch.float16)),
     "caption": ("a.txt", lambda sd, p, v: caption.write(p, f"{v} " * 5000)),
     "scores": ("a.csv", lambda sd, p, v: clipscore.write(p, clipscore.as_csv([{"a": v}] * 5000))),
@@ -66,7 +67,7 @@ def in_child(work) -> str:
             torch.set_num_threads(1)  # the parent's threads are not in the child, where OpenMP would wait for them
             work()
         except (ValueError, OSError) as e:
-            os.write(send, cli.sentence(e).encode())
+            os.write(send, one_line(e).encode())
         except BaseException as e:
             os.write(send, f"traceback: {e!r}".encode())
         finally:
@@ -124,21 +125,21 @@ def test_a_model_folder(sd, tmp_path):
 
     def write(dtype):
         parts = sd.unet, sd.vae, sd.text.encoder, sd.text.tokenizer, sd.schedule
-        checkpoint.save_folder(tmp_path / "model", *parts, dtype)
+        save_folder(tmp_path / "model", *parts, dtype)
 
     def held():
         return {f.relative_to(tmp_path): f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
 
     def no_space_for_the_tokenizer():
         full_disk()
-        checkpoint.save_tokenizer(sd.text.tokenizer, tmp_path / "model" / "tokenizer")
+        save_tokenizer(sd.text.tokenizer, tmp_path / "model" / "tokenizer")
 
     write(torch.float32)
     before = held()
     for work in (lambda: (full_disk(), write(torch.float16)), no_space_for_the_tokenizer):
         said = in_child(work)
         assert "cannot be written" in said and str(tmp_path) in said and held() == before, said
-    assert model.load(str(tmp_path / "model"), "cpu", say=None).schedule == sd.schedule
+    assert load_model(str(tmp_path / "model"), "cpu", say=None).schedule == sd.schedule
 
 
 def test_the_report(tmp_path, monkeypatch):

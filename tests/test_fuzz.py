@@ -19,19 +19,19 @@ from safetensors.torch import load_file, save_file
 import clipscore
 from hanokdiff import caption
 from hanokdiff.compare import __main__ as compare
-from hanokdiff.formats import folder as checkpoint
-from hanokdiff.formats import single_file as singlefile
-from hanokdiff.methods import hypernetwork as hypernet
-from hanokdiff.methods import lora
-from hanokdiff.methods import textual_inversion as inversion
-from hanokdiff.models import pipeline as model
+from hanokdiff.errors import one_line
+from hanokdiff.files import read_json
+from hanokdiff.formats import embedding_file, hypernet_file, lora_file, single_file
+from hanokdiff.formats.load import load_model
+from hanokdiff.formats.tokenizer import load_tokenizer
+from hanokdiff.images import read_photo
+from hanokdiff.methods import textual_inversion
 from hanokdiff.models.schedule import Schedule
-from hanokdiff.models.tokens import TextConfig
+from hanokdiff.models.text_encoder import TextConfig
 from hanokdiff.models.unet import UNetConfig
 from hanokdiff.models.vae import VAEConfig
-from hanokdiff.scoring import clip as score
-from hanokdiff.training import args as cli
-from hanokdiff.training import dataset as data
+from hanokdiff.scoring.clip import TINY_CLIP, open_model
+from hanokdiff.training.dataset import photo_files, read_caption
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and /proc are Linux's")
 
@@ -44,7 +44,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sd(home):
-    return model.load(str(home / "model"), "cpu", say=None)
+    return load_model(str(home / "model"), "cpu", say=None)
 
 
 def refused(work, *words) -> str:
@@ -52,14 +52,14 @@ def refused(work, *words) -> str:
     start = time.process_time()
     with pytest.raises(ValueError) as e:
         work()
-    said = cli.sentence(e.value)
+    said = one_line(e.value)
     assert all(str(w) in said for w in words) and "Traceback" not in said and len(said) < 1001, said
     assert time.process_time() - start < fuzz.SECONDS
     return said
 
 
 def test_some_hundred_random_ones():
-    table, wrong = fuzz.run(first=1_000_000, count=int(os.environ.get("FUZZ", 360)))
+    table, wrong = fuzz.fuzz(first=1_000_000, count=int(os.environ.get("FUZZ", 360)))
     assert not wrong, wrong[:20]
     assert {line.split()[1] for line in table} == {"opened", "refused"}
 
@@ -85,9 +85,9 @@ def test_the_judge_notices(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------- pickles
 
-READ = {"model": lambda path, sd: singlefile.read(path.rename(path.with_suffix(".ckpt"))),
-        "LoRA": lambda path, sd: lora.load(sd, path), "embedding": lambda path, sd: inversion.load(sd, path),
-        "hypernetwork": lambda path, sd: hypernet.load(sd, path)}  # fmt: skip
+READ = {"model": lambda path, sd: single_file.read(path.rename(path.with_suffix(".ckpt"))),
+        "LoRA": lambda path, sd: lora_file.apply_file(sd, path), "embedding": lambda path, sd: embedding_file.apply_file(sd, path),
+        "hypernetwork": lambda path, sd: hypernet_file.apply_file(sd, path)}  # fmt: skip
 endless = []
 endless.append(endless)
 FALSE_TENSORS = {
@@ -137,24 +137,24 @@ def test_headers_that_promise_terabytes(tmp_path, sd):
     header = json.dumps({"a": entry}).encode()
     for raw in (struct.pack("<Q", 2**40) + b"{}", struct.pack("<Q", len(header)) + header + b"\0" * 8):
         (tmp_path / "a.safetensors").write_bytes(raw)
-        for read in (lora.read, inversion.read, singlefile.read):
+        for read in (lora_file.read_file, embedding_file.read_file, single_file.read):
             refused(lambda read=read: read(tmp_path / "a.safetensors"), tmp_path / "a.safetensors", "cannot be read")
 
 
 @pytest.mark.parametrize("raw", [b"[" * 100_000, b"9" * 5000, b"[]", b"null", b'"x"', b"\xff", b""])
 def test_json_that_is_no_table(tmp_path, raw):
     (tmp_path / "a.json").write_bytes(raw)
-    refused(lambda: checkpoint.read_json(tmp_path / "a.json"), tmp_path / "a.json")
+    refused(lambda: read_json(tmp_path / "a.json"), tmp_path / "a.json")
 
 
 def test_json_and_text_without_end(tmp_path):
     for name in ("a.json", "a.txt"):
         with open(tmp_path / name, "wb") as f:
             f.truncate(1 << 40)  # no byte of it is on the disk
-    refused(lambda: checkpoint.read_json(tmp_path / "a.json"), "1,099,511,627,776 bytes")
-    refused(lambda: data.read_caption(tmp_path / "a.txt"), "a.txt", "1,099,511,627,776 bytes")
+    refused(lambda: read_json(tmp_path / "a.json"), "1,099,511,627,776 bytes")
+    refused(lambda: read_caption(tmp_path / "a.txt"), "a.txt", "1,099,511,627,776 bytes")
     os.mkfifo(tmp_path / "pipe.png")
-    for read in (checkpoint.read_json, data.read_caption, data.read_photo, lora.read, inversion.read, hypernet.read):
+    for read in (read_json, read_caption, read_photo, lora_file.read_file, embedding_file.read_file, hypernet_file.read_file):
         refused(lambda read=read: read(tmp_path / "pipe.png"), "pipe.png")
 
 
@@ -183,7 +183,7 @@ def test_a_picture_that_is_a_program(tmp_path, monkeypatch):
     box = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(x) (w) file\n%%EOF\n"
     (tmp_path / "a.png").write_bytes(box)
     assert Image.open(tmp_path / "a.png").format == "EPS"
-    refused(lambda: data.read_photo(tmp_path / "a.png"), "'a.png' cannot be read")
+    refused(lambda: read_photo(tmp_path / "a.png"), "'a.png' cannot be read")
 
 
 def test_pictures_that_unpack_to_gigabytes(tmp_path):
@@ -192,7 +192,7 @@ def test_pictures_that_unpack_to_gigabytes(tmp_path):
     raw[16:24] = struct.pack(">II", 60_000, 60_000)
     raw[29:33] = struct.pack(">I", zlib.crc32(raw[12:29]))
     (tmp_path / "a.png").write_bytes(raw)
-    refused(lambda: data.read_photo(tmp_path / "a.png"), "'a.png'", "3600000000 pixels", "limit")
+    refused(lambda: read_photo(tmp_path / "a.png"), "'a.png'", "3600000000 pixels", "limit")
 
 
 def test_text_in_a_picture(tmp_path):
@@ -202,7 +202,7 @@ def test_text_in_a_picture(tmp_path):
     assert clipscore.look([tmp_path / "a.png"])[0][str(tmp_path / "a.png")]["seed"] is None
     info.add_text("bomb", "x" * 60_000_000, zip=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "b.png", pnginfo=info)
-    refused(lambda: data.read_photo(tmp_path / "b.png"), "'b.png'")
+    refused(lambda: read_photo(tmp_path / "b.png"), "'b.png'")
 
 
 @pytest.mark.parametrize("change", [
@@ -214,32 +214,32 @@ def test_text_in_a_picture(tmp_path):
 def test_shapes_of_a_lora(tmp_path, home, sd, change):
     good = load_file(home / "files" / "kohya.safetensors")
     save_file({k: change(k, t).contiguous() for k, t in good.items()}, tmp_path / "a.safetensors")
-    refused(lambda: lora.load(sd, tmp_path / "a.safetensors"), tmp_path / "a.safetensors")
+    refused(lambda: lora_file.apply_file(sd, tmp_path / "a.safetensors"), tmp_path / "a.safetensors")
 
 
 def test_a_pattern_that_takes_for_ever(tmp_path, home, sd):
     good, settings = load_file(home / "files" / "peft.safetensors"), {"unet.alpha_pattern": {r"((\w|\.)+)+x": 3}}
     save_file(good, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(settings)})
-    refused(lambda: lora.read(tmp_path / "a.safetensors"), tmp_path / "a.safetensors", "for ever")
+    refused(lambda: lora_file.read_file(tmp_path / "a.safetensors"), tmp_path / "a.safetensors", "for ever")
 
 
 def test_colours_of_a_judge(tmp_path):
     clip_copy(tmp_path)
     for wrong in ([0.5] * 150, ["", 1, 2], 3, [0, 0, 0], [float("nan")] * 3):
         (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_std": wrong}))
-        refused(lambda: score.open_model(tmp_path), tmp_path)
+        refused(lambda: open_model(tmp_path), tmp_path)
 
 
 def test_a_tokenizer_of_a_judge(tmp_path):
     clip_copy(tmp_path)
     file = tmp_path / "tokenizer_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": "77"}))
-    refused(lambda: score.open_model(tmp_path), tmp_path, "cannot be opened")
+    refused(lambda: open_model(tmp_path), tmp_path, "cannot be opened")
 
 
 def test_weights_in_8_bits_are_read(tmp_path, home):
     save_file({"*": torch.ones(1, 8).to(torch.float8_e4m3fn)}, tmp_path / "a.safetensors")
-    assert inversion.read(tmp_path / "a.safetensors")[1].tolist() == [[1.0] * 8]
+    assert embedding_file.read_file(tmp_path / "a.safetensors")[1].tolist() == [[1.0] * 8]
 
 
 @pytest.mark.parametrize("word", ["a\x1b[2J", "a\nb", "\ud800", "x" * 3000])
@@ -250,20 +250,20 @@ def test_words_in_a_file(sd, word):
 def test_an_embedding_for_no_word(tmp_path, sd):
     """Found by the fuzz: the message did not say which file."""
     path = tmp_path / "e.safetensors"
-    save_file({"": torch.zeros(1, inversion.table(sd).shape[1])}, path)
+    save_file({"": torch.zeros(1, textual_inversion.token_embedding(sd).shape[1])}, path)
     with pytest.raises(ValueError, match=r"e.safetensors: \"\" has no token in this vocabulary"):
-        inversion.load(sd, path, say=None)
+        embedding_file.apply_file(sd, path, say=None)
 
 
 def test_a_folder_of_too_long_a_name():
     """Found by the fuzz: pathlib raises at what it cannot look up."""
     with pytest.raises(ValueError, match="--data x+: no such folder"):
-        data.photo_files(Path("x" * 3000))
+        photo_files(Path("x" * 3000))
 
 
 def test_messages_do_not_command_the_terminal():
-    assert cli.sentence(ValueError("a\n\x1b[2Jb\0 \x9bc")) == "a [2Jb c"
-    assert len(cli.sentence(ValueError("x" * 10**6))) < 1000
+    assert one_line(ValueError("a\n\x1b[2Jb\0 \x9bc")) == "a [2Jb c"
+    assert len(one_line(ValueError("x" * 10**6))) < 1000
 
 
 # ------------------------------------------------------------------------------------------------- names as paths
@@ -296,14 +296,14 @@ def test_a_tokenizer_that_names_other_files(tmp_path, home):
     folder.mkdir()
     for file in (home / "model" / "tokenizer").iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    checkpoint.load_tokenizer(folder)
+    load_tokenizer(folder)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "vocab_file": "/etc/passwd"}))
-    refused(lambda: checkpoint.load_tokenizer(folder), folder / "tokenizer_config.json", "vocab_file")
+    refused(lambda: load_tokenizer(folder), folder / "tokenizer_config.json", "vocab_file")
 
 
 def clip_copy(folder, **changes):
-    for file in score.TINY.iterdir():
+    for file in TINY_CLIP.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "config.json").read_text())
     config["text_config"] |= changes
@@ -315,18 +315,18 @@ def clip_copy(folder, **changes):
 ])  # fmt: skip
 def test_a_judge_of_absurd_size(tmp_path, changes):
     clip_copy(tmp_path, **changes)
-    refused(lambda: score.open_model(tmp_path), tmp_path, "config.json")
+    refused(lambda: open_model(tmp_path), tmp_path, "config.json")
 
 
 def test_shards_and_adapters_elsewhere(tmp_path):
     clip_copy(tmp_path)
-    score.open_model(tmp_path)
+    open_model(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": {"logit_scale": "../model.safetensors"}}))
-    refused(lambda: score.open_model(tmp_path), index, "not in its folder")
+    refused(lambda: open_model(tmp_path), index, "not in its folder")
     index.unlink()
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "../other"}')
-    refused(lambda: score.open_model(tmp_path), "adapter_config.json")
+    refused(lambda: open_model(tmp_path), "adapter_config.json")
 
 
 def test_a_captioner_that_brings_code(tmp_path, monkeypatch):

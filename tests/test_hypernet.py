@@ -19,9 +19,11 @@ from test_lora import equal, inputs, trained
 from test_scripts import elsewhere, hashes, listing, refused  # noqa: F401
 
 import train_hypernet
-from hanokdiff.methods import hypernetwork as hypernet
-from hanokdiff.methods import lora
-from hanokdiff.models import pipeline as model
+from hanokdiff.formats import hypernet_file, lora_file
+from hanokdiff.formats.load import TINY_MODEL, load_model
+from hanokdiff.methods import hypernetwork, lora
+from hanokdiff.methods.inject import base_layer
+from hanokdiff.models.pipeline import StableDiffusion
 from hanokdiff.tiny import world
 
 FUNCTIONS = {
@@ -141,13 +143,13 @@ def sd_1(sd1, load):
 
 def bare(sd):
     yield sd
-    for attention, *_ in hypernet.seams(sd):
+    for attention, *_ in hypernetwork.kv_layers(sd):
         for name in ("to_q", "to_k", "to_v"):
-            setattr(attention, name, lora.innermost(getattr(attention, name)))
+            setattr(attention, name, base_layer(getattr(attention, name)))
     for path, module in list(sd.unet.named_modules()):
         if isinstance(module, lora.LoRA):
             parent, _, name = path.rpartition(".")
-            setattr(sd.unet.get_submodule(parent), name, lora.innermost(module))
+            setattr(sd.unet.get_submodule(parent), name, base_layer(module))
     sd.unet._forward_pre_hooks.clear()
 
 
@@ -168,15 +170,15 @@ KINDS = {
 def test_a_file_in_our_unet_and_in_diffusers(sd, reference, tmp_path, kind):
     """All widths at strength 0.7; and taken out again, to the bit."""
     path, before, said = tmp_path / "a.pt", ours(sd), []
-    every = hypernet.widths(sd)["all"]
+    every = hypernetwork.dims(sd)["all"]
     assert every == {"sd1": [32, 48, 64], "sd2": [48, 64, 128]}[reference.flavour]
     content = random_file(path, every, KINDS[kind])
-    loaded, metadata = hypernet.load(sd, path, 0.7, said.append)
+    loaded, metadata = hypernet_file.apply_file(sd, path, 0.7, said.append)
     assert "before 64 keys and values, strength 0.7" in said[0] and metadata["step"] == 7
     expected = theirs(reference.pipeline.unet, (content, 0.7))
     assert difference(expected, before) > 1e-2 and difference(ours(sd), expected) <= 1e-5
-    hypernet.remove(sd, loaded)
-    assert equal([ours(sd)], [before]) and not any(isinstance(m, hypernet.Before) for m in sd.unet.modules())
+    hypernetwork.remove(sd, loaded)
+    assert equal([ours(sd)], [before]) and not any(isinstance(m, hypernetwork.HypernetLinear) for m in sd.unet.modules())
 
 
 def test_any_strength_and_some_of_the_widths(sd, reference, tmp_path):
@@ -184,7 +186,7 @@ def test_any_strength_and_some_of_the_widths(sd, reference, tmp_path):
     places = [m.in_features for p, m in unet.named_modules() if p.endswith(("to_k", "to_v"))]
     for widths in ([48], [64]):
         content = random_file(path, widths, settings(activation="relu"))
-        loaded, _ = hypernet.load(sd, path, say=said.append)
+        loaded, _ = hypernet_file.apply_file(sd, path, say=said.append)
         assert f"before {places.count(widths[0])} keys and values, strength 1" in said[-1]
         one = ours(sd)
         assert difference(one, theirs(unet, (content, 1.0))) <= 1e-5
@@ -192,7 +194,7 @@ def test_any_strength_and_some_of_the_widths(sd, reference, tmp_path):
         assert difference(ours(sd), theirs(unet, (content, -0.5))) <= 1e-5 and difference(ours(sd), one) > 1e-2
         loaded.strength = 0.0
         assert equal([ours(sd)], [before])
-        hypernet.remove(sd, loaded)
+        hypernetwork.remove(sd, loaded)
     assert equal([ours(sd)], [before])
 
 
@@ -203,12 +205,12 @@ def test_several_in_order(sd_1, sd1, tmp_path):
     b = random_file(tmp_path / "b.pt", [48], settings(activation="tanh", norm=True), 2)
     applied = {"a": (a, 0.7), "b": (b, 1.2)}
     for first, second in ("ab", "ba"):
-        loaded = [hypernet.load(sd_1, tmp_path / f"{n}.pt", applied[n][1], None)[0] for n in (first, second)]
+        loaded = [hypernet_file.apply_file(sd_1, tmp_path / f"{n}.pt", applied[n][1], None)[0] for n in (first, second)]
         outs.append(ours(sd_1))
         assert difference(outs[-1], theirs(unet, applied[first], applied[second])) <= 1e-5
-        hypernet.remove(sd_1, loaded[0])
+        hypernetwork.remove(sd_1, loaded[0])
         assert difference(ours(sd_1), theirs(unet, applied[second])) <= 1e-5
-        hypernet.remove(sd_1, loaded[1])
+        hypernetwork.remove(sd_1, loaded[1])
         assert equal([ours(sd_1)], [before])
     assert difference(*outs) > 1e-3
 
@@ -219,13 +221,13 @@ def test_together_with_a_lora(sd_1, sd1, tmp_path, first, out):
     """Whichever comes first, in its file or fresh, and whichever leaves first: W'(x + f(x)), with W' merged by hand."""
     before, made = ours(sd_1), lora.insert(sd_1, 4, 4.0, "attention+ff")
     trained(made)
-    lora.write(tmp_path / "a.safetensors", made, {})
+    lora_file.save_file(tmp_path / "a.safetensors", made, {})
     deltas = {name: m.delta().detach() for name, m in made.items()}
     only_lora = ours(sd_1)
     lora.remove(sd_1, made)
-    content = random_file(tmp_path / "a.pt", hypernet.widths(sd_1)["all"], settings(activation="relu"))
-    loads = {"lora": lambda: lora.load(sd_1, tmp_path / "a.safetensors", say=None)[0],
-             "hypernet": lambda: hypernet.load(sd_1, tmp_path / "a.pt", 0.7, None)[0]}  # fmt: skip
+    content = random_file(tmp_path / "a.pt", hypernetwork.dims(sd_1)["all"], settings(activation="relu"))
+    loads = {"lora": lambda: lora_file.apply_file(sd_1, tmp_path / "a.safetensors", say=None)[0],
+             "hypernet": lambda: hypernet_file.apply_file(sd_1, tmp_path / "a.pt", 0.7, None)[0]}  # fmt: skip
     loaded = {kind: loads[kind]() for kind in sorted(loads, key=lambda kind: kind != first)}
     merged = copy.deepcopy(sd1.pipeline.unet)
     for path, module in merged.named_modules():
@@ -234,21 +236,21 @@ def test_together_with_a_lora(sd_1, sd1, tmp_path, first, out):
     expected = theirs(merged, (content, 0.7))
     assert difference(ours(sd_1), expected) <= 1e-5
     assert difference(expected, only_lora) > 1e-2 and difference(expected, before) > 1e-2
-    removes = {"lora": lora.remove, "hypernet": hypernet.remove}
+    removes = {"lora": lora.remove, "hypernet": hypernetwork.remove}
     removes[out](sd_1, loaded.pop(out))
     left = theirs(sd1.pipeline.unet, (content, 0.7)) if out == "lora" else only_lora
     assert difference(ours(sd_1), left) <= 1e-5
     (kind, last), = loaded.items()
     removes[kind](sd_1, last)
     assert equal([ours(sd_1)], [before])
-    assert not any(isinstance(m, hypernet.Before | lora.LoRA) for m in sd_1.unet.modules())
+    assert not any(isinstance(m, hypernetwork.HypernetLinear | lora.LoRA) for m in sd_1.unet.modules())
 
 
 def test_half_precision(tmp_path):
     """The weights, learnt in fp32, work in the precision of what comes in: no product is done in fp32 beside it."""
     content = random_file(tmp_path / "a.pt", [48], settings(activation="relu"))
-    spec, nets, _ = hypernet.read(tmp_path / "a.pt")
-    h = hypernet.Hypernet(spec, nets, 0.7)
+    spec, nets, _ = hypernet_file.read_file(tmp_path / "a.pt")
+    h = hypernetwork.Hypernetwork(spec, nets, 0.7)
     h.pairs["48"][1].load_state_dict(nets[48][1])
     x = torch.randn(3, 77, 48, generator=torch.Generator().manual_seed(0))
     for dtype, digits in ((torch.bfloat16, 8), (torch.float16, 11)):
@@ -273,7 +275,7 @@ def test_half_precision(tmp_path):
     (((1, 1), "sigmoid", False, (0, 0.5)), "Linear Dropout", (0,)),
 ])  # fmt: skip
 def test_places_in_the_sequential(spec, parts, names):
-    net = hypernet.Net(16, hypernet.Spec(*spec))
+    net = hypernetwork.ResidualMLP(16, hypernetwork.HypernetConfig(*spec))
     assert " ".join(type(m).__name__ for m in net.linear) == parts
     assert set(net.state_dict()) == {f"linear.{k}.{end}" for k in names for end in ("weight", "bias")}
     linears = [m for m in net.linear if isinstance(m, torch.nn.Linear)]
@@ -287,10 +289,10 @@ def test_activations():
     x, module = torch.linspace(-4, 4, 99), torch.nn.modules.activation
     for name, function in FUNCTIONS.items():
         if name != "linear":
-            assert (hypernet.ACTIVATIONS[name]()(x) - function(x)).abs().max() < 1e-6, name
+            assert (hypernetwork.ACTIVATIONS[name]()(x) - function(x)).abs().max() < 1e-6, name
     torchs = {k.lower() for k, v in vars(module).items() if isinstance(v, type) and v.__module__ == module.__name__}
     others = torchs - {"multiheadattention", "threshold", "glu"}  # need arguments, or halve the width
-    assert hypernet.ACTIVATIONS.keys() == others | {"linear", "swish"} and len(others) > 24
+    assert hypernetwork.ACTIVATIONS.keys() == others | {"linear", "swish"} and len(others) > 24
 
 
 # --------------------------------------------------------------------------------------------------------- the file
@@ -298,10 +300,10 @@ def test_activations():
 
 def test_what_is_written(tmp_path):
     """Old container, only what the WebUI's checker admits, its names, plain types; and read back the same."""
-    spec = hypernet.Spec((1, 2.0, 1.5, 1), "mish", True, (0, 0.25, 0.5, 0))
-    nets = {d: tuple(hypernet.Net(d, spec).half().state_dict() for _ in "KV") for d in (64, 48)}
+    spec = hypernetwork.HypernetConfig((1, 2.0, 1.5, 1), "mish", True, (0, 0.25, 0.5, 0))
+    nets = {d: tuple(hypernetwork.ResidualMLP(d, spec).half().state_dict() for _ in "KV") for d in (64, 48)}
     path = tmp_path / "한옥.pt"
-    hypernet.write(path, spec, nets, {"step": torch.tensor(30).item(), "model": "m", "info": hypernet.TOKEN + "sks"})
+    hypernet_file.save_file(path, spec, nets, {"step": torch.tensor(30).item(), "model": "m", "info": hypernet_file.TOKEN + "sks"})
     assert not zipfile.is_zipfile(path) and listing(tmp_path).keys() == {"한옥.pt"}
     seen = set()
     with open(path, "rb") as f:
@@ -321,11 +323,11 @@ def test_what_is_written(tmp_path):
         for held, given in zip(content[d], pair):
             assert type(held) is dict and held.keys() == given.keys()
             assert all(t.dtype == torch.float32 and torch.equal(t, given[k].float()) for k, t in held.items())
-    again, read, metadata = hypernet.read(path)
+    again, read, metadata = hypernet_file.read_file(path)
     assert again == spec and metadata == plain and read.keys() == nets.keys()
     assert all(torch.equal(read[d][i][k], nets[d][i][k].float()) for d in nets for i in (0, 1) for k in nets[d][i])
-    plain_spec = hypernet.Spec()
-    hypernet.write(path, plain_spec, {48: (hypernet.Net(48, plain_spec).state_dict(),) * 2})
+    plain_spec = hypernetwork.HypernetConfig()
+    hypernet_file.save_file(path, plain_spec, {48: (hypernetwork.ResidualMLP(48, plain_spec).state_dict(),) * 2})
     assert torch.load(path, weights_only=True).items() >= {
         "dropout_structure": [0, 0, 0], "use_dropout": False, "last_layer_dropout": False, "optional_info": None,
         "activation_func": "linear", "activate_output": False, "step": 0,
@@ -334,8 +336,8 @@ def test_what_is_written(tmp_path):
 
 def test_the_word():
     for info, word in (("hanokdiff_token=*", "*"), ("hanokdiff_token=a b", "a b"), ("by me", None), (3, None)):
-        assert hypernet.word({"optional_info": info}) == word
-    assert hypernet.word({}) is None
+        assert hypernet_file.pseudo_word({"optional_info": info}) == word
+    assert hypernet_file.pseudo_word({}) is None
 
 
 def without(content: dict, *keys, **more) -> dict:
@@ -369,12 +371,12 @@ def test_older_files(sd_1, sd1, tmp_path, kind):
     made, write = OLD[kind]
     content = random_file(tmp_path / "new.pt", [48, 32], made)
     torch.save(write(content), tmp_path / "old.pt")
-    spec = hypernet.read(tmp_path / "old.pt")[0]
+    spec = hypernet_file.read_file(tmp_path / "old.pt")[0]
     assert (list(spec.layers), spec.activation, spec.layer_norm, spec.activate_output) == (
         made["layer_structure"], made["activation_func"], False, made["activate_output"]
     )  # fmt: skip
     assert list(spec.dropout or [0] * len(spec.layers)) == made["dropout_structure"]
-    loaded, _ = hypernet.load(sd_1, tmp_path / "old.pt", say=None)
+    loaded, _ = hypernet_file.apply_file(sd_1, tmp_path / "old.pt", say=None)
     assert all(p.dtype == torch.float32 and not p.requires_grad for p in loaded.parameters()) and not loaded.training
     if kind == "halves":
         content = write(content) | {d: tuple({k: t.half().float() for k, t in s.items()} for s in content[d])
@@ -422,7 +424,7 @@ BAD = {  # what is wrong with the file, what the sentence must say
 
 
 def fresh(d: int):
-    return tuple(hypernet.Net(d, hypernet.Spec(activation="relu")).state_dict() for _ in "KV")
+    return tuple(hypernetwork.ResidualMLP(d, hypernetwork.HypernetConfig(activation="relu")).state_dict() for _ in "KV")
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -432,44 +434,44 @@ def test_what_is_refused(sd_1, tmp_path, kind):
     before, path, content = ours(sd_1), tmp_path / "bad.pt", random_file(tmp_path / "a.pt", [48], KINDS["relu"])
     torch.save(change(content), path)
     with pytest.raises(ValueError) as e:
-        hypernet.load(sd_1, path, say=None)
+        hypernet_file.apply_file(sd_1, path, say=None)
     assert str(path) in str(e.value) and "\n" not in str(e.value) and all(w in str(e.value) for w in words), e.value
     assert not Path("run").exists() and equal([ours(sd_1)], [before])
-    assert not any(isinstance(m, hypernet.Before) for m in sd_1.unet.modules())
-    hypernet.load(sd_1, tmp_path / "a.pt", say=None)  # what it was made of was good
+    assert not any(isinstance(m, hypernetwork.HypernetLinear) for m in sd_1.unet.modules())
+    hypernet_file.apply_file(sd_1, tmp_path / "a.pt", say=None)  # what it was made of was good
     assert difference(ours(sd_1), before) > 1e-2
 
 
 def test_files_that_are_no_files(sd_1, tmp_path):
     path, made = tmp_path / "a.pt", lora.insert(sd_1, 2, 2)
     with pytest.raises(ValueError, match=r"no hypernetwork file at .*a\.pt"):
-        hypernet.load(sd_1, path)
+        hypernet_file.apply_file(sd_1, path)
     random_file(path, [48], settings())
     torch.save(torch.load(path), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     for whole in (path.read_bytes(), (tmp_path / "old.pt").read_bytes()):
         for part in (b"", b"hello", whole[:100], whole[: len(whole) // 2], whole[:-1]):
             path.write_bytes(part)
             with pytest.raises(ValueError, match=r"a\.pt .*") as e:
-                hypernet.load(sd_1, path)
+                hypernet_file.apply_file(sd_1, path)
             assert "\n" not in str(e.value)
-    lora.write(tmp_path / "a.safetensors", made, {})
+    lora_file.save_file(tmp_path / "a.safetensors", made, {})
     shutil.copy(tmp_path / "a.safetensors", path)
     for file in (path, tmp_path / "a.safetensors"):
         with pytest.raises(ValueError, match=str(file)):
-            hypernet.load(sd_1, file)
-    spec = hypernet.Spec()
+            hypernet_file.apply_file(sd_1, file)
+    spec = hypernetwork.HypernetConfig()
     with pytest.raises(ValueError, match="was not written: linear.1.bias of width 8 is not finite"):
-        net = {**hypernet.Net(8, spec).state_dict(), "linear.1.bias": torch.full((8,), torch.nan)}
-        hypernet.write(tmp_path / "b.pt", spec, {8: (net, net)})
+        net = {**hypernetwork.ResidualMLP(8, spec).state_dict(), "linear.1.bias": torch.full((8,), torch.nan)}
+        hypernet_file.save_file(tmp_path / "b.pt", spec, {8: (net, net)})
     assert not list(tmp_path.glob("b*"))
 
 
 # ------------------------------------------------------------------------------------------------------- learning
 
 
-def begin(sd, spec, which="all", seed=0) -> hypernet.Hypernet:
+def begin(sd, spec, which="all", seed=0) -> hypernetwork.Hypernetwork:
     """As the trainer does."""
-    h = hypernet.insert(sd, hypernet.Hypernet(spec, hypernet.widths(sd)[which]))
+    h = hypernetwork.insert(sd, hypernetwork.Hypernetwork(spec, hypernetwork.dims(sd)[which]))
     for name, pair in h.pairs.items():
         for f, side in zip(pair, "KV"):
             f.start((seed, "hypernet", name, side))
@@ -481,7 +483,7 @@ def begin(sd, spec, which="all", seed=0) -> hypernet.Hypernet:
 def test_step_0_is_the_base(sd_1, activation, norm):
     """To the bit, in training; and yet every network has somewhere to go."""
     before, options = ours(sd_1), ((1, 2, 1.5, 1), activation, norm, (0, 0.2, 0.2, 0))
-    h = begin(sd_1, hypernet.Spec(*options))
+    h = begin(sd_1, hypernetwork.HypernetConfig(*options))
     out = sd_1.unet(*inputs()[0])
     assert h.training and out.requires_grad and torch.equal(out, before)
     out.square().mean().backward()
@@ -493,12 +495,12 @@ def test_step_0_is_the_base(sd_1, activation, norm):
 
 def test_step_0_of_all_activations():
     """That the trainer allows: exactly nothing at first, and a gradient. The seed decides the start."""
-    x, allowed = torch.randn(2, 5, 16), [a for a in hypernet.ACTIVATIONS if "softm" not in a]
+    x, allowed = torch.randn(2, 5, 16), [a for a in hypernetwork.ACTIVATIONS if "softm" not in a]
     assert len(allowed) > 20
-    for spec in [hypernet.Spec((1, 2, 1), a, norm) for a in allowed for norm in (False, True)]:
+    for spec in [hypernetwork.HypernetConfig((1, 2, 1), a, norm) for a in allowed for norm in (False, True)]:
         starts = []
         for seed in (0, 0, 1):
-            net = hypernet.Net(16, spec)
+            net = hypernetwork.ResidualMLP(16, spec)
             net.start((seed, "hypernet", "16", "K"))
             starts.append(net.linear[0].weight.detach())
             y = net(x)
@@ -513,9 +515,9 @@ def test_step_0_of_all_activations():
 @pytest.mark.parametrize("which", ["context", "all"])
 def test_the_words_are_rewritten_once_a_forward(sd_1, monkeypatch, which, grad):
     """For all 16 layers that listen to them; what the picture says of itself, in each."""
-    calls, forward = [], hypernet.Net.forward
-    monkeypatch.setattr(hypernet.Net, "forward", lambda net, x: calls.append(x.shape[-1]) or forward(net, x))
-    begin(sd_1, hypernet.Spec(), which)
+    calls, forward = [], hypernetwork.ResidualMLP.forward
+    monkeypatch.setattr(hypernetwork.ResidualMLP, "forward", lambda net, x: calls.append(x.shape[-1]) or forward(net, x))
+    begin(sd_1, hypernetwork.HypernetConfig(), which)
     with torch.set_grad_enabled(grad):
         for n in (1, 2, 3):
             sd_1.unet(*inputs()[0])
@@ -525,9 +527,9 @@ def test_the_words_are_rewritten_once_a_forward(sd_1, monkeypatch, which, grad):
 def test_a_sampler_rewrites_the_words_once(sd_1, tmp_path, monkeypatch):
     """A finished one; and once more for other words, another strength, or the first words again later."""
     random_file(tmp_path / "a.pt", [48], settings(activation="relu"))
-    loaded, _ = hypernet.load(sd_1, tmp_path / "a.pt", say=None)
-    calls, forward = [], hypernet.Net.forward
-    monkeypatch.setattr(hypernet.Net, "forward", lambda net, x: calls.append(1) or forward(net, x))
+    loaded, _ = hypernet_file.apply_file(sd_1, tmp_path / "a.pt", say=None)
+    calls, forward = [], hypernetwork.ResidualMLP.forward
+    monkeypatch.setattr(hypernetwork.ResidualMLP, "forward", lambda net, x: calls.append(1) or forward(net, x))
     draw = lambda word: [*sd_1.sample([word], [0], steps=4, size=(32, 32))][-1]  # noqa: E731
     a, b, again = draw("a barn"), draw("fire"), draw("a barn")
     assert len(calls) == 6 and torch.equal(a, again) and difference(a, b) > 1e-2
@@ -541,7 +543,7 @@ def test_a_sampler_rewrites_the_words_once(sd_1, tmp_path, monkeypatch):
 def test_nothing_old_is_heard(sd_1):
     """After an optimiser's step, a forward without gradients, in either mode: always what a new one would compute."""
     (x, t, context), _ = inputs()
-    h = begin(sd_1, hypernet.Spec(activation="relu"))
+    h = begin(sd_1, hypernetwork.HypernetConfig(activation="relu"))
     adam = torch.optim.AdamW(h.parameters(), 0.05, fused=True)
     outs = []
     for mode in (h.train, h.eval, h.train, h.eval):
@@ -569,8 +571,8 @@ def photos(tmp_path_factory):
 @pytest.fixture
 def quick(monkeypatch):
     """Previews in two steps instead of twenty."""
-    draw = model.StableDiffusion.draw
-    monkeypatch.setattr(model.StableDiffusion, "draw", lambda *args, **more: draw(*args, **{"steps": 2, **more}))
+    draw = StableDiffusion.draw
+    monkeypatch.setattr(StableDiffusion, "draw", lambda *args, **more: draw(*args, **{"steps": 2, **more}))
 
 
 def train(made, photos, out, *more) -> dict:
@@ -588,14 +590,14 @@ def apart(a: dict, b: dict) -> float:
 
 def test_training_moves_the_file_and_nothing_else(tmp_path, monkeypatch, capsys, quick):
     """On the tiny world, all widths; the base to the bit in memory and on the disk; the ratio as by hand."""
-    seen, load, disk = {}, model.load, listing(model.TINY)
+    seen, load, disk = {}, load_model, listing(TINY_MODEL)
 
     def spy(*args, **kwargs):
         seen["sd"] = load(*args, **kwargs)
         seen["before"] = hashes(seen["sd"])
         return seen["sd"]
 
-    monkeypatch.setattr(model, "load", spy)
+    monkeypatch.setattr(train_hypernet, "load_model", spy)
     argv = ["--steps", "3", "--images", "2", "--widths", "all", "--preview-every", "3", "--save-every", "2",
             "--device", "cpu", "--batch-size", "2", "--layer-norm", "--token", "sks"]  # fmt: skip
     assert train_hypernet.main(argv) == 0
@@ -603,10 +605,10 @@ def test_training_moves_the_file_and_nothing_else(tmp_path, monkeypatch, capsys,
     assert "learns: networks for widths 72, 80, 96" in said and "steps/s; wrote runs/hypernet/hypernet.pt" in said
     assert sorted(p.name for p in out.iterdir()) == [
         "config.json", "hypernet-000002.pt", "hypernet.pt", "log.jsonl", "previews", "state"]  # fmt: skip
-    assert len(seen["before"]) > 400 and seen["before"] == hashes(seen["sd"]) and listing(model.TINY) == disk
+    assert len(seen["before"]) > 400 and seen["before"] == hashes(seen["sd"]) and listing(TINY_MODEL) == disk
     content = torch.load(out / "hypernet.pt", weights_only=True)
     assert (content["step"], content["name"], content["sd_checkpoint_name"]) == (3, "hypernet", "tiny")
-    assert hypernet.word(content) == "sks" and [k for k in content if isinstance(k, int)] == [72, 80, 96]
+    assert hypernet_file.pseudo_word(content) == "sks" and [k for k in content if isinstance(k, int)] == [72, 80, 96]
     assert torch.load(out / "hypernet-000002.pt", weights_only=True)["step"] == 2
     fresh = load("tiny", device="cpu", say=None)
     fresh.text.add_word("sks")
@@ -624,7 +626,7 @@ def test_dropout_is_a_function_of_seed_and_step(sd1, photos, tmp_path, monkeypat
     whole = train(sd1, photos, "a", *options)
     assert whole["dropout_structure"] == [0, 0.4, 0] and whole["last_layer_dropout"] and whole["use_dropout"]
     torch.rand(7)
-    update = train_hypernet.Run.update
+    update = train_hypernet.Trainer.update
 
     def crash(run, losses):
         if run.step == 2:
@@ -632,7 +634,7 @@ def test_dropout_is_a_function_of_seed_and_step(sd1, photos, tmp_path, monkeypat
         update(run, losses)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(train_hypernet.Run, "update", crash)
+        patch.setattr(train_hypernet.Trainer, "update", crash)
         train(sd1, photos, "b", *options, "--save-every", 1, "--preview-every", 1)
     assert not Path("b/hypernet.pt").exists() and Path("b/previews/000002.png").exists()
     assert train_hypernet.main(["--resume", "b", "--device", "cpu"]) == 0
@@ -659,7 +661,7 @@ def test_the_file_does_what_the_run_did(sd1, sd_1, photos, tmp_path):
     """Loaded into a fresh model, and into diffusers."""
     content = train(sd1, photos, "a", "--widths", "all", "--activation", "relu")
     before = ours(sd_1)
-    hypernet.load(sd_1, tmp_path / "a" / "hypernet.pt", say=None)
+    hypernet_file.apply_file(sd_1, tmp_path / "a" / "hypernet.pt", say=None)
     expected = theirs(sd1.pipeline.unet, (content, 1.0))
     assert difference(ours(sd_1), expected) <= 1e-5 and difference(expected, before) > 1e-2
 

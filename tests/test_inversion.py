@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import train_ti
-from hanokdiff.methods import textual_inversion as inversion
-from hanokdiff.models import pipeline as model
+from hanokdiff.formats import embedding_file
+from hanokdiff.formats.load import load_model
+from hanokdiff.methods import textual_inversion
 from hanokdiff.models.tokens import Text
 
 PROMPTS = ["a barn on * fire", "*, barn", "a barn", ""]
@@ -54,13 +55,13 @@ def test_insert_and_remove_leave_no_trace(sd):
     holder = sd.text.encoder.embeddings
     table, before = holder.token_embedding, sd.text(PROMPTS)
     sd.text.remember(PROMPTS)
-    rows = inversion.insert(sd, "*", vectors(3))
-    assert sd.text.words == {"*": [FIRST, FIRST + 1, FIRST + 2]} and inversion.table(sd) is table.weight
+    rows = textual_inversion.insert(sd, "*", vectors(3))
+    assert sd.text.words == {"*": [FIRST, FIRST + 1, FIRST + 2]} and textual_inversion.token_embedding(sd) is table.weight
     assert torch.equal(holder.token_embedding(torch.arange(FIRST + 3)), torch.cat([table.weight, vectors(3)]))
     with_it = sd.text(PROMPTS)
     assert (with_it - before).abs().amax((1, 2))[:2].min() > 0.1 and torch.equal(with_it[2:], before[2:])
     sd.text.remember(PROMPTS)
-    inversion.remove(sd, "*", rows)
+    textual_inversion.remove(sd, "*", rows)
     assert holder.token_embedding is table and sd.text.words == {}
     assert torch.equal(sd.text(PROMPTS), before)
 
@@ -72,10 +73,10 @@ def test_two_words_removed_in_either_order(sd, order):
     plain = sd.text(prompts)
     words, alone = {"*": vectors(2), "red": vectors(3, seed=1)}, {}
     for word, v in words.items():
-        rows = inversion.insert(sd, word, v)
+        rows = textual_inversion.insert(sd, word, v)
         alone[word] = sd.text(prompts)
-        inversion.remove(sd, word, rows)
-    rows = {word: inversion.insert(sd, word, v) for word, v in words.items()}
+        textual_inversion.remove(sd, word, rows)
+    rows = {word: textual_inversion.insert(sd, word, v) for word, v in words.items()}
     ids = sd.text.ids(prompts[3])
     assert [i for i in ids if i >= FIRST] == [525, 526, 527, 528, 529]
     embedded = sd.text.encoder.embeddings.token_embedding(torch.tensor([525, 526, 527, 528, 529]))
@@ -83,28 +84,28 @@ def test_two_words_removed_in_either_order(sd, order):
     both = sd.text(prompts)
     assert torch.equal(both[1], alone["*"][1]) and torch.equal(both[2], alone["red"][2])
     first, second = list(words)[::order]
-    inversion.remove(sd, first, rows[first])
+    textual_inversion.remove(sd, first, rows[first])
     assert torch.equal(sd.text(prompts), alone[second])
-    third = inversion.insert(sd, "blue", vectors(2, seed=2))  # never on the rows of one that is still there
+    third = textual_inversion.insert(sd, "blue", vectors(2, seed=2))  # never on the rows of one that is still there
     assert not set(sd.text.words["blue"]) & set(sd.text.words[second])
     assert torch.equal(sd.text(prompts), alone[second])
-    inversion.remove(sd, second, rows[second])
-    inversion.remove(sd, "blue", third)
+    textual_inversion.remove(sd, second, rows[second])
+    textual_inversion.remove(sd, "blue", third)
     assert sd.text.words == {} and torch.equal(sd.text(prompts), plain)
 
 
 def test_one_word_twice(sd):
     """The later rows have it, and keep it when the earlier ones go."""
-    old, new = (inversion.insert(sd, word, vectors(1, seed)) for seed, word in enumerate(("Red", "red")))
+    old, new = (textual_inversion.insert(sd, word, vectors(1, seed)) for seed, word in enumerate(("Red", "red")))
     assert sd.text.words == {"red": [FIRST + 1]}
-    inversion.remove(sd, "Red", old)
+    textual_inversion.remove(sd, "Red", old)
     assert sd.text.words == {"red": [FIRST + 1]}
-    inversion.remove(sd, "red", new)
-    assert sd.text.words == {} and not isinstance(sd.text.encoder.embeddings.token_embedding, inversion.Rows)
+    textual_inversion.remove(sd, "red", new)
+    assert sd.text.words == {} and not isinstance(sd.text.encoder.embeddings.token_embedding, textual_inversion.ExtendedEmbedding)
 
 
 def test_gradient_on_the_rows_only(sd):
-    rows, other = inversion.insert(sd, "*", vectors(2)), inversion.insert(sd, "red", vectors(1))
+    rows, other = textual_inversion.insert(sd, "*", vectors(2)), textual_inversion.insert(sd, "red", vectors(1))
     sd.text(["* on fire", "a barn"]).square().sum().backward()
     assert rows.rows.grad.abs().amax(1).min() > 1e-3 and not other.rows.grad.any()
     learn = {name for name, p in sd.text.encoder.named_parameters() if p.requires_grad or p.grad is not None}
@@ -116,12 +117,12 @@ def test_a_copied_row_is_the_word_it_was_copied_from(sd):
     """At step 0, to the bit; one vector or several."""
     for word in ("barn", "fire barn"):
         ids = sd.text._tokens(word)
-        rows = inversion.insert(sd, "*", inversion.start(sd, word, len(ids)))
+        rows = textual_inversion.insert(sd, "*", textual_inversion.initial_vectors(sd, word, len(ids)))
         prompts = ["a {} on fire", "{}", "(fire, {}: 1.3)"]
         assert torch.equal(sd.text([p.format("*") for p in prompts]), sd.text([p.format(word) for p in prompts]))
         assert torch.equal(sd.text.prompts([p.format("*") for p in prompts]),
                            sd.text.prompts([p.format(word) for p in prompts]))  # fmt: skip
-        inversion.remove(sd, "*", rows)
+        textual_inversion.remove(sd, "*", rows)
 
 
 @pytest.mark.parametrize("n, taken", [
@@ -130,17 +131,17 @@ def test_a_copied_row_is_the_word_it_was_copied_from(sd):
 def test_start_stretches_the_words(sd, n, taken):
     ids = sd.text._tokens("a barn fire")
     assert len(ids) == 3
-    assert torch.equal(inversion.start(sd, "a barn fire", n), inversion.table(sd)[[ids[i] for i in taken]])
+    assert torch.equal(textual_inversion.initial_vectors(sd, "a barn fire", n), textual_inversion.token_embedding(sd)[[ids[i] for i in taken]])
 
 
 def test_start_without_words(sd):
-    refused(lambda: inversion.start(sd, " ", 2), "--init", "no token")
+    refused(lambda: textual_inversion.initial_vectors(sd, " ", 2), "--init", "no token")
 
 
 @pytest.mark.parametrize("hold", [True, False])
 def test_hold_norm(sd, hold):
     """Lengths stay, directions learn; without it both move."""
-    rows = inversion.insert(sd, "*", vectors(3))
+    rows = textual_inversion.insert(sd, "*", vectors(3))
     rows.hold_norm = hold
     before, optimizer = rows.vectors().detach().clone(), torch.optim.SGD([rows.rows], 0.01)
     assert (before - vectors(3)).abs().max() < 1e-6
@@ -158,9 +159,9 @@ def test_hold_norm(sd, hold):
 @pytest.mark.parametrize("n", [0, 76])
 def test_a_word_of_too_many_vectors(sd, n):
     """No prompt could hold it; and of none at all."""
-    refused(lambda: inversion.insert(sd, "*", torch.ones(n, 48)), n, "1 to 75")
-    refused(lambda: inversion.insert(sd, " ", torch.ones(1, 48)), "no token")
-    assert sd.text.words == {} and not isinstance(sd.text.encoder.embeddings.token_embedding, inversion.Rows)
+    refused(lambda: textual_inversion.insert(sd, "*", torch.ones(n, 48)), n, "1 to 75")
+    refused(lambda: textual_inversion.insert(sd, " ", torch.ones(1, 48)), "no token")
+    assert sd.text.words == {} and not isinstance(sd.text.encoder.embeddings.token_embedding, textual_inversion.ExtendedEmbedding)
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -176,22 +177,22 @@ def hashes(sd) -> dict:
 
 @pytest.mark.parametrize("hold", [[], ["--hold-norm"]])
 def test_training_moves_the_rows_alone(tmp_path, monkeypatch, hold, capsys):
-    seen, load, out = {}, model.load, tmp_path / "run"
+    seen, load, out = {}, load_model, tmp_path / "run"
 
     def spy(*args, **options):
         seen["sd"] = load(*args, **options)
         seen["before"] = hashes(seen["sd"])
         return seen["sd"]
 
-    monkeypatch.setattr(model, "load", spy)
+    monkeypatch.setattr(train_ti, "load_model", spy)
     monkeypatch.setattr("warnings.showwarning", warnings.showwarning)
     argv = ["--steps", "3", "--images", "2", "--batch-size", "2", "--vectors", "3", "--init", "a house", "--device",
             "cpu", "--preview-every", "0", "--save-every", "0", "--out", str(out), *hold]  # fmt: skip
     assert train_ti.main(argv) == 0
     sd = seen["sd"]
     assert hashes(sd) == seen["before"] and len(seen["before"]) > 100
-    word, learnt, metadata = inversion.read(out / "embedding.safetensors")
-    begun = inversion.start(sd, "a house", 3)
+    word, learnt, metadata = embedding_file.read_file(out / "embedding.safetensors")
+    begun = textual_inversion.initial_vectors(sd, "a house", 3)
     assert (word, learnt.shape, metadata["step"], metadata["model"]) == ("*", (3, 72), "3", "tiny")
     assert (learnt - begun).abs().amax(1).min() > 1e-3
     assert (difference(learnt.norm(dim=1), begun.norm(dim=1)) < 1e-5) == bool(hold)
@@ -257,13 +258,13 @@ def test_every_layout_is_read(tmp_path, sd, kind, old, dims):
     else:
         torch.save(content, file, _use_new_zipfile_serialization=not old)
     if kind == "paper" and old:  # newer than that container; there torch asks for a class where it allows none
-        return refused(lambda: inversion.read(file), file, "could be any code", ".safetensors")
-    found, out, metadata = inversion.read(file)
+        return refused(lambda: embedding_file.read_file(file), file, "could be any code", ".safetensors")
+    found, out, metadata = embedding_file.read_file(file)
     assert found == word and out.dtype == torch.float32 and not out.requires_grad and type(out) is torch.Tensor
     assert out.shape == expected.shape and (out - expected).abs().max() <= (1e-2 if "f" in kind[-5:] else 0)
     assert metadata == ({"ss_steps": "7"} if file.suffix == ".safetensors" else {})
     lines = []
-    assert inversion.load(sd, file, say=lines.append)[0] == word
+    assert embedding_file.apply_file(sd, file, say=lines.append)[0] == word
     assert len(sd.text.words[word]) == len(expected) and f'"{word}"' in lines[0]
 
 
@@ -291,15 +292,15 @@ REFUSED = {  # what is wrong -> file name, content, what the sentence says
 def test_what_is_no_embedding_is_refused(tmp_path, sd, kind):
     name, content, words = REFUSED[kind]
     (save_file if name.endswith("safetensors") else torch.save)(content, tmp_path / name)
-    refused(lambda: inversion.load(sd, tmp_path / name, say=None), tmp_path / name, *words)
+    refused(lambda: embedding_file.apply_file(sd, tmp_path / name, say=None), tmp_path / name, *words)
     assert sd.text.words == {}
 
 
 @pytest.mark.parametrize("width, made", [(768, "SD 1.x"), (1024, "SD 2.x"), (1280, "another architecture")])
 def test_of_another_width(tmp_path, sd, width, made):
-    inversion.write(tmp_path / "a.pt", "*", torch.ones(1, width))
-    refused(lambda: inversion.load(sd, tmp_path / "a.pt", say=None), width, made, 48, "a.pt")
-    assert sd.text.words == {} and not isinstance(sd.text.encoder.embeddings.token_embedding, inversion.Rows)
+    embedding_file.save_file(tmp_path / "a.pt", "*", torch.ones(1, width))
+    refused(lambda: embedding_file.apply_file(sd, tmp_path / "a.pt", say=None), width, made, 48, "a.pt")
+    assert sd.text.words == {} and not isinstance(sd.text.encoder.embeddings.token_embedding, textual_inversion.ExtendedEmbedding)
 
 
 class Trap:
@@ -319,7 +320,7 @@ def test_code_is_not_run(tmp_path, where, old):
     file = tmp_path / "a.pt"
     torch.save(content, file, _use_new_zipfile_serialization=not old)
     Trap.sprung = False
-    refused(lambda: inversion.read(file), file, "could be any code", ".safetensors")
+    refused(lambda: embedding_file.read_file(file), file, "could be any code", ".safetensors")
     assert not Trap.sprung
     torch.load(file, weights_only=False)
     assert Trap.sprung, "the trap does not work, the test proves nothing"
@@ -328,7 +329,7 @@ def test_code_is_not_run(tmp_path, where, old):
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "zip.pt", "a.bin"])
 def test_damaged_files(tmp_path, name):
     file = tmp_path / name
-    refused(lambda: inversion.read(file), "no embedding file at", file)
+    refused(lambda: embedding_file.read_file(file), "no embedding file at", file)
     if name == "a.safetensors":
         save_file({"a": vectors(4)}, file)
     else:
@@ -336,11 +337,11 @@ def test_damaged_files(tmp_path, name):
     whole = file.read_bytes()
     for keep in (0, 1, 7, 30, len(whole) // 2, len(whole) - 100, len(whole) - 1):
         file.write_bytes(whole[:keep])
-        refused(lambda: inversion.read(file), file)
+        refused(lambda: embedding_file.read_file(file), file)
     file.write_bytes(b"no such thing" * 100)
-    refused(lambda: inversion.read(file), file)
+    refused(lambda: embedding_file.read_file(file), file)
     (tmp_path / "folder.pt").mkdir()
-    refused(lambda: inversion.read(tmp_path / "folder.pt"), "no embedding file")
+    refused(lambda: embedding_file.read_file(tmp_path / "folder.pt"), "no embedding file")
 
 
 # --------------------------------------------------------------------------------------------- files written
@@ -349,8 +350,8 @@ def test_damaged_files(tmp_path, name):
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
 def test_written_and_read_again(tmp_path, name):
     learnt = nn.Parameter(V.clone())
-    inversion.write(tmp_path / name, "<hanok>", learnt * 1, {"step": 300, "model": "tiny"})
-    word, out, metadata = inversion.read(tmp_path / name)
+    embedding_file.save_file(tmp_path / name, "<hanok>", learnt * 1, {"step": 300, "model": "tiny"})
+    word, out, metadata = embedding_file.read_file(tmp_path / name)
     assert word == "<hanok>" and torch.equal(out, V) and [p.name for p in tmp_path.iterdir()] == [name]
     if name == "a.safetensors":
         assert metadata == {"step": "300", "model": "tiny"} and list(load_file(tmp_path / name)) == ["<hanok>"]
@@ -361,8 +362,8 @@ def test_written_and_read_again(tmp_path, name):
 def test_what_cannot_be_written(tmp_path):
     for file in (tmp_path / "a.safetensors", tmp_path / "a.pt"):
         for bad in (torch.full((1, 4), torch.nan), torch.full((1, 4), torch.inf)):
-            refused(partial(inversion.write, file, "*", bad), file, "not finite")
-    refused(lambda: inversion.write(tmp_path / "a.bin", "*", V), ".safetensors or .pt", "'.bin'")
+            refused(partial(embedding_file.save_file, file, "*", bad), file, "not finite")
+    refused(lambda: embedding_file.save_file(tmp_path / "a.bin", "*", V), ".safetensors or .pt", "'.bin'")
     assert not list(tmp_path.iterdir())
 
 
@@ -385,7 +386,7 @@ class Checker(pickle.Unpickler):
 def test_the_webuis_file_passes_its_checker(tmp_path, metadata):
     """The older container, five pickles of plain things; weights_only is as content."""
     file = tmp_path / "hanok.pt"
-    inversion.write(file, "hanok", nn.Parameter(V).double(), metadata)
+    embedding_file.save_file(file, "hanok", nn.Parameter(V).double(), metadata)
     assert file.read_bytes()[:2] == b"\x80\x02"  # no zip: torch's members of today are refused there
     with open(file, "rb") as f:
         contents = [Checker(f).load() for _ in range(5)]
@@ -406,7 +407,7 @@ def test_diffusers_reads_it_and_draws_the_same(sd1, sd, tmp_path, n, ending):
     from diffusers import StableDiffusionPipeline
 
     file, prompts = tmp_path / f"hanok{ending}", ["a <hanok> on fire", "a barn, <hanok>"]
-    inversion.write(file, "<hanok>", vectors(n), {"step": 1})
+    embedding_file.save_file(file, "<hanok>", vectors(n), {"step": 1})
     parts = sd1.pipeline.components
     own = {name: copy.deepcopy(parts[name]) for name in ("text_encoder", "tokenizer")}
     pipeline = StableDiffusionPipeline(**{**parts, **own}, requires_safety_checker=False)
@@ -423,7 +424,7 @@ def test_diffusers_reads_it_and_draws_the_same(sd1, sd, tmp_path, n, ending):
     plain, contexts = ours(), sd.text.prompts(prompts)
     assert difference(plain, theirs()) <= 1e-4
     pipeline.load_textual_inversion(str(file))
-    inversion.load(sd, file, say=None)
+    embedding_file.apply_file(sd, file, say=None)
     assert difference(ours(), theirs()) <= 1e-4
     assert (ours() - plain).abs().max() > 1e-2
     words = pipeline.maybe_convert_prompt(prompts, pipeline.tokenizer)

@@ -5,18 +5,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hanokdiff.methods import hypernetwork as hypernet
-from hanokdiff.methods import lora
-from hanokdiff.methods import losses as loss
-from hanokdiff.models import memory as lean
-from hanokdiff.models import pipeline as model
+from hanokdiff.formats.load import load_model
+from hanokdiff.methods import hypernetwork, lora
+from hanokdiff.methods.losses import denoising_loss
+from hanokdiff.models import memory
 from hanokdiff.models.unet import ResBlock, SpatialTransformer
-from hanokdiff.training.trainer import Batch
+from hanokdiff.training.noise import Batch
 
 
 @pytest.fixture(autouse=True)
 def on_a_cpu_too(monkeypatch):
-    monkeypatch.setattr(lean, "ON_CPU", True)
+    monkeypatch.setattr(memory, "ON_CPU", True)
 
 
 def normal(*shape, seed: int = 0, dtype=torch.float32):
@@ -65,7 +64,7 @@ def test_norm_silu(shape, learns, dtype):
 
     def ours(x, w, b):
         norm.weight, norm.bias = (nn.Parameter(t, t.requires_grad) for t in (w, b))
-        return lean.NormSiLU.apply(x, w, b, norm.num_groups, norm.eps)
+        return memory.NormSiLU.apply(x, w, b, norm.num_groups, norm.eps)
 
     def plain(x, w, b):
         return F.silu(F.group_norm(x, 32, w, b, 1e-5))
@@ -74,13 +73,13 @@ def test_norm_silu(shape, learns, dtype):
     statistics = 2 * shape[0] * 32 * x.element_size()
     assert kept(ours, x, w, b) == statistics and kept(plain, x, w, b) == statistics + x.nbytes
     with torch.no_grad():
-        assert torch.equal(lean.norm_silu(norm, x), F.silu(norm(x)))
-    assert torch.equal(lean.norm_silu(norm, x), F.silu(norm(x)))
+        assert torch.equal(memory.norm_silu(norm, x), F.silu(norm(x)))
+    assert torch.equal(memory.norm_silu(norm, x), F.silu(norm(x)))
 
 
 def test_norm_silu_of_what_is_not_contiguous():
     norm, x = nn.GroupNorm(4, 8), normal(2, 6, 8).transpose(1, 2)
-    assert torch.equal(lean.norm_silu(norm, x), F.silu(norm(x)))
+    assert torch.equal(memory.norm_silu(norm, x), F.silu(norm(x)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -91,9 +90,9 @@ def test_geglu(dtype):
         a, gate = both.chunk(2, dim=-1)
         return a * F.gelu(gate)
 
-    assert same(*both(lean.geglu, plain, x))
+    assert same(*both(memory.geglu, plain, x))
     made = normal(2, 9, 64, dtype=dtype).requires_grad_(True)  # in a network the projection is no leaf
-    assert kept(lambda t: lean.geglu(t * 1), made) == x.nbytes
+    assert kept(lambda t: memory.geglu(t * 1), made) == x.nbytes
     assert kept(lambda t: plain(t * 1), made) == 1.5 * x.nbytes
 
 
@@ -101,7 +100,7 @@ def test_geglu(dtype):
 @pytest.mark.parametrize("how", [dict(kernel_size=3, padding=1), dict(kernel_size=3, padding=1, stride=2),
                                  dict(kernel_size=1), dict(kernel_size=3, padding=1, bias=False)])  # fmt: skip
 def test_frozen_convolution(how, dtype):
-    ours, torchs = lean.Conv2d(8, 12, **how).to(dtype), nn.Conv2d(8, 12, **how).to(dtype)
+    ours, torchs = memory.Conv2d(8, 12, **how).to(dtype), nn.Conv2d(8, 12, **how).to(dtype)
     torchs.load_state_dict(ours.state_dict())
     x = normal(2, 8, 7, 6, dtype=dtype).requires_grad_(True)
     for network in (ours, torchs):
@@ -119,7 +118,7 @@ def test_frozen_convolution(how, dtype):
 
 def test_a_convolution_that_is_half_frozen():
     """The weight stands still, the bias learns: torch's own way is taken, and the bias has its gradient."""
-    conv = lean.Conv2d(4, 4, 3)
+    conv = memory.Conv2d(4, 4, 3)
     conv.weight.requires_grad_(False)
     conv(normal(1, 4, 5, 5).requires_grad_(True)).sum().backward()
     assert conv.bias.grad is not None and conv.bias.grad.abs().min() > 0
@@ -130,9 +129,9 @@ def test_a_convolution_that_is_half_frozen():
 def test_even_words_are_the_same_words(words, dtype):
     """Values and gradients of attention to lengthened words are those of the words; whole vectors stay as they are."""
     q, k, v = (normal(2, 4, n, 8, seed=i, dtype=dtype).requires_grad_(True) for i, n in enumerate((9, words, words)))
-    longer = lean.even(k, v)
+    longer = memory.pad_keys(k, v)
     assert len(longer) == (2 if words == 80 else 3) and longer[0].shape[2] == -(-words // 16) * 16
-    a, b = both(lambda q, k, v: F.scaled_dot_product_attention(q, *lean.even(k, v)),
+    a, b = both(lambda q, k, v: F.scaled_dot_product_attention(q, *memory.pad_keys(k, v)),
                 F.scaled_dot_product_attention, q, k, v)  # fmt: skip
     for x, y in zip((a[0], *a[1]), (b[0], *b[1]), strict=True):
         assert x.shape == y.shape and (x - y).abs().max() < (1e-6 if dtype == torch.float32 else 0.05)
@@ -140,7 +139,7 @@ def test_even_words_are_the_same_words(words, dtype):
 
 def test_no_other_device_has_words_added():
     k = torch.empty(1, 2, 77, 8, device="meta")
-    assert lean.even(k, k) == (k, k)
+    assert memory.pad_keys(k, k) == (k, k)
 
 
 # ------------------------------------------------------------------------------------------------- whole networks
@@ -148,13 +147,13 @@ def test_no_other_device_has_words_added():
 
 def fresh(reference):
     """A model that nobody else uses."""
-    return model.load(str(reference.folder), say=None)
+    return load_model(str(reference.folder), say=None)
 
 
 def method(sd, name: str) -> list:
     """What learns, moved away from where it starts at zero."""
     if name == "hypernet":
-        net = hypernet.insert(sd, hypernet.Hypernet(hypernet.Spec(dropout=(0, 0.3, 0)), hypernet.widths(sd)["all"]))
+        net = hypernetwork.insert(sd, hypernetwork.Hypernetwork(hypernetwork.HypernetConfig(dropout=(0, 0.3, 0)), hypernetwork.dims(sd)["all"]))
         learns = list(net.parameters())
     elif name == "lora":
         learns = [p for m in lora.insert(sd, 2, 2, "attention+ff+conv").values() for p in (m.down, m.up)]
@@ -172,7 +171,7 @@ def gradients(sd, learns) -> list:
     for p in learns:
         p.grad = None
     context = sd.text(["a barn", "a castle"]).detach()
-    loss.denoising(sd, normal(2, 4, 8, 8), context, Batch(0, 0, range(2), 2)).mean().backward()
+    denoising_loss(sd, normal(2, 4, 8, 8), context, Batch(0, 0, range(2), 2)).mean().backward()
     return [p.grad for p in learns]
 
 
@@ -182,8 +181,8 @@ def test_checkpointing_changes_no_number(sd1, name):
     plain, again = fresh(sd1), fresh(sd1)
     a = method(plain, name)
     b = method(again, name)
-    lean.checkpoint(again.unet)
-    assert len(list(lean.blocks(again.unet))) == sum(
+    memory.checkpoint(again.unet)
+    assert len(list(memory.blocks(again.unet))) == sum(
         isinstance(m, ResBlock | SpatialTransformer) for m in again.unet.modules())  # fmt: skip
     assert all((x is None and y is None) or torch.equal(x, y)
                for x, y in zip(gradients(plain, a), gradients(again, b), strict=True))  # fmt: skip
@@ -202,7 +201,7 @@ def test_a_whole_network_keeps_less_and_changes_no_number(sd1, name, monkeypatch
     x, t, context = normal(1, 4, 16, 16), torch.tensor([5]), plain.text(["a barn"]).detach()
     sizes = [kept(lambda *_: ours.unet(x, t, context), *ours.unet.parameters())]
     less = gradients(ours, b)
-    monkeypatch.setattr(lean, "ON_CPU", False)
+    monkeypatch.setattr(memory, "ON_CPU", False)
     more = gradients(plain, a)
     assert [g is None for g in more] == [g is None for g in less]
     more, less = (torch.cat([g.flatten() for g in gs if g is not None]) for gs in (more, less))
@@ -259,7 +258,7 @@ def test_blocks_are_compiled_each_alone(sd1, monkeypatch):
     learns = method(sd, "lora")
     before = gradients(sd, learns)
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 128)
-    for block in list(lean.blocks(sd.unet))[::3]:
+    for block in list(memory.blocks(sd.unet))[::3]:
         block.forward = torch.compile(block.forward, dynamic=False, backend=backend, fullgraph=True)
     after = gradients(sd, learns)
     torch._dynamo.reset()

@@ -13,8 +13,10 @@ from conftest import difference
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from hanokdiff.formats import lora_file
 from hanokdiff.methods import lora
-from hanokdiff.models.tokens import TextConfig, TextEncoder
+from hanokdiff.methods.inject import base_layer
+from hanokdiff.models.text_encoder import TextConfig, TextEncoder
 from hanokdiff.models.unet import UNet, UNetConfig
 
 TARGETS = ("attention", "attention+ff", "attention+ff+conv")
@@ -36,7 +38,7 @@ def sd(reference, load):
         for path, module in list(network.named_modules()):
             if isinstance(module, lora.LoRA) and ".base" not in path:
                 parent, _, name = path.rpartition(".")
-                setattr(network.get_submodule(parent), name, lora.innermost(module))
+                setattr(network.get_submodule(parent), name, base_layer(module))
 
 
 def inputs():
@@ -146,9 +148,9 @@ def test_our_file_in_diffusers(sd, reference, tmp_path):
     before, path = outputs(sd), tmp_path / "a.safetensors"
     loras = lora.insert(sd, 4, 6.0, "attention+ff+conv", 3)
     trained(loras)
-    lora.write(path, loras, {"ss_v2": "False"})
+    lora_file.save_file(path, loras, {"ss_v2": "False"})
     lora.remove(sd, loras)
-    applied, _ = lora.load(sd, path, 0.5, say=None)
+    applied, _ = lora_file.apply_file(sd, path, 0.5, say=None)
     assert len(applied) == 277 + 18
     for ours, other, base in zip(outputs(sd), their_outputs(reference, path, 0.5), before, strict=True):
         assert difference(ours, base) > 1e-2
@@ -183,7 +185,7 @@ def test_their_file_here(sd, reference, tmp_path, alpha):
     }
     save_file(tensors, path)
     before, said = outputs(sd), []
-    loras, metadata = lora.load(sd, path, say=said.append)
+    loras, metadata = lora_file.apply_file(sd, path, say=said.append)
     assert metadata == {} and f"all {len(loras)} modules matched" in said[0]
     assert {m.alpha for m in loras.values()} == {alpha or 5.0}
     for ours, other, base in zip(outputs(sd), their_outputs(reference, path, 1.0), before, strict=True):
@@ -194,7 +196,7 @@ def test_their_file_here(sd, reference, tmp_path, alpha):
 def test_alpha_missing_for_some(sd, tmp_path):
     """Each for itself, as kohya and the WebUI do; diffusers would give those without it the commonest of the others."""
     save_file(wild(sd, lambda i: (None, 2.0, 10.0)[i % 3]), tmp_path / "wild.safetensors")
-    loras, _ = lora.load(sd, tmp_path / "wild.safetensors", say=None)
+    loras, _ = lora_file.apply_file(sd, tmp_path / "wild.safetensors", say=None)
     assert [m.alpha / m.rank for m in loras.values()][:6] == [1, 0.4, 2] * 2
 
 
@@ -202,14 +204,14 @@ def test_either_shape_of_a_1x1_convolution(sd, tmp_path):
     """Some writers flatten them, some give Linears two dimensions more: the same numbers, the same picture."""
     loras = lora.insert(sd, 2, 2, "attention+ff")
     trained(loras)
-    lora.write(tmp_path / "a.safetensors", loras, {})
+    lora_file.save_file(tmp_path / "a.safetensors", loras, {})
     expected = outputs(sd)
     lora.remove(sd, loras)
     tensors = load_file(tmp_path / "a.safetensors")
     other = {k: t if k.endswith("alpha") else t.flatten(1) if t.dim() == 4 else t[..., None, None]
              for k, t in tensors.items()}  # fmt: skip
     save_file(other, tmp_path / "b.safetensors")
-    lora.load(sd, tmp_path / "b.safetensors", say=None)
+    lora_file.apply_file(sd, tmp_path / "b.safetensors", say=None)
     assert difference(outputs(sd)[0], expected[0]) <= 1e-5
 
 
@@ -300,7 +302,7 @@ def test_what_is_refused(sd, good, tmp_path, kind):
     path, before = tmp_path / "bad.safetensors", outputs(sd)
     save_file({k: t.contiguous() for k, t in change(good).items()}, path)
     with pytest.raises(ValueError) as e:
-        lora.load(sd, path, say=None)
+        lora_file.apply_file(sd, path, say=None)
     assert str(path) in str(e.value) and "\n" not in str(e.value)
     assert all(word in str(e.value) for word in words), e.value
     assert equal(outputs(sd), before) and not any(isinstance(m, lora.LoRA) for m in sd.unet.modules())
@@ -309,22 +311,22 @@ def test_what_is_refused(sd, good, tmp_path, kind):
 def test_the_good_one_of_these_is_not_refused(sd, good, tmp_path):
     before = outputs(sd)
     save_file(good, tmp_path / "good.safetensors")
-    loras, _ = lora.load(sd, tmp_path / "good.safetensors", say=None)
+    loras, _ = lora_file.apply_file(sd, tmp_path / "good.safetensors", say=None)
     assert len(loras) == 2 and difference(outputs(sd)[0], before[0]) > 1e-2
 
 
 def test_files_that_are_no_files(sd, good, tmp_path):
     path = tmp_path / "a.safetensors"
     with pytest.raises(ValueError, match=r"no LoRA file at .*a\.safetensors"):
-        lora.load(sd, path)
+        lora_file.apply_file(sd, path)
     save_file(good, path)
     whole = path.read_bytes()
     for part in (b"", b"hello", whole[:100], whole[:-1]):
         path.write_bytes(part)
         with pytest.raises(ValueError, match=r"a\.safetensors cannot be read .*damaged"):
-            lora.load(sd, path)
+            lora_file.apply_file(sd, path)
     with pytest.raises(ValueError, match="no LoRA file at"):
-        lora.load(sd, tmp_path)
+        lora_file.apply_file(sd, tmp_path)
 
 
 def test_what_is_not_finite_is_not_written(sd, tmp_path):
@@ -332,7 +334,7 @@ def test_what_is_not_finite_is_not_written(sd, tmp_path):
     with torch.no_grad():
         next(iter(loras.values())).up[0, 0] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
-        lora.write(tmp_path / "a.safetensors", loras, {})
+        lora_file.save_file(tmp_path / "a.safetensors", loras, {})
     assert not list(tmp_path.iterdir())
 
 
@@ -347,10 +349,10 @@ def test_metadata_and_hashes(sd, reference, tmp_path):
     """FORMATS: sha256 of what follows the header, and of 64 KiB at 1 MiB, both on a copy with ss_ metadata only."""
     path, loras = tmp_path / "a.safetensors", lora.insert(sd, 64, 32)
     trained(loras)
-    lora.write(path, loras, lora.metadata(sd, **OPTIONS))
+    lora_file.save_file(path, loras, lora_file.metadata(sd, **OPTIONS))
     with safe_open(path, "pt") as f:
         metadata = f.metadata()
-    assert lora.read(path)[1] == metadata
+    assert lora_file.read_file(path)[1] == metadata
     assert metadata["hanokdiff_token"] == "<hanok>"
     expected = {
         "ss_network_module": "networks.lora", "ss_network_dim": "64", "ss_network_alpha": "32.0",
@@ -377,8 +379,8 @@ def test_other_numbers_have_another_hash(sd, tmp_path):
     hashes, loras = set(), lora.insert(sd, 2, 2)
     for seed in (0, 0, 1):
         trained(loras, seed)
-        lora.write(tmp_path / "a.safetensors", loras, {})
-        hashes.add(lora.read(tmp_path / "a.safetensors")[1]["sshs_model_hash"])
+        lora_file.save_file(tmp_path / "a.safetensors", loras, {})
+        hashes.add(lora_file.read_file(tmp_path / "a.safetensors")[1]["sshs_model_hash"])
     assert len(hashes) == 2
 
 
@@ -386,9 +388,9 @@ def test_half_precision_files(sd, tmp_path):
     loras = lora.insert(sd, 2, 1.0)
     trained(loras)
     full = outputs(sd)
-    lora.write(tmp_path / "a.safetensors", loras, {}, torch.float16)
+    lora_file.save_file(tmp_path / "a.safetensors", loras, {}, torch.float16)
     lora.remove(sd, loras)
     assert {t.dtype for t in load_file(tmp_path / "a.safetensors").values()} == {torch.float16}
-    again, _ = lora.load(sd, tmp_path / "a.safetensors", say=None)
+    again, _ = lora_file.apply_file(sd, tmp_path / "a.safetensors", say=None)
     assert all(m.up.dtype == torch.float32 and not m.up.requires_grad for m in again.values())
     assert 0 < difference(outputs(sd)[0], full[0]) < 2e-2

@@ -20,17 +20,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import train_lora
-from hanokdiff import caption
-from hanokdiff.compare import run as cell
-from hanokdiff.formats import folder as checkpoint
-from hanokdiff.formats import single_file as singlefile
-from hanokdiff.methods import hypernetwork as hypernet
-from hanokdiff.methods import lora
-from hanokdiff.methods import losses as loss
-from hanokdiff.methods import textual_inversion as inversion
-from hanokdiff.models import pipeline as model
+from hanokdiff import caption, files
+from hanokdiff.compare import run
+from hanokdiff.formats import embedding_file, hypernet_file, lora_file, single_file
+from hanokdiff.formats.load import TINY_MODEL, load_model
+from hanokdiff.methods import hypernetwork, lora
+from hanokdiff.models.pipeline import StableDiffusion
+from hanokdiff.models.unet import UNet
 from hanokdiff.tiny import world
-from hanokdiff.training import dataset as data
+from hanokdiff.training.dataset import LatentDataset
 
 CATALOGUE = r"""
 # photos: wrong path, wrong kind, nothing in it
@@ -568,7 +566,7 @@ def edit(file: Path, **values) -> None:
 
 
 def copy_tiny(folder: Path, *without: str) -> None:
-    shutil.copytree(model.TINY, folder, ignore=lambda *_: without)
+    shutil.copytree(TINY_MODEL, folder, ignore=lambda *_: without)
 
 
 def one_layer(path: Path, width: int, out: int, layer: str) -> None:
@@ -598,17 +596,17 @@ def write_photos(root: Path) -> None:
 
 
 def write_models(root: Path) -> None:
-    sd = model.load("tiny", "cpu", say=None)
-    lora.write(root / "lora.safetensors", own := lora.insert(sd, 2, 2), {"hanokdiff_token": "*"})
+    sd = load_model("tiny", "cpu", say=None)
+    lora_file.save_file(root / "lora.safetensors", own := lora.insert(sd, 2, 2), {"hanokdiff_token": "*"})
     lora.remove(sd, own)
     attention = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
     one_layer(root / "lora-sd2.safetensors", 1024, 1280, attention)
     one_layer(root / "lora-sdxl.safetensors", 2048, 640, attention.replace("mid_block", "input_blocks_4_1"))
     for name, width in (("word", 72), ("word-too", 72), ("word-sd1", 768)):
-        inversion.write(root / f"{name}.safetensors", "*", torch.ones(1, width))
-    spec = hypernet.Spec()
-    hypernet.write(root / "hyper-sd1.pt", spec, {768: [hypernet.Net(768, spec).state_dict()] * 2})
-    singlefile.write(root / "model.safetensors", sd.unet, sd.vae, sd.text.encoder, sd.schedule, torch.float16)
+        embedding_file.save_file(root / f"{name}.safetensors", "*", torch.ones(1, width))
+    spec = hypernetwork.HypernetConfig()
+    hypernet_file.save_file(root / "hyper-sd1.pt", spec, {768: [hypernetwork.ResidualMLP(768, spec).state_dict()] * 2})
+    single_file.write(root / "model.safetensors", sd.unet, sd.vae, sd.text.encoder, sd.schedule, torch.float16)
     save_file({"conditioner.embedders.0.x": torch.ones(1), "model.diffusion_model.x": torch.ones(1)},
               root / "sdxl.safetensors")  # fmt: skip
     copy_tiny(root / "no-unet", "unet")
@@ -619,9 +617,9 @@ def write_models(root: Path) -> None:
     tensors = load_file(weights)
     save_file({**tensors, "conv_in.weight": torch.ones(len(tensors["conv_in.weight"]), 9, 3, 3)}, weights)
     (root / "sdxl").mkdir()
-    shutil.copy(model.TINY / "model_index.json", root / "sdxl")
+    shutil.copy(TINY_MODEL / "model_index.json", root / "sdxl")
     (root / "dreambooth" / "model").mkdir(parents=True)
-    shutil.copy(model.TINY / "model_index.json", root / "dreambooth" / "model")
+    shutil.copy(TINY_MODEL / "model_index.json", root / "dreambooth" / "model")
     second = ["transformers", "CLIPTextModelWithProjection"]
     edit(root / "sdxl" / "model_index.json", _class_name="StableDiffusionXLPipeline", text_encoder_2=second)
     copy_tiny(root / "future")
@@ -665,11 +663,11 @@ def no_cpu_memory(*_, **__):
 
 
 SIMULATIONS = {
-    "full disk": lambda patch: patch.setattr(checkpoint, "sync_rename", full),
+    "full disk": lambda patch: patch.setattr(files, "sync_rename", full),
     "read-only": lambda patch: patch.setattr(os, "access", lambda *_: False),
-    "no GPU memory": lambda patch: (patch.setattr(loss, "denoising", no_gpu_memory),
-                                    patch.setattr(model.StableDiffusion, "sample", no_gpu_memory)),
-    "no CPU memory": lambda patch: patch.setattr(loss, "denoising", no_cpu_memory),
+    "no GPU memory": lambda patch: (patch.setattr(UNet, "forward", no_gpu_memory),
+                                    patch.setattr(StableDiffusion, "sample", no_gpu_memory)),
+    "no CPU memory": lambda patch: patch.setattr(UNet, "forward", no_cpu_memory),
 }  # fmt: skip
 
 
@@ -680,7 +678,7 @@ def start(command: str):
     """(main, arguments) of a command as it would be typed."""
     name, *argv = shlex.split(command)
     scripts = name.startswith("train_") or name in ("sample", "clipscore")
-    main = importlib.import_module(name if scripts else f"hanokdiff.{name}").main
+    main = importlib.import_module(name if scripts else f"hanokdiff.{name}" + ".__main__" * (name in ("compare", "bench"))).main
     extra = TRAINING.split() if name.startswith("train_") and "--resume" not in argv else []
     return main, extra + argv
 
@@ -689,7 +687,7 @@ def start(command: str):
 def test_mistake(folder, monkeypatch, capfd, command):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    monkeypatch.setattr(cell, "train", lambda *_: pytest.fail("the work has begun"))
+    monkeypatch.setattr(run, "train", lambda *_: pytest.fail("the work has begun"))
     before, (simulation, plain) = listing(folder), re.fullmatch(r"(?:\[(.*?)\] )?(.*)", command).groups()
     if simulation:
         SIMULATIONS[simulation](monkeypatch)
@@ -726,8 +724,8 @@ def test_names_and_captions_as_koreans_have_them(tmp_path, monkeypatch, capsys):
         image.save(photos / name)
         (photos / name).with_suffix(".txt").write_bytes(text)
     seen = []
-    remember = data.Shots.__init__
-    monkeypatch.setattr(data.Shots, "__init__", lambda *args, **how: (seen.extend(args[3]), remember(*args, **how))[1])
+    remember = LatentDataset.__init__
+    monkeypatch.setattr(LatentDataset, "__init__", lambda *args, **how: (seen.extend(args[3]), remember(*args, **how))[1])
     how = ["--steps", "2", "--batch-size", "2", "--rank", "1", "--preview-every", "0", "--device", "cpu"]
     out = tmp_path / "내 결과 \U0001f525" / "첫 번째"
     assert train_lora.main(["--data", str(photos), "--replace", "기와집", "--out", str(out), *how]) == 0

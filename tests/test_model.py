@@ -11,9 +11,11 @@ from conftest import PAIRS, SCHEDULE, difference
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from hanokdiff.formats import folder as checkpoint
-from hanokdiff.models import pipeline as model
-from hanokdiff.models.tokens import TextEncoder
+from hanokdiff.formats.folder import PARTS, save_folder
+from hanokdiff.formats.load import load_model
+from hanokdiff.formats.tokenizer import load_tokenizer
+from hanokdiff.images import grid
+from hanokdiff.models.text_encoder import TextEncoder
 from hanokdiff.models.unet import UNet
 from hanokdiff.models.vae import VAE
 
@@ -135,7 +137,7 @@ def test_picture_from_a_picture_equals_diffusers(sd1, load, strength):
 
 def test_grid():
     pictures = [Image.new("RGB", (4, 3), c) for c in ("red", "lime", "blue")]
-    sheet = np.asarray(model.grid(pictures, 2, zoom=2, gap=2))
+    sheet = np.asarray(grid(pictures, 2, zoom=2, gap=2))
     assert sheet.shape == (14, 18, 3)
     assert sheet[0, 0].tolist() == [255, 0, 0] and sheet[0, 10].tolist() == [0, 255, 0]
     assert sheet[8, 0].tolist() == [0, 0, 255] and sheet[13, 17].tolist() == [255] * 3
@@ -146,9 +148,9 @@ def test_save_folder_opens_in_diffusers_and_here(sd1, load, tmp_path):
     from diffusers import StableDiffusionPipeline
 
     sd = load(sd1)
-    checkpoint.save_folder(tmp_path, sd.unet, sd.vae, sd.text.encoder, sd.text.tokenizer, sd.schedule)
+    save_folder(tmp_path, sd.unet, sd.vae, sd.text.encoder, sd.text.tokenizer, sd.schedule)
     ours = sd.draw(PROMPTS, SEEDS, steps=5, cfg=7.5, sampler="ddim")
-    again = model.load(str(tmp_path), device="cpu", say=None)
+    again = load_model(str(tmp_path), device="cpu", say=None)
     assert again.schedule == sd.schedule and again.unet.config == sd.unet.config
     assert levels_apart(again.draw(PROMPTS, SEEDS, steps=5, cfg=7.5, sampler="ddim"), ours) <= 1
     older = tmp_path / "older"  # transformers 5 writes tokenizer.json alone; older tools read only these two
@@ -156,7 +158,7 @@ def test_save_folder_opens_in_diffusers_and_here(sd1, load, tmp_path):
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / "tokenizer" / name).rename(older / name)
     for text in ("a barn, fire", "*, fire (*)", "asks sks *."):
-        assert checkpoint.load_tokenizer(older)(text).input_ids == sd.text.tokenizer(text).input_ids
+        assert load_tokenizer(older)(text).input_ids == sd.text.tokenizer(text).input_ids
     pipeline = StableDiffusionPipeline.from_pretrained(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
     generators = [torch.Generator().manual_seed(s) for s in SEEDS]
@@ -178,19 +180,19 @@ def test_every_norm_has_the_epsilon_of_the_libraries(reference, load):
 
 def test_everything_is_frozen_and_what_was_chosen_is_said(sd1):
     lines = []
-    sd = model.load(str(sd1.folder), device="cpu", say=lines.append)
+    sd = load_model(str(sd1.folder), device="cpu", say=lines.append)
     for part in (sd.unet, sd.vae, sd.text.encoder):
         assert not part.training
         for p in part.parameters():
             assert p.dtype == torch.float32 and not p.requires_grad and p.device.type == "cpu"
     assert sd.resolution == 64 and sd.cfg == 4.0  # by size: a tuned tiny model likes less guidance too
     assert "epsilon" in lines[0] and lines[1] == "device cpu (named), fp32 (fastest and exact there)"
-    assert model.load(str(sd1.folder), dtype="bf16", say=None).unet.conv_in.weight.dtype == torch.bfloat16
+    assert load_model(str(sd1.folder), dtype="bf16", say=None).unet.conv_in.weight.dtype == torch.bfloat16
 
 
 def test_half_precision_draws_nearly_the_same(reference, load):
     """bf16 has 8 bits: not equal, but the same picture; and not all of it in fp32 by accident."""
-    half = model.load(str(reference.folder), device="cpu", dtype="bf16", say=None)
+    half = load_model(str(reference.folder), device="cpu", dtype="bf16", say=None)
     exact = picture(load(reference), cfg=1.5, sampler="ddim")
     error = np.abs(picture(half, cfg=1.5, sampler="ddim") - exact)
     assert 0 < error.mean() < 6
@@ -206,7 +208,7 @@ def copy(sd1, tmp_path):
 def refused(folder, *words: str) -> str:
     """Loading must fail in one sentence that holds these words."""
     with pytest.raises(ValueError) as caught:
-        model.load(str(folder), device="cpu", say=None)
+        load_model(str(folder), device="cpu", say=None)
     message = str(caught.value)
     assert "\n" not in message and len(message) < 400, message
     for word in words:
@@ -323,13 +325,13 @@ def test_not_a_model(tmp_path):
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
 def test_bin_files(copy, sd1, load, part):
     """.bin is read too, without running what it may hold; a damaged one is refused."""
-    stem = checkpoint.PARTS[part]
+    stem = PARTS[part]
     file = copy / part / f"{stem}.safetensors"
     tensors = load_file(file)
     file.unlink()
     binary = copy / part / ("pytorch_model.bin" if part == "text_encoder" else f"{stem}.bin")
     torch.save(tensors, binary)
-    opened = model.load(str(copy), device="cpu", say=None)
+    opened = load_model(str(copy), device="cpu", say=None)
     assert np.abs(picture(opened, steps=1) - picture(load(sd1), steps=1)).max() <= 1
     for content in (b"", b"not a pickle", binary.read_bytes()[:5000]):
         binary.write_bytes(content)
@@ -359,9 +361,9 @@ def test_bad_requests(sd1, load):
         with pytest.raises(ValueError, match=words):
             sd.draw(PROMPTS, SEEDS, **options)
     with pytest.raises(ValueError, match='"fp8" is not known'):
-        model.load(str(sd1.folder), dtype="fp8", say=None)
+        load_model(str(sd1.folder), dtype="fp8", say=None)
     with pytest.raises(ValueError, match='"toaster" cannot be used'):
-        model.load(str(sd1.folder), device="toaster", say=None)
+        load_model(str(sd1.folder), device="toaster", say=None)
 
 
 # -------------------------------------------------------------------------------------------------- full size

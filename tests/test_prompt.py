@@ -9,8 +9,9 @@ from conftest import difference
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from hanokdiff.models.prompt import chunks, escape, parse
-from hanokdiff.models.tokens import Text, TextConfig, TextEncoder
+from hanokdiff.models.prompt import escape_prompt, parse_emphasis, split_chunks
+from hanokdiff.models.text_encoder import TextConfig, TextEncoder
+from hanokdiff.models.tokens import Text
 
 DOWN = 1 / 1.1
 PARSED = [  # the WebUI's answers, worked out by hand; None is a BREAK
@@ -56,7 +57,7 @@ PARSED = [  # the WebUI's answers, worked out by hand; None is a BREAK
 
 @pytest.mark.parametrize("prompt, expected", PARSED, ids=[p for p, _ in PARSED])
 def test_parse(prompt, expected):
-    pieces = parse(prompt)
+    pieces = parse_emphasis(prompt)
     assert [p and p[0] for p in pieces] == [p and p[0] for p in expected]
     weights = [[p[1] for p in some if p] for some in (pieces, expected)]
     assert weights[0] == pytest.approx(weights[1])
@@ -68,13 +69,13 @@ MARKED = st.lists(st.sampled_from(["BREAK", *"()[]\\:.1a \n"])).map("".join)
 @given(st.text() | MARKED)
 @example("a BREAK (b:1.3) \\BREAK\\")
 def test_escape_is_undone_by_parse(text):
-    assert parse(escape(text)) == [(text, 1.0)]
+    assert parse_emphasis(escape_prompt(text)) == [(text, 1.0)]
 
 
 @given(MARKED)
 def test_parse_takes_anything(text):
     """No text is an error, and none of its letters gets lost."""
-    pieces = [p for p in parse(text) if p]
+    pieces = [p for p in parse_emphasis(text) if p]
     assert "".join(p[0] for p in pieces).count("a") == text.count("a")
 
 
@@ -114,7 +115,7 @@ def test_chunks(kind):
         plain = [[1] * run[0]] if isinstance(run, tuple) else [[1]] * (run if isinstance(run, int) else 0)
         lists += {",": [[COMMA]], "|": [None]}.get(run, plain)
     units = [own and ([i * n for n in own], float(i)) for i, own in enumerate(lists, 1)]
-    done = chunks(units, 75, COMMA)
+    done = split_chunks(units, 75, COMMA)
     assert [len(ids) for ids, _ in done] == sizes
     assert sum((ids for ids, _ in done), []) == sum((u[0] for u in units if u), [])
     assert sum((w for _, w in done), []) == sum(([u[1]] * len(u[0]) for u in units if u), [])
@@ -270,7 +271,7 @@ def test_pseudo_words_in_prompts(sd1, text, word, prompt, expected):
 def test_captions_have_no_emphasis_and_escaped_they_are_prompts(text, word):
     text.add_word(word)
     captions = [f"({word})", f"{word}, fire:1.3)", f"a [{word}] BREAK \\ barn", f"[{word}:2"]
-    assert torch.equal(text.prompts([escape(c) for c in captions]), text(captions))
+    assert torch.equal(text.prompts([escape_prompt(c) for c in captions]), text(captions))
     for caption in captions:
         ids = text.ids(caption)
         assert any(ids[i : i + len(text.words[word])] == text.words[word] for i in range(77))

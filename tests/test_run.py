@@ -21,16 +21,17 @@ from safetensors.torch import load_file
 from torch import nn
 
 import train_lora
-from hanokdiff.formats import folder as checkpoint
-from hanokdiff.methods import hypernetwork as hypernet
-from hanokdiff.methods import lora
-from hanokdiff.methods import losses as loss
-from hanokdiff.methods import textual_inversion as inversion
-from hanokdiff.models import pipeline as model
+from hanokdiff.formats import embedding_file, hypernet_file, lora_file
+from hanokdiff.formats.load import load_model
+from hanokdiff.formats.tensors import write_tensors
+from hanokdiff.methods.losses import denoising_loss
 from hanokdiff.models.schedule import Schedule
 from hanokdiff.tiny import world
-from hanokdiff.training import dataset as data
-from hanokdiff.training.trainer import Batch, Run
+from hanokdiff.training import dataset
+from hanokdiff.training.dataset import LatentDataset
+from hanokdiff.training.noise import Batch
+from hanokdiff.training.trainer import Trainer
+from hanokdiff.training.validation import validation_loss
 
 KILLS = int(os.environ.get("HANOKDIFF_KILLS", "1"))
 
@@ -113,9 +114,9 @@ def toy(out: Path, steps=24, batch_size=8, losses=squares, each=None, scale=1.0,
     learns = {"w": nn.Parameter(torch.full((3, 2), 0.1, dtype=dtype)), "b": nn.Parameter(torch.zeros(2, dtype=dtype))}
 
     def save(path):
-        checkpoint.write_tensors(learns, path)
+        write_tensors(learns, path)
 
-    run = Run(out, learns, **{**dict(steps=steps, batch_size=batch_size, lr=0.05, save=save,
+    run = Trainer(out, learns, **{**dict(steps=steps, batch_size=batch_size, lr=0.05, save=save,
               artefact="toy.safetensors", config={"steps": steps}), **options})  # fmt: skip
     for batch in run:
         if each and batch.slots.start == 0:
@@ -176,16 +177,16 @@ def test_the_held_out_loss_is_that_of_the_file(tmp_path, monkeypatch, method):
     assert script.main(["--steps", "2", "--images", "3", "--held-out", "9", "--batch-size", "2", "--preview-every", "0",
                         "--device", "cpu", "--out", "run", *more]) == 0  # fmt: skip
     logged = [r["held_out"] for r in rows(Path("run")) if "held_out" in r]
-    sd = model.load("run/model" if method == "dreambooth" else "tiny", "cpu", say=None)
+    sd = load_model("run/model" if method == "dreambooth" else "tiny", "cpu", say=None)
     sd.text.add_word("*")
     if method != "dreambooth":
-        file, kind = {"ti": ("embedding.safetensors", inversion), "lora": ("lora.safetensors", lora),
-                      "hypernet": ("hypernet.pt", hypernet)}[method]  # fmt: skip
-        kind.load(sd, Path("run") / file, say=None)
+        file, kind = {"ti": ("embedding.safetensors", embedding_file), "lora": ("lora.safetensors", lora_file),
+                      "hypernet": ("hypernet.pt", hypernet_file)}[method]  # fmt: skip
+        kind.apply_file(sd, Path("run") / file, say=None)
     pictures, captions = zip(*world.photos(9, held_out=True))
     captions = [c.replace("a building with a roof", "*") for c in captions]
-    shots = data.Shots(sd.vae, list(pictures), captions)
-    assert loss.unseen(sd, shots) == loss.unseen(sd, shots) == pytest.approx(logged[-1], abs=2e-6)
+    shots = LatentDataset(sd.vae, list(pictures), captions)
+    assert validation_loss(sd, shots) == validation_loss(sd, shots) == pytest.approx(logged[-1], abs=2e-6)
     assert len(logged) == 3 and logged[0] != logged[-1]
 
 
@@ -216,7 +217,7 @@ def test_updates_are_adamws_with_clipping(tmp_path, scale):
 
 @pytest.mark.parametrize("steps", [100, 2000])
 def test_the_rate_rises_stays_and_falls(undisturbed, tmp_path, steps):
-    run = Run(tmp_path, {"w": nn.Parameter(torch.zeros(1))}, steps=steps, batch_size=1, lr=0.5, save=None, artefact="a",
+    run = Trainer(tmp_path, {"w": nn.Parameter(torch.zeros(1))}, steps=steps, batch_size=1, lr=0.5, save=None, artefact="a",
               config={})  # fmt: skip
     warm, cool = min(100, steps // 10), steps // 2
     rates = [run.rate(s) for s in range(steps)]
@@ -508,7 +509,7 @@ def numbers(folder: Path) -> list[torch.Tensor]:
 def test_what_is_not_finite_in_a_real_training(tmp_path, monkeypatch, capsys, what, value):
     """A loss or a gradient: the step is skipped. A weight: back to the last state. One of the base, which no way back
     mends, ends the run, and a photo keeps it from starting. No file has such a number."""
-    denoising, encode, done = loss.denoising, data.encode, []
+    denoising, encode, done = denoising_loss, dataset.encode, []
 
     def bad(sd, latents, context, batch, gamma):
         now = what if batch.step == 5 and not done else ""
@@ -526,8 +527,8 @@ def test_what_is_not_finite_in_a_real_training(tmp_path, monkeypatch, capsys, wh
         mean[1, 0, 0, 0] = value
         return mean, std
 
-    monkeypatch.setattr(loss, "denoising", bad)
-    monkeypatch.setattr(data, "encode", encode_badly if what == "photo" else encode)
+    monkeypatch.setattr(train_lora, "denoising_loss", bad)
+    monkeypatch.setattr(dataset, "encode", encode_badly if what == "photo" else encode)
     code = train_lora.main(["--steps", "13", "--images", "3", "--batch-size", "2", "--save-every", "3",
                             "--preview-every", "0", "--device", "cpu", "--out", str(tmp_path / "run")])  # fmt: skip
     said = capsys.readouterr()
@@ -545,7 +546,7 @@ def test_what_is_not_finite_in_a_real_training(tmp_path, monkeypatch, capsys, wh
 
 
 def test_a_forgotten_update_is_noticed(tmp_path):
-    run = Run(tmp_path, {"w": nn.Parameter(torch.zeros(1))}, steps=3, batch_size=1, lr=1, save=None, artefact="a",
+    run = Trainer(tmp_path, {"w": nn.Parameter(torch.zeros(1))}, steps=3, batch_size=1, lr=1, save=None, artefact="a",
               config={})  # fmt: skip
     with pytest.raises(AssertionError, match="run.update"):
         for _ in run:
@@ -741,7 +742,7 @@ def test_denoising_loss_by_hand(prediction, gamma):
 
     sd = SimpleNamespace(schedule=schedule, unet=unet, dtype=torch.float32)
     x_0, context = torch.randn(6, 4, 5, 3, generator=torch.Generator().manual_seed(0)), torch.full((6, 2, 2), 0.7)
-    losses = loss.denoising(sd, x_0, context, batch, gamma)
+    losses = denoising_loss(sd, x_0, context, batch, gamma)
 
     x_t, t = asked[0]
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
@@ -779,8 +780,8 @@ def usage() -> tuple[int, int]:
 def long_toy(out: Path, tell) -> None:
     """1,000 steps with numbers enough (600 kB, a state of 1.9 MB) that a state or a picture that stays would show."""
     w, seen = nn.Parameter(torch.ones(400, 400)), []
-    run = Run(out, {"w": w}, steps=1000, batch_size=2, lr=0.01, artefact="w.safetensors", config={}, save_every=10,
-              save=lambda path: checkpoint.write_tensors({"w": w}, path), watch=lambda: {"w": w.mean().item()},
+    run = Trainer(out, {"w": w}, steps=1000, batch_size=2, lr=0.01, artefact="w.safetensors", config={}, save_every=10,
+              save=lambda path: write_tensors({"w": w}, path), watch=lambda: {"w": w.mean().item()},
               held_out=lambda: w.sum().item(), preview=lambda: Image.new("RGB", (256, 256)),
               preview_every=10)  # fmt: skip
     for batch in run:
@@ -790,8 +791,8 @@ def long_toy(out: Path, tell) -> None:
 
 
 def long_lora(out: Path, tell) -> None:
-    seen, update = [], Run.update
-    Run.update = lambda run, losses: (update(run, losses), seen.append(usage()))
+    seen, update = [], Trainer.update
+    Trainer.update = lambda run, losses: (update(run, losses), seen.append(usage()))
     train_lora.main(["--steps", "1000", "--images", "3", "--batch-size", "1", "--save-every", "20", "--preview-every",
                      "50", "--held-out", "2", "--device", "cpu", "--out", str(out)])  # fmt: skip
     tell.send(seen)

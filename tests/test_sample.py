@@ -2,6 +2,7 @@
 artefacts, emphasis, long prompts; and what it refuses, in one sentence, with nothing written."""
 
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,10 +11,9 @@ import torch
 from PIL import Image
 
 import sample
-from hanokdiff.methods import hypernetwork as hypernet
-from hanokdiff.methods import lora
-from hanokdiff.methods import textual_inversion as inversion
-from hanokdiff.models import pipeline as model
+from hanokdiff.formats import embedding_file, hypernet_file, lora_file
+from hanokdiff.formats.load import load_model
+from hanokdiff.methods import hypernetwork, lora
 from hanokdiff.tiny import world
 
 PROMPT = "a house on a hill"  # in the tiny model's own vocabulary
@@ -29,23 +29,23 @@ def elsewhere(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """An artefact of every kind for the tiny model, each with an effect, and pictures to begin with."""
-    folder, sd = tmp_path_factory.mktemp("artefacts"), model.load("tiny", device="cpu", say=None)
+    folder, sd = tmp_path_factory.mktemp("artefacts"), load_model("tiny", device="cpu", say=None)
     noise = torch.Generator().manual_seed(0)
 
     def normal(*shape):
         return torch.randn(*shape, generator=noise)
 
-    inversion.write(folder / "star.safetensors", "*", 2 * normal(3, 72))
-    inversion.write(folder / "gate.pt", "Gate", 2 * normal(1, 72))
+    embedding_file.save_file(folder / "star.safetensors", "*", 2 * normal(3, 72))
+    embedding_file.save_file(folder / "gate.pt", "Gate", 2 * normal(1, 72))
     loras = lora.insert(sd, 2, 2)
     for one in loras.values():
         one.up.data = 0.2 * normal(*one.up.shape)
-    lora.write(folder / "lora.safetensors", loras, {"hanokdiff_token": "sks"})
-    spec = hypernet.Spec((1, 2, 1), "relu")
-    shapes = {k: t.shape for k, t in hypernet.Net(72, spec).state_dict().items()}
+    lora_file.save_file(folder / "lora.safetensors", loras, {"hanokdiff_token": "sks"})
+    spec = hypernetwork.HypernetConfig((1, 2, 1), "relu")
+    shapes = {k: t.shape for k, t in hypernetwork.ResidualMLP(72, spec).state_dict().items()}
     pair = tuple({k: 0.2 * normal(*shape) for k, shape in shapes.items()} for _ in ("keys", "values"))
-    hypernet.write(folder / "hypernet.pt", spec, {72: pair}, {"info": "hanokdiff_token=*"})
-    inversion.write(folder / "sd1.pt", "*", normal(1, 768))
+    hypernet_file.save_file(folder / "hypernet.pt", spec, {72: pair}, {"info": "hanokdiff_token=*"})
+    embedding_file.save_file(folder / "sd1.pt", "*", normal(1, 768))
     house, other = (picture for picture, _ in world.photos(2))
     house.save(folder / "house.png")
     other.save(folder / "other.png")
@@ -61,7 +61,7 @@ def draw(*argv, prompts=(PROMPT,)) -> list[np.ndarray]:
     """The pictures, in the order of their names; each call into a folder of its own."""
     out = f"out{next(counter)}"
     assert sample.main([*prompts, "--steps", "3", "--device", "cpu", "--out", out, *map(str, argv)]) == 0
-    files = sorted(model.Path(out).glob("0*.png"))
+    files = sorted(Path(out).glob("0*.png"))
     assert files[0].stem.startswith("00000-")
     return [np.asarray(Image.open(f)).astype(int) for f in files]
 
@@ -99,7 +99,7 @@ def test_size_of_a_picture_from_a_picture(made, more, size):
     [drawn] = draw("--steps", 10, "--init-image", made.wide_png, "--strength", "0.1", *more)
     assert drawn.shape == (size[1], size[0], 3)
     with Image.open(made.wide_png) as wide:
-        fit = model.Image.Resampling.LANCZOS
+        fit = Image.Resampling.LANCZOS
         kept = (0, 0, 100, 75) if size == (88, 64) else (27.5, 0, 72.5, 75)
         expected = np.asarray(wide.convert("RGB").resize(size, fit, kept)).astype(int)
     assert np.abs(drawn - expected).mean() < 12 < np.abs(drawn - expected[:, ::-1]).mean()
@@ -151,7 +151,7 @@ def test_how_a_picture_was_made_is_in_it(made):
     draw("--n", 2, "--seed", 7, "--init-image", made.house_png, "--strength", "0.55", "--clip-skip", 2, "--embedding",
          made.star, "--embedding", f"{made.gate}:sks", "--lora", f"{made.lora}:0.7", "--hypernet", made.hypernet,
          "--negative", "(snow:1.2)", "--cfg", 3, prompts=["*, (fire:1.3)", "a sks BREAK *"])  # fmt: skip
-    [out] = model.Path().glob("out*")
+    [out] = Path().glob("out*")
     files = sorted(out.iterdir())
     assert [f.name for f in files] == ["00000-7.png", "00001-8.png", "00002-7.png", "00003-8.png"]
     text = [Image.open(f).text["parameters"] for f in files]
@@ -170,7 +170,7 @@ LONG = "a castle in the snow " * 30  # 150 tokens: two chunks
 
 def test_prompts_of_every_length_in_one_call(made):
     """Each is drawn as if it were alone, whatever the others' length and the order; nothing of a long one is lost."""
-    prompts, text = [PROMPT, LONG, "(a castle:1.3)", LONG + "fire", "fire BREAK a house"], model.load("tiny").text
+    prompts, text = [PROMPT, LONG, "(a castle:1.3)", LONG + "fire", "fire BREAK a house"], load_model("tiny").text
     assert [sum(len(ids) for ids, _ in text.chunks(p)) for p in prompts[1:4]] == [150, 2, 151]
     assert [len(text.chunks(p)) for p in prompts] == [1, 2, 1, 3, 2]
     together = draw(prompts=prompts)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import PAIRS, SCHEDULE, difference
 
+from hanokdiff.models import samplers
 from hanokdiff.models.pipeline import StableDiffusion
-from hanokdiff.models.samplers import SAMPLERS, levels, sample, taken
 from hanokdiff.models.schedule import Schedule
 
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -74,7 +74,7 @@ def test_timesteps_equal_diffusers(name, spacing):
     theirs = scheduler(name, **({"timestep_spacing": spacing} if spacing else {}))
     for steps in [*range(1, 61), 99, 100, 150, 333, 500]:
         theirs.set_timesteps(steps)
-        sigmas, ts = levels(name, s, steps)
+        sigmas, ts = samplers.sigmas_and_timesteps(name, s, steps)
         assert len(ts) == steps and len(sigmas) == steps + 1
         expected = theirs.timesteps.numpy()
         if np.issubdtype(expected.dtype, np.integer):
@@ -87,30 +87,30 @@ def test_timesteps_equal_diffusers(name, spacing):
 
 def test_the_lists_of_20_steps():
     """As published: what the WebUI and the papers print."""
-    assert levels("ddim", Schedule(), 20)[1] == [*range(951, 0, -50)]
-    ts = levels("dpmpp_2m", Schedule(), 20)[1]
+    assert samplers.sigmas_and_timesteps("ddim", Schedule(), 20)[1] == [*range(951, 0, -50)]
+    ts = samplers.sigmas_and_timesteps("dpmpp_2m", Schedule(), 20)[1]
     assert ts[:2] == [999, 949] and ts[-1] == 50
-    karras = levels("dpmpp_2m_karras", Schedule(), 20)[0]
+    karras = samplers.sigmas_and_timesteps("dpmpp_2m_karras", Schedule(), 20)[0]
     np.testing.assert_allclose(karras[:3], [14.61464, 11.72537, 9.34021], atol=1e-5)
     np.testing.assert_allclose(karras[-3:], [0.04848, 0.02917, 0], atol=1e-5)
-    assert levels("ddim", Schedule(), 20)[0][-1] == pytest.approx(0.0291675, abs=1e-6)
+    assert samplers.sigmas_and_timesteps("ddim", Schedule(), 20)[0][-1] == pytest.approx(0.0291675, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_levels_fall(name):
     for steps in (1, 2, 7, 20, 100):
-        sigmas, ts = levels(name, Schedule(), steps)
+        sigmas, ts = samplers.sigmas_and_timesteps(name, Schedule(), steps)
         assert all(a > b for a, b in zip(sigmas, sigmas[1:], strict=False)) and all(0 <= t <= 999 for t in ts)
 
 
 def test_bad_values():
     with pytest.raises(ValueError, match='"plms" is not known; choose one of ddim, euler'):
-        levels("plms", Schedule(), 20)
+        samplers.sigmas_and_timesteps("plms", Schedule(), 20)
     for steps in (0, -3, 1001):
         with pytest.raises(ValueError, match=f"steps is {steps}, but must be between 1 and 1000"):
-            levels("ddim", Schedule(), steps)
+            samplers.sigmas_and_timesteps("ddim", Schedule(), steps)
     with pytest.raises(ValueError, match='"odd" is not known.*leading, linspace, trailing'):
-        levels("ddim", Schedule(timestep_spacing="odd"), 20)
+        samplers.sigmas_and_timesteps("ddim", Schedule(timestep_spacing="odd"), 20)
 
 
 # ------------------------------------------------------------------------------------------------ the latents
@@ -172,8 +172,8 @@ def ours_final(name: str, schedule: Schedule, steps: int, net=network, context=N
     def noise():
         return torch.stack([torch.randn(4, 8, 8, generator=g) for g in generators])
 
-    seen = list(sample(name, sd.denoiser(context, None, 1), noise, schedule, steps, first, strength))
-    assert len(seen) == (steps if first is None else taken(steps, strength))
+    seen = list(samplers.sample(name, sd.denoiser(context, None, 1), noise, schedule, steps, first, strength))
+    assert len(seen) == (steps if first is None else samplers.img2img_steps(steps, strength))
     return seen[-1]
 
 
@@ -243,19 +243,19 @@ def test_euler_a_karras_is_k_diffusions(prediction, steps, strength):
 
 def test_samplers_differ():
     """Each goes its own way: none is another under a second name."""
-    ends = {name: ours_final(name, Schedule(), 10) for name in SAMPLERS}
+    ends = {name: ours_final(name, Schedule(), 10) for name in samplers.SAMPLERS}
     for a in ends:
         for b in ends:
             assert a == b or (ends[a] - ends[b]).abs().max() > 1e-3, (a, b)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
 @pytest.mark.parametrize("steps", [5, 20])
 def test_arrives_where_the_network_points(name, steps):
     """A network that always says the same picture: every sampler ends there. DDIM leaves sigma 0.029."""
     g = torch.Generator().manual_seed(1)
     clean = torch.randn(2, 4, 8, 8, generator=g)
-    *_, x = sample(name, lambda *_: clean, lambda: torch.randn(2, 4, 8, 8, generator=g), Schedule(), steps)
+    *_, x = samplers.sample(name, lambda *_: clean, lambda: torch.randn(2, 4, 8, 8, generator=g), Schedule(), steps)
     assert (x - clean).abs().max() < (0.2 if name == "ddim" else 1e-4)
 
 
@@ -283,12 +283,12 @@ def test_from_a_picture_at_other_spacings(name, spacing):
         assert difference(ours, theirs) <= 1e-4
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_strength_is_how_far_from_the_picture(name):
     """One that always paints its own: a picture ends there whatever the strength; one that paints what it sees: the
     less strength, the nearer."""
     first, g = picture(), torch.Generator().manual_seed(1)
-    *_, x = sample(name, lambda *_: -first, lambda: torch.randn(first.shape, generator=g), Schedule(), 20, first, 0.5)
+    *_, x = samplers.sample(name, lambda *_: -first, lambda: torch.randn(first.shape, generator=g), Schedule(), 20, first, 0.5)
     assert (x + first).abs().max() < (0.2 if name == "ddim" else 1e-4)
     moved = [(ours_final(name, Schedule(), 20, first=first, strength=s) - first).abs().mean() for s in (0.1, 0.5, 1.0)]
     assert moved[0] < moved[1] < moved[2] and moved[0] < 0.5 * moved[2], moved
@@ -300,7 +300,7 @@ def test_strength_is_how_far_from_the_picture(name):
     (20, 0.75, 15), (20, 1.0, 20), (10, 0.3, 3), (10, 0.39, 3), (7, 0.5, 3), (1, 1.0, 1), (1000, 0.001, 1),
 ])  # fmt: skip
 def test_steps_taken(steps, strength, n):
-    assert taken(steps, strength) == n
+    assert samplers.img2img_steps(steps, strength) == n
 
 
 @pytest.mark.parametrize("steps, strength", [
@@ -308,13 +308,13 @@ def test_steps_taken(steps, strength, n):
 ])  # fmt: skip
 def test_strength_out_of_range(steps, strength):
     with pytest.raises(ValueError, match=f"strength is {strength:g}: of {steps} steps it must leave at least one"):
-        taken(steps, strength)
+        samplers.img2img_steps(steps, strength)
     with pytest.raises(ValueError, match="strength is"):
-        next(sample("ddim", lambda x, *_: x, lambda: picture(), Schedule(), steps, picture(), strength))
+        next(samplers.sample("ddim", lambda x, *_: x, lambda: picture(), Schedule(), steps, picture(), strength))
 
 
 def test_the_strength_that_is_advised_is_accepted():
     for steps in range(1, 1001):
         with pytest.raises(ValueError) as caught:
-            taken(steps, 0)
-        assert taken(steps, float(str(caught.value).split()[-3])) >= 1, steps
+            samplers.img2img_steps(steps, 0)
+        assert samplers.img2img_steps(steps, float(str(caught.value).split()[-3])) >= 1, steps

@@ -15,7 +15,22 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import clipscore
-from hanokdiff.scoring import clip as score
+from hanokdiff.scoring import clip as judge
+from hanokdiff.scoring.clip import (
+    LIKENESS,
+    MEAN,
+    SCALES,
+    STD,
+    Clip,
+    clip_t,
+    likeness,
+    nearest,
+    preprocess,
+    presence,
+    refclipscore,
+    scores,
+)
+from hanokdiff.scoring.stats import mean_interval, paired_interval, share_interval, t_quantile
 from hanokdiff.tiny import world
 
 
@@ -54,7 +69,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clip(folder):
-    return score.Clip(folder)
+    return Clip(folder)
 
 
 def drawings(n: int = 3) -> list[Image.Image]:
@@ -95,9 +110,9 @@ def reference_pixels(image: Image.Image, size: int, mean, std) -> np.ndarray:
 @pytest.mark.parametrize("shape", [(64, 64), (100, 64), (47, 91), (32, 35), (35, 32), (20, 20)])
 def test_pixels_are_openais(shape):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape[::-1], 3), dtype=np.uint8))
-    ours = score.preprocess(image, 32).numpy()
+    ours = preprocess(image, 32).numpy()
     assert ours.dtype == np.float32 and ours.shape == (3, 32, 32)
-    np.testing.assert_allclose(ours, reference_pixels(image, 32, score.MEAN, score.STD), atol=1e-5)
+    np.testing.assert_allclose(ours, reference_pixels(image, 32, MEAN, STD), atol=1e-5)
 
 
 def test_equals_transformers_forward(clip, folder):
@@ -105,7 +120,7 @@ def test_equals_transformers_forward(clip, folder):
 
     images, texts = drawings(3), ["a house", "a castle on fire"]
     model, tokenizer = CLIPModel.from_pretrained(folder).eval(), CLIPTokenizer.from_pretrained(folder)
-    pixels = torch.tensor(np.stack([reference_pixels(i, 32, score.MEAN, score.STD) for i in images])).float()
+    pixels = torch.tensor(np.stack([reference_pixels(i, 32, MEAN, STD) for i in images])).float()
     words = tokenizer(texts, padding=True, truncation=True, max_length=16, return_tensors="pt")
     with torch.no_grad():
         out = model(pixel_values=pixels, **words)
@@ -119,7 +134,7 @@ def test_equals_transformers_forward(clip, folder):
 def test_unit_length_and_independent_of_the_batch(clip, monkeypatch):
     images, texts = drawings(5), [f"a house {'x' * i}" for i in range(5)]
     whole = clip.images(images), clip.texts(texts)
-    monkeypatch.setattr(score, "BATCH", 2)
+    monkeypatch.setattr(judge, "BATCH", 2)
     for a, b in zip(whole, (clip.images(iter(images)), clip.texts(texts)), strict=True):
         assert a.shape == (5, 24) and a.dtype == torch.float32
         torch.testing.assert_close(a.norm(dim=-1), torch.ones(5))
@@ -131,11 +146,11 @@ def test_colours_come_from_the_folder(folder, tmp_path):
     (tmp_path / "c").symlink_to(folder, target_is_directory=True)
     (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.4, 0.5]}')
     try:
-        other = score.Clip(str(tmp_path / "c"))
+        other = Clip(str(tmp_path / "c"))
     finally:
         (folder / "preprocessor_config.json").unlink()
     assert other.mean == (0.5, 0.5, 0.5) and other.std == (0.5, 0.4, 0.5)
-    assert (other.images(drawings()) - score.Clip(folder).images(drawings())).abs().max() > 1e-3
+    assert (other.images(drawings()) - Clip(folder).images(drawings())).abs().max() > 1e-3
 
 
 def test_long_texts_are_cut_and_counted(clip):
@@ -155,7 +170,7 @@ def test_pools_at_the_end_token_whatever_the_config_says(clip, folder, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["text_config"]["eos_token_id"] = 49407  # the default, which a small vocabulary does not have
     (tmp_path / "config.json").write_text(json.dumps(config))
-    torch.testing.assert_close(score.Clip(tmp_path).texts(["a house"]), clip.texts(["a house"]))
+    torch.testing.assert_close(Clip(tmp_path).texts(["a house"]), clip.texts(["a house"]))
 
 
 @pytest.mark.parametrize("spoil", ["config.json", "model.safetensors", "vocab.json"])
@@ -164,7 +179,7 @@ def test_broken_folder(folder, tmp_path, spoil):
         (tmp_path / f.name).write_bytes(f.read_bytes())
     (tmp_path / spoil).write_text("{")
     with pytest.raises(ValueError, match="cannot be opened .*it needs config.json"):
-        score.Clip(tmp_path)
+        Clip(tmp_path)
 
 
 def test_missing_tensors_are_not_left_random(folder, tmp_path):
@@ -176,7 +191,7 @@ def test_missing_tensors_are_not_left_random(folder, tmp_path):
     del weights["text_projection.weight"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="1 tensors missing or misshapen, as text_projection.weight"):
-        score.Clip(tmp_path)
+        Clip(tmp_path)
 
 
 def test_hub_out_of_reach(monkeypatch):
@@ -187,9 +202,9 @@ def test_hub_out_of_reach(monkeypatch):
 
     monkeypatch.setattr(CLIPModel, "from_pretrained", offline)
     with pytest.raises(ValueError, match=r"neither a folder here nor .*\(We couldn't connect\); go online once"):
-        score.Clip("openai/clip-vit-base-patch32")
+        Clip("openai/clip-vit-base-patch32")
     with pytest.raises(ValueError, match="there is no CLIP folder ./nowhere"):
-        score.Clip("./nowhere")
+        Clip("./nowhere")
 
 
 # ---------------------------------------------------------------------------------- scores
@@ -197,11 +212,11 @@ def test_hub_out_of_reach(monkeypatch):
 
 def test_scales_by_hand(clip):
     c = torch.tensor([0.3, -0.2])
-    assert score.SCALES["cosine"].of(c).tolist() == c.tolist()
-    assert score.SCALES["clipscore"].of(c).tolist() == pytest.approx([0.75, 0])
-    assert score.SCALES["x100"].of(c).tolist() == pytest.approx([30, 0])
+    assert SCALES["cosine"].of(c).tolist() == c.tolist()
+    assert SCALES["clipscore"].of(c).tolist() == pytest.approx([0.75, 0])
+    assert SCALES["x100"].of(c).tolist() == pytest.approx([30, 0])
     images, texts = clip.images(drawings(3)), ["a", "house", "a"]
-    got = score.scores(clip, images, texts)
+    got = scores(clip, images, texts)
     plain = (images * clip.texts(texts)).sum(-1)
     prefixed = (images * clip.texts(["A photo depicts " + t for t in texts])).sum(-1)
     torch.testing.assert_close(got["cosine"], plain)
@@ -211,65 +226,65 @@ def test_scales_by_hand(clip):
 
 def test_presence_and_nearest():
     images, choices = torch.tensor([[1.0, 0], [0, 1], [0.6, 0.8]]), torch.tensor([[0.8, 0.6], [0, 1.0]])
-    assert score.presence(images, choices).tolist() == [0, 1, 0]
-    assert score.nearest(images, choices).tolist() == pytest.approx([0.8, 1, 0.96])
-    assert score.clip_t(images, choices[:1]).tolist() == pytest.approx([0.8, 0.6, 0.96])
+    assert presence(images, choices).tolist() == [0, 1, 0]
+    assert nearest(images, choices).tolist() == pytest.approx([0.8, 1, 0.96])
+    assert clip_t(images, choices[:1]).tolist() == pytest.approx([0.8, 0.6, 0.96])
 
 
 def test_likeness_by_hand():
     images, real = torch.tensor([[1.0, 0], [0.6, 0.8], [-1, 0]]), torch.tensor([[0.8, 0.6], [0, 1.0]])
-    got = score.likeness(images, real, torch.tensor([0.5, 0, 0.7]))
+    got = likeness(images, real, torch.tensor([0.5, 0, 0.7]))
     assert got["clip_i"].tolist() == pytest.approx([0.4, 0.88, -0.4])
     assert got["nearest"].tolist() == pytest.approx([0.8, 0.96, 0]) and got["which"].tolist() == [0, 0, 1]
-    assert got["nearest"].tolist() == score.nearest(images, real).tolist()
+    assert got["nearest"].tolist() == nearest(images, real).tolist()
     assert got["refclipscore"].tolist() == pytest.approx([2 * 0.5 * 0.8 / 1.3, 0, 0])
 
 
 def test_refclipscore_is_the_harmonic_mean():
-    got = score.refclipscore(torch.tensor([0.75, 0.5, 0.75, 0]), torch.tensor([0.75, 1, -0.2, -0.2]))
+    got = refclipscore(torch.tensor([0.75, 0.5, 0.75, 0]), torch.tensor([0.75, 1, -0.2, -0.2]))
     assert got.tolist() == pytest.approx([0.75, 1 / 1.5, 0, 0])  # equal; 2 / (1 / 0.5 + 1 / 1); nothing alike; neither
 
 
 def test_a_picture_is_no_reference_of_itself():
     rows = torch.tensor([[1.0, 0], [0.6, 0.8], [0, 1]])
-    got = score.likeness(rows, rows, torch.ones(3), torch.eye(3, dtype=torch.bool))
+    got = likeness(rows, rows, torch.ones(3), torch.eye(3, dtype=torch.bool))
     assert got["clip_i"].tolist() == pytest.approx([0.3, 0.7, 0.4]) and got["which"].tolist() == [1, 2, 1]
     assert got["nearest"].tolist() == pytest.approx([0.6, 0.8, 0.8])
     with pytest.raises(ValueError, match=r"the only reference \(1 given\) is the picture itself"):
-        score.likeness(rows, rows[:1], torch.ones(3), torch.eye(3, dtype=torch.bool)[:, :1])
+        likeness(rows, rows[:1], torch.ones(3), torch.eye(3, dtype=torch.bool)[:, :1])
 
 
 def test_prompts_cover_the_world():
-    assert tuple(score.kinds()) == world.KINDS and score.kinds()["hanok"] == "a hanok"
-    assert tuple(score.conditions()) == world.CONDITIONS and score.conditions()["fire"] == "a building on fire"
+    assert tuple(world.kind_prompts()) == world.KINDS and world.kind_prompts()["hanok"] == "a hanok"
+    assert tuple(world.condition_prompts()) == world.CONDITIONS and world.condition_prompts()["fire"] == "a building on fire"
 
 
 @pytest.mark.parametrize(("n", "t"), [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262), (30, 2.045), (10_001, 1.960)])
 def test_t_quantile_is_the_tables(n, t):
-    assert score.t_quantile(n - 1) == pytest.approx(t, abs=6e-4)
+    assert t_quantile(n - 1) == pytest.approx(t, abs=6e-4)
 
 
 def test_mean_interval():
-    assert score.t_quantile(9, 0.99) == pytest.approx(3.250, abs=6e-4)
-    mean, low, high = score.mean_interval([1, 2, 3, 4, 5])
+    assert t_quantile(9, 0.99) == pytest.approx(3.250, abs=6e-4)
+    mean, low, high = mean_interval([1, 2, 3, 4, 5])
     assert (mean, low, high) == pytest.approx((3, 3 - 2.776445 * math.sqrt(2.5 / 5), 3 + 1.963243), abs=1e-4)
-    mean, low, high = score.mean_interval(torch.tensor([0.5]))
+    mean, low, high = mean_interval(torch.tensor([0.5]))
     assert mean == 0.5 and math.isnan(low) and math.isnan(high)
-    assert score.mean_interval([2, 2, 2]) == (2, 2, 2)
+    assert mean_interval([2, 2, 2]) == (2, 2, 2)
     with pytest.raises(ValueError, match="0 values"):
-        score.mean_interval([])
+        mean_interval([])
 
 
 def test_paired_interval_is_students_t_of_the_differences():
     a, b = [5, 7, 6, 9, 8], torch.tensor([4, 5, 3, 5, 3])  # differences 1, 2, 3, 4, 5
     half = 2.776445 * math.sqrt(2.5 / 5)
-    assert score.paired_interval(a, b) == pytest.approx((3, 3 - half, 3 + half), abs=1e-4)
-    assert score.paired_interval(b, a) == pytest.approx((-3, -3 - half, half - 3), abs=1e-4)  # antisymmetric
-    assert math.isnan(score.paired_interval([2], [1])[1])
+    assert paired_interval(a, b) == pytest.approx((3, 3 - half, 3 + half), abs=1e-4)
+    assert paired_interval(b, a) == pytest.approx((-3, -3 - half, half - 3), abs=1e-4)  # antisymmetric
+    assert math.isnan(paired_interval([2], [1])[1])
     with pytest.raises(ValueError, match="3 values cannot be paired with 1"):
-        score.paired_interval([1, 2, 3], [1])
+        paired_interval([1, 2, 3], [1])
     with pytest.raises(ValueError, match="0 values"):
-        score.paired_interval([], [])
+        paired_interval([], [])
 
 
 def test_planted_difference_is_found_and_planted_equality_is_not():
@@ -277,10 +292,10 @@ def test_planted_difference_is_found_and_planted_equality_is_not():
     random = np.random.default_rng(0)
     shared, noise = random.normal(0, 1, 20), random.normal(0, 0.05, (2, 20))
     a, b = shared + noise[0] + 0.1, shared + noise[1]
-    value, low, high = score.paired_interval(a, b)
+    value, low, high = paired_interval(a, b)
     assert 0 < low < 0.1 < high and value == pytest.approx(0.1, abs=0.05)
-    assert score.mean_interval(a)[1] < score.mean_interval(b)[0] < score.mean_interval(b)[2]
-    _, low, high = score.paired_interval(a - 0.1, b)
+    assert mean_interval(a)[1] < mean_interval(b)[0] < mean_interval(b)[2]
+    _, low, high = paired_interval(a - 0.1, b)
     assert low < 0 < high
 
 
@@ -288,17 +303,17 @@ def test_planted_difference_is_found_and_planted_equality_is_not():
 def test_paired_intervals_cover_as_often_as_they_say(confidence):
     random, trials, n = np.random.default_rng(1), 4000, 6
     shared, noise = random.normal(0, 3, (trials, n)), random.normal(0, 1, (2, trials, n))
-    found = [score.paired_interval(*pair, confidence) for pair in zip(shared + noise[0] + 0.5, shared + noise[1])]
+    found = [paired_interval(*pair, confidence) for pair in zip(shared + noise[0] + 0.5, shared + noise[1])]
     covered = np.mean([low < 0.5 < high for _, low, high in found])
     assert covered == pytest.approx(confidence, abs=4 * math.sqrt(confidence * (1 - confidence) / trials))
 
 
 def test_share_interval():
-    assert score.share_interval(8, 10) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-4)
-    assert score.share_interval(0, 10) == pytest.approx((0, 0, 0.2775), abs=1e-4)
-    assert score.share_interval(10, 10) == pytest.approx((1, 0.7225, 1), abs=1e-4)
+    assert share_interval(8, 10) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-4)
+    assert share_interval(0, 10) == pytest.approx((0, 0, 0.2775), abs=1e-4)
+    assert share_interval(10, 10) == pytest.approx((1, 0.7225, 1), abs=1e-4)
     with pytest.raises(ValueError, match="11 of 10"):
-        score.share_interval(11, 10)
+        share_interval(11, 10)
 
 
 # ----------------------------------------------------------------------------------- script
@@ -325,8 +340,8 @@ def test_one_folder_everything(clip, folder, pictures, tmp_path, capsys):
     report = json.loads((tmp_path / "s.json").read_text("utf-8"))
     lines = list(csv.DictReader((tmp_path / "s.csv").open()))
     texts = [f"a hanok in snow {i}" for i in range(3)]
-    expected = score.scores(clip, clip.images(drawings()), texts)
-    choices = score.presence(clip.images(drawings()), clip.texts(["a hanok", "a barn"]))
+    expected = scores(clip, clip.images(drawings()), texts)
+    choices = presence(clip.images(drawings()), clip.texts(["a hanok", "a barn"]))
     for rows in (report["images"], lines):
         assert [r["text"] for r in rows] == texts
         assert [r["prompt"] for r in rows] == [f"* in snow {i}" for i in range(3)]
@@ -339,8 +354,8 @@ def test_one_folder_everything(clip, folder, pictures, tmp_path, capsys):
     assert report["paired"] is None and "clip_i" not in report["formulas"] and "clip_i" not in out
     (summary,) = report["summary"]
     assert summary["n"] == 3
-    assert summary["clipscore"] == pytest.approx(score.mean_interval(expected["clipscore"]), abs=1e-6)
-    share = score.share_interval(int((choices == 0).sum()), 3)
+    assert summary["clipscore"] == pytest.approx(mean_interval(expected["clipscore"]), abs=1e-6)
+    share = share_interval(int((choices == 0).sum()), 3)
     assert summary["presence"]["a hanok"] == pytest.approx(share)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["pictures", "s.csv", "s.json"]  # no temporary left
 
@@ -395,7 +410,7 @@ def test_reference_everything(folder, pictures, tmp_path, capsys):
     assert "broken.png is left out" in err and "whose references are captions" in out
     assert f"like {tmp_path / 'real'}" in out and f"2.png to {tmp_path / 'real' / '0.png'}, 1.0000" in out
 
-    pixels = [reference_pixels(i, 32, score.MEAN, score.STD) for i in drawings(5)]
+    pixels = [reference_pixels(i, 32, MEAN, STD) for i in drawings(5)]
     model = CLIPModel.from_pretrained(folder).eval()
     with torch.no_grad():
         states = model.vision_model(pixel_values=torch.tensor(np.stack(pixels)).float()).pooler_output
@@ -412,7 +427,7 @@ def test_reference_everything(folder, pictures, tmp_path, capsys):
             a = float(r["clipscore"])
             assert float(r["refclipscore"]) == pytest.approx(2 * a * near / (a + near) if a else 0, abs=1e-5)
     (summary,) = report["summary"]
-    assert summary["clip_i"] == pytest.approx(score.mean_interval(cosines.mean(1)), abs=1e-5)
+    assert summary["clip_i"] == pytest.approx(mean_interval(cosines.mean(1)), abs=1e-5)
     assert [Path(f).name for f in report["references"]] == ["0.png", "1.png", "2.png"]
     assert report["references"][0] != report["unreadable"] == []
 
@@ -458,10 +473,10 @@ def test_pairs_are_of_the_same_prompt_and_seed(folder, tmp_path, capsys):
     assert (found["by"], found["pairs"]) == ("prompt and seed", 3)
     assert found["unmatched"] == [f"{paths[0]}/00003.png", f"{paths[1]}/00003.png"]
     pairs = [(rows[f"{paths[0]}/0000{i}.png"], rows[f"{paths[1]}/0000{j}.png"]) for i, j in ((0, 2), (1, 1), (2, 0))]
-    assert list(found["scores"]) == [*score.SCALES, *score.LIKENESS, "is a hanok", "is a barn", "is a tent"]
+    assert list(found["scores"]) == [*SCALES, *LIKENESS, "is a hanok", "is a barn", "is a tent"]
     for name in ("cosine", "clipscore", "clip_i"):
         gaps = [x[name] - y[name] for x, y in pairs]
-        assert found["scores"][name]["difference"] == pytest.approx(score.mean_interval(gaps))
+        assert found["scores"][name]["difference"] == pytest.approx(mean_interval(gaps))
         assert found["scores"][name]["a"] == pytest.approx(sum(x[name] for x, _ in pairs) / 3)
     for label in ("a hanok", "a barn", "a tent"):
         got, gaps = (
@@ -512,7 +527,7 @@ def test_pairs_by_file_name(folder, tmp_path, capsys):
 
 def test_refusals_of_pairs(folder, tmp_path, capsys, monkeypatch):
     paths = two_folders(tmp_path, [("*", 0), ("*, fire", 0)], [("*", 5), ("sks", 6)])
-    monkeypatch.setattr(score, "Clip", None)  # would raise TypeError if it were reached
+    monkeypatch.setattr(clipscore, "Clip", None)  # would raise TypeError if it were reached
     ask = ("--paired", "--clip", folder)
     assert "but of the 1 paths 1 are; give two: clipscore.py A B" in refused(capsys, paths[0], *ask)
     assert "but of the 3 paths 2 are" in refused(capsys, *paths, paths[0], *ask)
@@ -579,7 +594,7 @@ def test_refusals_of_scorer(capsys, folder, pictures, tmp_path):
 
 
 def test_default_is_tiny_up_to_64_pixels(monkeypatch, folder, pictures, capsys):
-    monkeypatch.setattr(score, "TINY", folder)
+    monkeypatch.setattr(clipscore, "TINY_CLIP", folder)
     save(pictures / "wide.png", "wide", Image.new("RGB", (200, 64)))
     assert clipscore.main([str(pictures)]) == 0
     assert "CLIP tiny, 32 px" in capsys.readouterr().out
@@ -587,7 +602,7 @@ def test_default_is_tiny_up_to_64_pixels(monkeypatch, folder, pictures, capsys):
 
 @pytest.mark.parametrize("option", ["--json", "--csv"])
 def test_unwritable_is_refused_before_the_work(capsys, monkeypatch, pictures, tmp_path, option):
-    monkeypatch.setattr(score, "Clip", None)  # would raise TypeError if it were reached
+    monkeypatch.setattr(clipscore, "Clip", None)  # would raise TypeError if it were reached
     assert "cannot be written" in refused(capsys, pictures, option, tmp_path / "nowhere" / "s")
     assert "cannot be written" in refused(capsys, pictures, option, pictures / "0.png" / "s")
     assert "is a folder" in refused(capsys, pictures, option, tmp_path)

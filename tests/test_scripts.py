@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 import sample
 import train_lora
 import train_ti
+from hanokdiff.errors import report_errors
+from hanokdiff.formats import lora_file
+from hanokdiff.formats.load import load_model
 from hanokdiff.methods import lora
-from hanokdiff.models import pipeline as model
 from hanokdiff.tiny import world
-from hanokdiff.training import args as cli
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +71,7 @@ def hashes(sd) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def trained(sd1, photos, tmp_path_factory):
     """One run of train_lora, and what it saw: the base's hashes before and after."""
-    out, seen, load = tmp_path_factory.mktemp("run") / "한옥 lora", {}, model.load
+    out, seen, load = tmp_path_factory.mktemp("run") / "한옥 lora", {}, load_model
 
     def spy(*args, **kwargs):
         seen["sd"] = load(*args, **kwargs)
@@ -78,7 +79,7 @@ def trained(sd1, photos, tmp_path_factory):
         return seen["sd"]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "load", spy)
+        patch.setattr(train_lora, "load_model", spy)
         more = ("--text-rank", 2, "--preview-every", 2, "--save-every", 2, "--flip", "--micro-batch", 1)
         assert train_lora.main(arguments(sd1, photos, "--out", out, *more)) == 0
     return out, seen["before"], hashes(seen["sd"])
@@ -112,7 +113,7 @@ def test_train_lora(sd1, photos, tmp_path, capsys):
     tensors = load_file(out / "lora.safetensors")
     assert len(tensors) == 3 * 128  # all have learnt but who asks whom, where a level has one position only
     assert all(t.abs().max() > 0 for k, t in tensors.items() if "lora_up" in k and ("attn2" in k or "to_v" in k))
-    assert lora.read(out / "lora.safetensors")[1].items() >= {
+    assert lora_file.read_file(out / "lora.safetensors")[1].items() >= {
         "hanokdiff_token": "*", "ss_num_train_images": "6", "ss_steps": "3", "ss_resolution": "(32, 32)"
     }.items()  # fmt: skip
 
@@ -208,13 +209,13 @@ def test_help_tells_both_columns_of_defaults(capsys):
 def test_stopped_and_resumed(sd1, photos, tmp_path, capsys, monkeypatch):
     """Ctrl-C after the second step; --resume needs no other option."""
     assert train_lora.main(arguments(sd1, photos, "--out", "whole")) == 0
-    update = train_lora.Run.update
+    update = train_lora.Trainer.update
 
     def stop(run, losses):
         update(run, losses)
         run.interrupted = run.step == 1
 
-    monkeypatch.setattr(train_lora.Run, "update", stop)
+    monkeypatch.setattr(train_lora.Trainer, "update", stop)
     with pytest.raises(SystemExit) as e:
         train_lora.main(arguments(sd1, photos, "--out", "a"))
     assert e.value.code == 130 and "stopped at step 2 of 3; go on with --resume a" in capsys.readouterr().out
@@ -234,13 +235,13 @@ def test_stopped_and_resumed(sd1, photos, tmp_path, capsys, monkeypatch):
     assert train_lora.main(["--resume", "a", "--device", "cpu"]) == 0
     whole, resumed = (load_file(tmp_path / d / "lora.safetensors") for d in ("whole", "a"))
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
-    monkeypatch.setattr(train_lora.model, "load", None)  # that is said before the model is loaded
+    monkeypatch.setattr(train_lora, "load_model", None)  # that is said before the model is loaded
     refused(train_lora, ["--resume", "a", "--device", "cpu"], ("finished run", "nothing to resume"), capsys)
 
 
 def test_what_may_change_on_resume_and_whose_run_it_is(sd1, photos, capsys, monkeypatch):
     """Options that change no result need no --force; another method's run is refused even with it, and unharmed."""
-    update = train_lora.Run.update
+    update = train_lora.Trainer.update
 
     def stop(run, losses):
         update(run, losses)
@@ -248,7 +249,7 @@ def test_what_may_change_on_resume_and_whose_run_it_is(sd1, photos, capsys, monk
 
     assert train_lora.main(arguments(sd1, photos, "--out", "whole")) == 0
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train_lora.Run, "update", stop)
+        patch.setattr(train_lora.Trainer, "update", stop)
         train_lora.main(arguments(sd1, photos, "--out", "a"))
     before = {p: p.read_bytes() for p in Path("a").rglob("*") if p.is_file()}
     for force in ([], ["--force"]):
@@ -262,14 +263,14 @@ def test_what_may_change_on_resume_and_whose_run_it_is(sd1, photos, capsys, monk
 
 def test_resumed_with_force(sd1, photos, tmp_path, capsys, monkeypatch):
     """All that differs is named, what is the same is not; if accepted, and if the tensors fit, it is used and kept."""
-    update, photos = train_lora.Run.update, shutil.copytree(photos, tmp_path / "photos")
+    update, photos = train_lora.Trainer.update, shutil.copytree(photos, tmp_path / "photos")
 
     def stop(run, losses):
         update(run, losses)
         run.interrupted = run.step == 1
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train_lora.Run, "update", stop)
+        patch.setattr(train_lora.Trainer, "update", stop)
         train_lora.main(arguments(sd1, photos, "--out", "a", "--seed", "7"))
     before = json.loads(Path("a/config.json").read_text())
     resume = ["--resume", "a", "--device", "cpu"]
@@ -289,7 +290,7 @@ def test_resumed_with_force(sd1, photos, tmp_path, capsys, monkeypatch):
         assert told in said, said
     after = json.loads(Path("a/config.json").read_text())
     assert {k for k in after if after[k] != before[k]} == {"steps", "seed", "images", "photos"}
-    assert lora.read(Path("a/lora.safetensors"))[1]["ss_steps"] == "4"
+    assert lora_file.read_file(Path("a/lora.safetensors"))[1]["ss_steps"] == "4"
 
 
 # -------------------------------------------------------------------------------------------------- bad input
@@ -311,7 +312,7 @@ def test_output_piped_in_another_encoding(monkeypatch):
     """As on Korean Windows: what cp949 cannot say is spelled out, and is no user's mistake."""
     pipe = io.TextIOWrapper(io.BytesIO(), encoding="cp949")
     monkeypatch.setattr(sys, "stdout", pipe)
-    assert cli.polite(lambda argv: print("한옥 \U0001f525"))() == 0
+    assert report_errors(lambda argv: print("한옥 \U0001f525"))() == 0
     pipe.flush()
     assert pipe.buffer.getvalue().decode("cp949").strip() == "한옥 \\U0001f525"
 
@@ -321,7 +322,7 @@ def test_out_of_memory(error, capsys):
     def main(argv):
         raise error
 
-    assert cli.polite(main)() == 2
+    assert report_errors(main)() == 2
     err = capsys.readouterr().err
     assert "out of memory (" in err and "--micro-batch" in err and err.count("\n") == 1
 
@@ -501,7 +502,7 @@ def test_bad_sampling_options(sd1, tmp_path, capsys, kind):
 def test_a_lora_for_another_architecture(sd1, sd2, load, tmp_path, capsys):
     """One that fits by name but not in width, one that fits by name nowhere, and the trained one in the other model."""
     narrow = lora.insert(load(sd2), 2, 2)
-    lora.write(tmp_path / "sd2.safetensors", narrow, {})
+    lora_file.save_file(tmp_path / "sd2.safetensors", narrow, {})
     lora.remove(load(sd2), narrow)
     save_file({"lora_unet_x.lora_down.weight": torch.ones(2, 2), "lora_unet_x.lora_up.weight": torch.ones(2, 2)},
               tmp_path / "xl.safetensors")  # fmt: skip

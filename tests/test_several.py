@@ -20,9 +20,11 @@ from safetensors.torch import load_file
 from test_run import apart, half_loss, rows, squares, toy
 
 import train_lora
-from hanokdiff.models import pipeline as model
-from hanokdiff.training import distributed as several
-from hanokdiff.training.trainer import Run
+from hanokdiff import device
+from hanokdiff.device import choose_device
+from hanokdiff.models.pipeline import StableDiffusion
+from hanokdiff.training import distributed
+from hanokdiff.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 METHODS = {  # few pictures, uneven where a process has several micro-batches
@@ -39,7 +41,7 @@ COMMON = ["--steps", "5", "--images", "5", "--lr", "1", "--preview-every", "0", 
 # ------------------------------------------------------------------------------------------ what the processes do
 
 
-class Plain(Run):
+class Plain(Trainer):
     """With plain SGD instead of AdamW, whose first steps are signs: a gradient of 1e-9 would become a whole step."""
 
     def __init__(self, *args, **more):
@@ -56,10 +58,10 @@ class Plain(Run):
 
 def method(name: str) -> dict:
     """A script's whole main; the loss and the gradients of its first step, the weights that it ends with."""
-    script, draw = importlib.import_module(f"train_{name}"), model.StableDiffusion.draw
+    script, draw = importlib.import_module(f"train_{name}"), StableDiffusion.draw
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "Run", Plain)
-        patch.setattr(model.StableDiffusion, "draw", lambda *args, **more: draw(*args, **{"steps": 2, **more}))
+        patch.setattr(script, "Trainer", Plain)
+        patch.setattr(StableDiffusion, "draw", lambda *args, **more: draw(*args, **{"steps": 2, **more}))
         assert script.main([*COMMON, *METHODS[name]]) == 0
     run = Plain.kept.pop("run")
     return Plain.kept | {"weights": {k: m.detach() for k, m in zip(run.learns, run.masters, strict=True)}}
@@ -86,7 +88,7 @@ def chores() -> dict:
     drawn, steps, seen = [], [], {}
 
     def preview():
-        drawn.append(several.RANK)
+        drawn.append(distributed.RANK)
         return Image.new("RGB", (8, 8))
 
     def for_a_while(step):
@@ -111,8 +113,8 @@ def everything(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     os.chdir(folder)
     for name in METHODS:
-        torch.save(method(name), f"{name}-{several.RANK}.pt")
-    torch.save(chores(), f"chores-{several.RANK}.pt")
+        torch.save(method(name), f"{name}-{distributed.RANK}.pt")
+    torch.save(chores(), f"chores-{distributed.RANK}.pt")
 
 
 if __name__ == "__main__":
@@ -235,28 +237,28 @@ def test_torchrun_is_stopped_and_one_goes_on(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_every_slot_has_one_process(monkeypatch, count):
-    monkeypatch.setattr(several, "COUNT", count)
+    monkeypatch.setattr(distributed, "WORLD_SIZE", count)
     slots = []
     for rank in range(count):
-        monkeypatch.setattr(several, "RANK", rank)
-        slots += several.share(7)
+        monkeypatch.setattr(distributed, "RANK", rank)
+        slots += distributed.shard(7)
     assert slots == list(range(7))
     if count > 2:
         with pytest.raises(ValueError, match=f"--batch-size 2 is too small for {count} processes"):
-            several.share(2)
+            distributed.shard(2)
 
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     """The error of a machine without one says which it would have been."""
-    monkeypatch.setattr(several, "COUNT", 2)
-    monkeypatch.setattr(several, "LOCAL", 99)
+    monkeypatch.setattr(device, "WORLD_SIZE", 2)
+    monkeypatch.setattr(device, "LOCAL_RANK", 99)
     with pytest.raises(ValueError, match='device "cuda:99" cannot be used'):
-        model.choose("cuda")
-    assert model.choose("cpu")[0] == torch.device("cpu")
+        choose_device("cuda")
+    assert choose_device("cpu")[0] == torch.device("cpu")
 
 
 def test_buckets_keep_the_order_and_the_dtype(monkeypatch):
-    monkeypatch.setattr(several, "BUCKET", 10)
+    monkeypatch.setattr(distributed, "BUCKET_NUMBERS", 10)
     sizes = [4, 4, 4, 20, 1, 1]
     tensors = [torch.zeros(n, dtype=torch.bfloat16 if i == 5 else torch.float32) for i, n in enumerate(sizes)]
-    assert [[t.numel() for t in b] for b in several.buckets(tensors)] == [[4, 4], [4], [20], [1], [1]]
+    assert [[t.numel() for t in b] for b in distributed.buckets(tensors)] == [[4, 4], [4], [20], [1], [1]]

@@ -12,11 +12,12 @@ from conftest import randomise
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from hanokdiff.formats import folder as checkpoint
-from hanokdiff.formats import single_file as singlefile
-from hanokdiff.models import pipeline as model
+from hanokdiff.formats import single_file
+from hanokdiff.formats.folder import PARTS, plain_names, save_folder
+from hanokdiff.formats.load import load_model
+from hanokdiff.models.pipeline import StableDiffusion
 from hanokdiff.models.schedule import Schedule
-from hanokdiff.models.tokens import TextConfig, TextEncoder
+from hanokdiff.models.text_encoder import TextConfig, TextEncoder
 from hanokdiff.models.unet import UNet, UNetConfig
 from hanokdiff.models.vae import VAE, VAEConfig
 
@@ -42,7 +43,7 @@ SD2_TEXT = TextConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layer
                       hidden_act="gelu")  # fmt: skip
 FULL = {False: (UNetConfig(), VAEConfig(), TextConfig()),
         True: (SD2_UNET, VAEConfig(sample_size=768), SD2_TEXT)}  # fmt: skip
-UNET, VAE_, CLIP, OPEN = (getattr(singlefile, n) for n in ("UNET", "FIRST_STAGE", "CLIP", "OPEN_CLIP"))
+UNET, VAE_, CLIP, OPEN = (getattr(single_file, n) for n in ("UNET", "FIRST_STAGE", "CLIP", "OPEN_CLIP"))
 V_BIAS = UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 NOISE = {  # what real files hold besides, and nobody asks for
     "model_ema.decay": (), "model_ema.diffusion_modelinput_blocks00weight": (3,), "betas": (10,),
@@ -60,7 +61,7 @@ def networks(configs) -> tuple:
 def full():
     """Names and shapes of the real thing, {SD 2?: tensors on the meta device}."""
     with torch.device("meta"):
-        return {sd2: singlefile.to_ldm(*networks(FULL[sd2])) for sd2 in FULL}
+        return {sd2: single_file.to_ldm(*networks(FULL[sd2])) for sd2 in FULL}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def small():
     out = {}
     for sd2, configs in SMALL.items():
         parts = tuple(randomise(m, i) for i, m in enumerate(networks(configs)))
-        out[sd2] = parts, singlefile.to_ldm(*parts)
+        out[sd2] = parts, single_file.to_ldm(*parts)
     return out
 
 
@@ -96,7 +97,7 @@ def same(a, b) -> None:
         assert tensor.dtype == b[name].dtype and torch.equal(tensor, b[name]), name
 
 
-def refused(path, *words: str, read=singlefile.read) -> None:
+def refused(path, *words: str, read=single_file.read) -> None:
     """Reading must fail in one sentence that holds these words."""
     with pytest.raises(ValueError) as caught:
         read(path)
@@ -201,14 +202,14 @@ def test_diffusers_knows_every_name_at_full_size(full, sd2):
 
 @pytest.mark.parametrize("sd2", [False, True])
 def test_sizes_are_read_off_the_shapes(full, sd2):
-    found = (singlefile.infer_unet(full[sd2], sd2, v=sd2), singlefile.infer_vae(full[sd2], v=sd2),
-             singlefile.infer_text(full[sd2], sd2))  # fmt: skip
+    found = (single_file.infer_unet(full[sd2], sd2, v=sd2), single_file.infer_vae(full[sd2], v=sd2),
+             single_file.infer_text(full[sd2], sd2))  # fmt: skip
     assert found == FULL[sd2]
     if sd2:  # SD 2 base; and a file that holds no more than the 23 blocks that are used
-        assert singlefile.infer_unet(full[True], True, v=False).sample_size == 64
-        assert singlefile.infer_vae(full[True], v=False).sample_size == 512
+        assert single_file.infer_unet(full[True], True, v=False).sample_size == 64
+        assert single_file.infer_vae(full[True], v=False).sample_size == 512
         fewer = {k: t for k, t in full[True].items() if "resblocks.23." not in k}
-        assert singlefile.infer_text(fewer, True) == SD2_TEXT
+        assert single_file.infer_text(fewer, True) == SD2_TEXT
 
 
 # --------------------------------------------------------------------------------------------- round trips
@@ -223,7 +224,7 @@ def write_once(load, tmp_path_factory):
         sd = load(reference)
         if reference.flavour not in made:
             path = tmp_path_factory.mktemp("single") / f"{reference.flavour}.safetensors"
-            singlefile.write(path, sd.unet, sd.vae, sd.text.encoder, sd.schedule)
+            single_file.write(path, sd.unet, sd.vae, sd.text.encoder, sd.schedule)
             made[reference.flavour] = path
         return sd, made[reference.flavour]
 
@@ -239,12 +240,12 @@ def written(reference, write_once):
 def test_folder_to_file_to_folder(reference, written, tmp_path):
     """Not a bit changes, nor a number in the configs, though these sizes cannot be read off the shapes."""
     sd, path = written
-    *parts, schedule = singlefile.read(path)
-    checkpoint.save_folder(tmp_path / "again", *parts, sd.text.tokenizer, schedule)
+    *parts, schedule = single_file.read(path)
+    save_folder(tmp_path / "again", *parts, sd.text.tokenizer, schedule)
     assert schedule == sd.schedule
-    for part, stem in checkpoint.PARTS.items():
+    for part, stem in PARTS.items():
         a, b = (folder / part / f"{stem}.safetensors" for folder in (reference.folder, tmp_path / "again"))
-        same(*(checkpoint.plain_names(load_file(file)) for file in (a, b)))
+        same(*(plain_names(load_file(file)) for file in (a, b)))
     for mine, theirs in zip(parts, (sd.unet, sd.vae, sd.text.encoder), strict=True):
         assert mine.config == theirs.config and not mine.training
         assert not any(p.requires_grad or p.is_meta for p in mine.parameters())
@@ -276,11 +277,11 @@ def test_what_the_file_holds(reference, written):
 
 def test_file_in_half_precision(sd1, load, tmp_path):
     sd, path = load(sd1), tmp_path / "new" / "half.safetensors"
-    singlefile.write(path, sd.unet, sd.vae, sd.text.encoder, sd.schedule, torch.float16)
-    unet, *_ = singlefile.read(path)
+    single_file.write(path, sd.unet, sd.vae, sd.text.encoder, sd.schedule, torch.float16)
+    unet, *_ = single_file.read(path)
     same(unet, {k: t.half() for k, t in sd.unet.state_dict().items()})
     with pytest.raises(ValueError, match="ends in .safetensors"):
-        singlefile.write(tmp_path / "a.ckpt", sd.unet, sd.vae, sd.text.encoder, sd.schedule)
+        single_file.write(tmp_path / "a.ckpt", sd.unet, sd.vae, sd.text.encoder, sd.schedule)
     assert not (tmp_path / "a.ckpt").exists()
 
 
@@ -291,7 +292,7 @@ def test_numbers_that_are_none_are_not_written(sd1, load, tmp_path, value):
     unet.load_state_dict(sd.unet.state_dict())
     unet.conv_out.bias.data[1] = value
     with pytest.raises(ValueError, match=r"model.diffusion_model.out.2.bias has a value that is not finite"):
-        singlefile.write(tmp_path / "a.safetensors", unet, sd.vae, sd.text.encoder, sd.schedule)
+        single_file.write(tmp_path / "a.safetensors", unet, sd.vae, sd.text.encoder, sd.schedule)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -313,7 +314,7 @@ def test_other_numbers_of_levels_and_layers(small, file, sd2):
     parts, tensors = small[sd2]
     noise = {k: torch.zeros(shape) for k, shape in NOISE.items() if not (sd2 and k.startswith(CLIP))}
     lines = []
-    *found, schedule = singlefile.read(file(tensors | noise), "v_prediction" if sd2 else None, lines.append)
+    *found, schedule = single_file.read(file(tensors | noise), "v_prediction" if sd2 else None, lines.append)
     for a, b, config in zip(found, parts, SMALL[sd2], strict=True):
         assert a.config == config
         same(a, b)
@@ -324,7 +325,7 @@ def test_names_without_text_model(small, file):
     parts, tensors = small[False]
     bare = {k.replace("transformer.text_model.", "transformer."): t for k, t in tensors.items()}
     assert bare.keys() != tensors.keys()
-    same(singlefile.read(file(bare))[2], parts[2])
+    same(single_file.read(file(bare))[2], parts[2])
 
 
 def test_autoencoder_with_linear_attention(small, file):
@@ -332,14 +333,14 @@ def test_autoencoder_with_linear_attention(small, file):
     parts, tensors = small[False]
     flat = {k: t[:, :, 0, 0].clone() if ".attn_1." in k and t.dim() == 4 else t for k, t in tensors.items()}
     assert flat[VAE_ + "encoder.mid.attn_1.q.weight"].dim() == 2
-    same(singlefile.read(file(flat))[1], parts[1])
+    same(single_file.read(file(flat))[1], parts[1])
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="Linux tells what is mapped")
 @pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
 def test_weights_are_mapped_not_read(small, file, name):
     path = file(small[True][1], name)
-    opened = singlefile.read(path)
+    opened = single_file.read(path)
     with open("/proc/self/maps") as f:
         assert str(path) in f.read()
     same(opened[0], small[True][0][0])
@@ -354,7 +355,7 @@ def test_ckpt(small, tmp_path, form):
     more = {"global_step": 470_000, "epoch": 3, "optimizer_states": [], "note": None}
     content = {**tensors, **more} if form == "flat" else {"state_dict": {**tensors, "step": 7}, **more}
     torch.save(content, tmp_path / "a.ckpt", _use_new_zipfile_serialization=form != "legacy")
-    for a, b in zip(singlefile.read(tmp_path / "a.ckpt"), parts):  # the schedule is left out
+    for a, b in zip(single_file.read(tmp_path / "a.ckpt"), parts):  # the schedule is left out
         same(a, b)
 
 
@@ -431,7 +432,7 @@ def bias(std: float) -> torch.Tensor:
 def test_order_of_what_tells_the_prediction(full, sd2, named, said, step, std, kind, reason):
     tensors = {k: t for k, t in full[sd2].items() if k != V_BIAS} | ({V_BIAS: bias(std)} if std is not None else {})
     metadata = {"modelspec.prediction_type": said} if said else {}
-    found, why = singlefile.prediction_type(tensors, sd2, named, metadata, step)
+    found, why = single_file.prediction_type(tensors, sd2, named, metadata, step)
     assert found == kind and reason in why
 
 
@@ -441,16 +442,16 @@ def test_prediction_reaches_schedule_and_sizes(small, file):
     for std, kind, size in ((0.2, "v_prediction", 96), (0.02, "epsilon", 64)):
         lines = []
         path = file(tensors | {last: bias(std)[:64].clone()}, "b.ckpt", global_step=5)
-        unet, *_, schedule = singlefile.read(path, say=lines.append)
+        unet, *_, schedule = single_file.read(path, say=lines.append)
         assert (schedule.prediction_type, unet.config.sample_size) == (kind, size)
         assert len(lines) == 1 and kind in lines[0] and "guessed" in lines[0]
     path = file(tensors | {last: bias(0.2)[:64].clone()}, "b.ckpt", global_step=875_000)
-    assert singlefile.read(path)[3].prediction_type == "epsilon"
+    assert single_file.read(path)[3].prediction_type == "epsilon"
     path = file(tensors, metadata={"modelspec.prediction_type": "v"})
-    assert singlefile.read(path)[3].prediction_type == "v_prediction"
+    assert single_file.read(path)[3].prediction_type == "v_prediction"
     path = file(tensors, metadata={"modelspec.prediction_type": "rf"})
     with pytest.raises(ValueError, match='"rf" is not known; known: epsilon, v_prediction'):
-        singlefile.read(path)
+        single_file.read(path)
 
 
 # ------------------------------------------------------------------------------------------------- refusals
@@ -516,8 +517,8 @@ def picture(sd) -> np.ndarray:
     return np.asarray(sd.draw(["a barn on fire!"], [5], steps=3, cfg=7.5, sampler="ddim")[0]).astype(int)
 
 
-def opened(path, **options) -> model.StableDiffusion:
-    return model.load(str(path), device="cpu", **{"say": None, **options})
+def opened(path, **options) -> StableDiffusion:
+    return load_model(str(path), device="cpu", **{"say": None, **options})
 
 
 @pytest.mark.parametrize("where", ["tokenizer", "."])

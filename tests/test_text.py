@@ -9,8 +9,10 @@ import torch
 from conftest import difference
 from safetensors.torch import load_file, save_file
 
-from hanokdiff.formats.folder import load_part, load_tokenizer
-from hanokdiff.models.tokens import Text, TextConfig, TextEncoder, contains
+from hanokdiff.formats.folder import load_part
+from hanokdiff.formats.tokenizer import load_tokenizer
+from hanokdiff.models.text_encoder import TextConfig, TextEncoder
+from hanokdiff.models.tokens import Text, contains_word
 
 PROMPTS = ["", "a barn on fire", "a photo of *, fire", "(*)", "Ünïcode 한옥, é!", "a  BARN\n in   the snow ."]
 
@@ -135,10 +137,10 @@ def test_a_word_of_letters_only_at_its_boundaries(sd1, text):
     sks = tokenizer("sks", add_special_tokens=False).input_ids
     text.add_word("sks")
     for prompt in ("he asks", "skss", "a_sks"):
-        assert not contains(prompt, "sks")
+        assert not contains_word(prompt, "sks")
         assert text.ids(prompt) == padded(tokenizer, prompt)
     for prompt in ("a photo of sks barn", "SKS, fire", "(sks)", "sks"):
-        assert contains(prompt, "sks")
+        assert contains_word(prompt, "sks")
         assert sks[0] in text.ids(prompt)
     assert text.ids("sks, fire") == padded(tokenizer, "sks , fire")
 

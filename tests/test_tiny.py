@@ -10,8 +10,8 @@ from PIL import Image
 
 import sample
 import train_lora
-from hanokdiff.models import pipeline as model
-from hanokdiff.scoring import clip as score
+from hanokdiff.formats.load import load_model
+from hanokdiff.scoring.clip import Clip, preprocess
 from hanokdiff.tiny import build, world
 
 HERE = Path(world.__file__).parent
@@ -19,12 +19,12 @@ HERE = Path(world.__file__).parent
 
 @pytest.fixture(scope="module")
 def sd():
-    return model.load("tiny", "cpu", say=None)
+    return load_model("tiny", "cpu", say=None)
 
 
 @pytest.fixture(scope="module")
 def judge():
-    return score.Clip()
+    return Clip()
 
 
 def test_weights_are_few_and_safetensors():
@@ -75,7 +75,7 @@ def test_the_clip_opens_in_transformers_and_scores_alike(judge):
     net = CLIPModel.from_pretrained(HERE / "clip").float().eval()
     pictures = [world.draw(world.scene(f"t {i}", world.KINDS)) for i in range(4)]
     texts = ["a hanok on fire", "a castle in the snow", "a barn at night", "a tent"]
-    pixels = torch.stack([score.preprocess(p, judge.size, judge.mean, judge.std) for p in pictures])
+    pixels = torch.stack([preprocess(p, judge.size, judge.mean, judge.std) for p in pictures])
     ids = judge.tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt").input_ids
     with torch.inference_mode():
         theirs = net(pixel_values=pixels, input_ids=ids).logits_per_image / net.logit_scale.exp()

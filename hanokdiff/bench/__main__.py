@@ -25,120 +25,29 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
-from torch import Tensor
 
-from hanokdiff.formats import folder as checkpoint
-from hanokdiff.methods import hypernetwork as hypernet
-from hanokdiff.methods import lora
-from hanokdiff.methods import losses as loss
-from hanokdiff.methods import textual_inversion as inversion
-from hanokdiff.models import memory as lean
-from hanokdiff.models import pipeline as model
+from hanokdiff.bench import setup
+from hanokdiff.device import choose_device
+from hanokdiff.errors import make_folder, report_errors
+from hanokdiff.files import write_json
+from hanokdiff.formats.load import TINY_MODEL
+from hanokdiff.models import memory
 from hanokdiff.models.pipeline import StableDiffusion
-from hanokdiff.models.schedule import Schedule
-from hanokdiff.models.tokens import Text, TextConfig, TextEncoder
-from hanokdiff.models.unet import UNet, UNetConfig
-from hanokdiff.models.vae import VAE, VAEConfig
 from hanokdiff.options import Options
-from hanokdiff.training import args as cli
-from hanokdiff.training import dataset as data
-from hanokdiff.training.trainer import Batch, Run
-
-TRAINED = ("ti", "dreambooth", "lora", "hypernet", "hypernet-all")
-WORKS = (*TRAINED, "sample", "start")
-STEPS = 20  # of a sampler, for one picture
-
-
-@dataclass(frozen=True)
-class Size:
-    """A Stable Diffusion's numbers, the side of its pictures in pixels, and the usual batch."""
-
-    unet: UNetConfig
-    text: TextConfig
-    vae: VAEConfig
-    side: int
-    batch: int
-
-
-_NARROW = dict(cross_attention_dim=64, sample_size=16)
-_TEXT = TextConfig(hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4)
-_VAE = VAEConfig(block_out_channels=(32, 32, 64, 64), sample_size=128)
-SIZES = {
-    # all of SD 1.5's layers, so narrow that what is left is the cost of calling them
-    "overhead": Size(UNetConfig(block_out_channels=(32, 32, 32, 32), **_NARROW), _TEXT, _VAE, 128, 2),
-    "small": Size(UNetConfig(block_out_channels=(64, 128, 128), attention=(True, True, True), heads=(8, 8, 8),
-                             **_NARROW), _TEXT, _VAE, 128, 8),
-    "sd15": Size(UNetConfig(), TextConfig(), VAEConfig(), 512, 8),
-}  # fmt: skip
-
-
-def side(size: str) -> int:
-    """Of its pictures, in pixels."""
-    return 64 if size == "tiny" else SIZES[size].side
-
-
-def build(size: str, device: str, dtype: torch.dtype) -> StableDiffusion:
-    """A model of this size with random weights, made on the device; "tiny" is the embedded one."""
-    if size == "tiny":
-        return model.load("tiny", device, {v: k for k, v in model.DTYPES.items()}[dtype], say=None)
-    numbers = SIZES[size]
-    torch.manual_seed(0)
-    with torch.device(device):
-        parts = UNet(numbers.unet), VAE(numbers.vae), TextEncoder(numbers.text)
-    unet, vae, encoder = (part.to(dtype).requires_grad_(False) for part in parts)
-    words = checkpoint.load_tokenizer(model.TINY / "tokenizer")
-    return StableDiffusion(unet, vae, Text(encoder, words), Schedule(), torch.device(device), dtype, size)
-
+from hanokdiff.training.trainer import Trainer
 
 # ------------------------------------------------------------------------------------------------------------- ours
 
 
-def photos(side: int, n: int = 8) -> tuple[list[Image.Image], list[str]]:
-    """Something to learn from, with as many captions."""
-    images = [Image.effect_noise((side, side), 50 + i).convert("RGB") for i in range(n)]
-    return images, [f"* {i} in the snow" for i in range(n)]
-
-
-def prepare(sd: StableDiffusion, method: str, side: int) -> tuple[dict, Callable[[Batch], Tensor]]:
-    """What learns, and the losses of a batch, as train_METHOD.py has them; LoRAs of rank 4, as in the peer's script."""
-    images, captions = photos(side)
-    sd.text.add_word("*")
-    if method == "lora":
-        loras = lora.insert(sd, 4, 4)
-        learns = {f"{name}.{part}": getattr(m, part) for name, m in loras.items() for part in ("down", "up")}
-    elif method.startswith("hypernet"):
-        widths = hypernet.widths(sd)["all" if method == "hypernet-all" else "context"]
-        learns = dict(hypernet.insert(sd, hypernet.Hypernet(hypernet.Spec(), widths)).named_parameters())
-    elif method == "ti":
-        learns = {"rows": inversion.insert(sd, "*", inversion.table(sd)[[400]]).rows}
-    else:
-        learns = {f"unet.{k}": p for k, p in sd.unet.named_parameters()}
-        learns |= {f"text.{k}": p for k, p in sd.text.encoder.named_parameters() if "token_embedding" not in k}
-        learns["word"] = inversion.insert(sd, "*", inversion.table(sd)[sd.text.words["*"]]).rows
-    for p in learns.values():
-        p.requires_grad_(True)
-    shots = data.Shots(sd.vae, images, captions, device=sd.device)
-    if method not in ("ti", "dreambooth"):
-        sd.text.remember(captions)
-
-    def losses(batch: Batch) -> Tensor:
-        latents, prompts = shots[batch]
-        return loss.denoising(sd, latents, sd.text(prompts), batch)
-
-    return learns, losses
-
-
 def train(sd: StableDiffusion, method: str, side: int, batch: int, folder: Path) -> Iterator[None]:
     """Our training, a step at a time, chores and all."""
-    learns, losses = prepare(sd, method, side)
+    learns, losses = setup.prepare(sd, method, side)
     interrupt = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        run = Run(folder / method, learns, steps=10**6, batch_size=batch, lr=1e-5, save=None, artefact="", config={})
+        run = Trainer(folder / method, learns, steps=10**6, batch_size=batch, lr=1e-5, save=None, artefact="", config={})
         steps = iter(run)
         part = next(steps)
     for number, handler in zip((signal.SIGINT, signal.SIGTERM), interrupt, strict=True):
@@ -152,27 +61,27 @@ def train(sd: StableDiffusion, method: str, side: int, batch: int, folder: Path)
 def sample(sd: StableDiffusion, side: int, batch: int) -> Iterator[None]:
     """Our sampler: STEPS steps of a picture for each of `batch` prompts, from the prompt to the latents."""
     while True:
-        for _ in sd.sample(["a house in the snow"] * batch, list(range(batch)), sampler="ddim", steps=STEPS, cfg=7.5,
+        for _ in sd.sample(["a house in the snow"] * batch, list(range(batch)), sampler="ddim", steps=setup.STEPS, cfg=7.5,
                            size=(side, side)):  # fmt: skip
             pass
         yield
 
 
-def peer():
+def baseline_module():
     """hanokdiff/bench/baseline.py, which needs diffusers and peft; they are no packages of ours."""
     try:
-        from hanokdiff.bench import baseline as peers
+        from hanokdiff.bench import baseline
     except ImportError as e:
         raise ValueError(f"--vs diffusers needs both sides: pip install -r requirements-dev.txt ({e})") from None
-    return peers
+    return baseline
 
 
 def contestants(args, work: str, folder: Path, only: str | None = None) -> dict[str, Iterator[None]]:
     """name -> what does one step of the work at every next(). What is written goes into `folder`."""
-    dtype, out = model.choose(args.device, args.dtype)[1], {}
+    dtype, out = choose_device(args.device, args.dtype)[1], {}
 
     def fresh():
-        sd = build(args.size, args.device, dtype)
+        sd = setup.build(args.size, args.device, dtype)
         if args.channels_last:
             sd.unet.to(memory_format=torch.channels_last)
         return sd
@@ -182,21 +91,21 @@ def contestants(args, work: str, folder: Path, only: str | None = None) -> dict[
         out["ours"] = sample(sd, args.side, args.batch) if work == "sample" else \
             train(sd, work, args.side, args.batch, folder)  # fmt: skip
         if args.compile:
-            lean.compile(sd.unet)
+            memory.compile(sd.unet)
         if args.checkpointing:
-            lean.checkpoint(sd.unet)
+            memory.checkpoint(sd.unet)
     if args.vs and not work.startswith("hypernet"):  # which it has not
-        peers = peer()
+        peers = baseline_module()
         for kind in peers.KINDS[work == "sample"]:
             if only in (None, kind):
-                out[kind] = peers.run(fresh(), work, kind, args.side, args.batch, *photos(args.side), args.compile)
+                out[kind] = peers.run(fresh(), work, kind, args.side, args.batch, *setup.photos(args.side), args.compile)
     return out
 
 
 # --------------------------------------------------------------------------------------------------------- measuring
 
 
-def race(sides: dict[str, Iterator[None]], rounds: int, turn: int, wait: Callable) -> dict[str, list[float]]:
+def interleaved(sides: dict[str, Iterator[None]], rounds: int, turn: int, wait: Callable) -> dict[str, list[float]]:
     """Seconds of a step on each side; they take turns of `turn` steps. The first turn warms up."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(rounds + 1):
@@ -228,7 +137,7 @@ def alone(args, work: str, side: str, pipe) -> None:
         pipe.send(int(peak[1]) * 1024)
 
 
-def memory(args, work: str, side: str) -> int | None:
+def peak_memory(args, work: str, side: str) -> int | None:
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()
     process = spawn.Process(target=alone, args=(args, work, side, there))
@@ -264,7 +173,7 @@ def fastest_product(device: str, dtype: torch.dtype) -> float:
 def start(args) -> dict[str, list[float]]:
     """Seconds from the start of a process to the end of the first sampling step, with the embedded model."""
     ours = "from hanokdiff import model; next(model.load(say=None).sample(['a house'], [0]))"
-    theirs = f"from hanokdiff import peers; peers.first_step({str(model.TINY)!r})"
+    theirs = f"from hanokdiff import peers; peers.first_step({str(TINY_MODEL)!r})"
     times: dict[str, list[float]] = {}
     for i in range(args.rounds + 1):  # the first fills the page cache
         for name, code in [("ours", ours)] + [("diffusers", theirs)] * bool(args.vs):
@@ -282,10 +191,10 @@ def start(args) -> dict[str, list[float]]:
 def rows(args, work: str) -> list[dict]:
     """One row for each side."""
     with tempfile.TemporaryDirectory() as folder:
-        times = start(args) if work == "start" else race(contestants(args, work, Path(folder)), args.rounds, args.turn,
+        times = start(args) if work == "start" else interleaved(contestants(args, work, Path(folder)), args.rounds, args.turn,
                                                          waiter(args.device))  # fmt: skip
     pictures, operations, out = 0 if work == "start" else args.batch, None, []
-    if args.share and work in TRAINED:
+    if args.share and work in setup.TRAINED:
         from hanokdiff.bench import budget
 
         operations = budget.step(work, args.size, args.batch, args.checkpointing)[0]
@@ -300,7 +209,7 @@ def rows(args, work: str) -> list[dict]:
         if operations:
             row["share_of_limit"] = operations / low / args.share
         if args.memory and work != "start":
-            row["peak_bytes"] = memory(args, work, name)
+            row["peak_bytes"] = peak_memory(args, work, name)
         out.append(row)
     return out
 
@@ -314,11 +223,11 @@ def line(row: dict) -> str:
             f"{1e3 * row['seconds_spread']:10.1f}{rate} {peak} {share} {ratio}").rstrip()  # fmt: skip
 
 
-@cli.polite
+@report_errors
 def main(argv=None):
     p = Options(description=__doc__)
-    p.add_argument("works", nargs="*", metavar="WORK", help=f"what to do: {', '.join(WORKS)} (default: all but start)")
-    p.add_argument("--size", default="tiny", choices=("tiny", *SIZES), help="default: tiny")
+    p.add_argument("works", nargs="*", metavar="WORK", help=f"what to do: {', '.join(setup.WORKS)} (default: all but start)")
+    p.add_argument("--size", default="tiny", choices=("tiny", *setup.SIZES), help="default: tiny")
     p.add_argument("--vs", choices=("diffusers",), help="the other side: its scripts' defaults, and its best flags")
     p.add_argument("--batch-size", type=int, help="pictures a step (default: the size's own)")
     p.add_argument("--rounds", type=int, default=7, help="turns of each side that count (default: 7)")
@@ -333,8 +242,8 @@ def main(argv=None):
     p.add_argument("--channels-last", action="store_true", help="ours with convolutions in that layout")
     p.add_argument("--json", type=Path, help="write the figures here too")
     args = p.parse_args(argv)
-    if strange := [w for w in args.works if w not in WORKS]:
-        raise ValueError(f"{strange[0]} is nothing to measure; choose of {', '.join(WORKS)}")
+    if strange := [w for w in args.works if w not in setup.WORKS]:
+        raise ValueError(f"{strange[0]} is nothing to measure; choose of {', '.join(setup.WORKS)}")
     for name in ("batch_size", "rounds", "turn"):
         if getattr(args, name) is not None and not 1 <= getattr(args, name) <= 4096:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be from 1 to 4096")
@@ -343,14 +252,14 @@ def main(argv=None):
     if "start" in args.works and (args.size, args.batch_size) != ("tiny", None):
         raise ValueError("start opens the embedded model and draws one picture; leave out --size and --batch-size")
     if args.vs:
-        peer()
+        baseline_module()
     if args.json:
-        cli.make_folder(args.json.parent, "--json")
-    device, dtype, why = model.choose(args.device, args.dtype)
+        make_folder(args.json.parent, "--json")
+    device, dtype, why = choose_device(args.device, args.dtype)
     if args.cap and device.type != "cuda":
         raise ValueError(f"--cap is for a GPU, but the device is {device}; leave it out")
-    args.device, args.side = str(device), side(args.size)
-    args.batch = args.batch_size or (8 if args.size == "tiny" else SIZES[args.size].batch)
+    args.device, args.side = str(device), setup.side(args.size)
+    args.batch = args.batch_size or (8 if args.size == "tiny" else setup.SIZES[args.size].batch)
     limit(args)
     if args.share:
         args.share = fastest_product(args.device, dtype)
@@ -363,12 +272,12 @@ def main(argv=None):
     about = {"size": args.size, "side": args.side, "batch": args.batch, "device": name, "dtype": str(dtype),
              "torch": torch.__version__, "cap": args.cap, "compile": args.compile,
              "checkpointing": args.checkpointing, "rows": []}  # fmt: skip
-    for work in args.works or WORKS[:-1]:
+    for work in args.works or setup.WORKS[:-1]:
         for row in rows(args, work):
             print(line(row), flush=True)
             about["rows"].append(row)
         if args.json:
-            checkpoint.write_json(args.json, about)
+            write_json(args.json, about)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline
 
-from hanokdiff.bench.__main__ import STEPS
-from hanokdiff.formats import folder as checkpoint
-from hanokdiff.training import dataset as data
+from hanokdiff.bench import setup
+from hanokdiff.formats.folder import save_folder
+from hanokdiff.models.pipeline import to_tensor
 
 KINDS = {False: ("diffusers default", "diffusers best"), True: ("diffusers",)}
 diffusers.utils.logging.set_verbosity_error()
@@ -33,7 +33,7 @@ diffusers.utils.logging.disable_progress_bar()
 def pipeline(sd) -> StableDiffusionPipeline:
     """Their pipeline with our weights, through a folder on disk."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
-        checkpoint.save_folder(Path(folder), sd.unet, sd.vae, sd.text.encoder, sd.text.tokenizer, sd.schedule)
+        save_folder(Path(folder), sd.unet, sd.vae, sd.text.encoder, sd.text.tokenizer, sd.schedule)
         pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(sd.device)
@@ -53,7 +53,7 @@ def sample(pipe, dtype: torch.dtype, side: int, batch: int) -> Iterator[None]:
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.to(dtype)
     while True:
-        pipe(["a house in the snow"] * batch, num_inference_steps=STEPS, guidance_scale=7.5, height=side, width=side,
+        pipe(["a house in the snow"] * batch, num_inference_steps=setup.STEPS, guidance_scale=7.5, height=side, width=side,
              output_type="latent")  # fmt: skip
         yield
 
@@ -88,7 +88,7 @@ def train(pipe, method: str, best: bool, dtype: torch.dtype, batch: int, images,
     if best and device.type == "cuda":
         unet.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(learns, lr=1e-5, **({"fused": True} if best else {}))
-    pixels = torch.stack([data.to_tensor(image) for image in images]).to(device, dtype)
+    pixels = torch.stack([to_tensor(image) for image in images]).to(device, dtype)
     ids = tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
     ids = ids.to(device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)

@@ -20,10 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from hanokdiff.bench import __main__ as bench
-from hanokdiff.models import memory as lean
+from hanokdiff.bench import setup
+from hanokdiff.errors import report_errors
+from hanokdiff.models import memory
 from hanokdiff.options import Options
-from hanokdiff.training import args as cli
+from hanokdiff.training.noise import Batch
 
 LIMIT = 44 * 2**30
 
@@ -113,16 +114,16 @@ def step(method: str, size: str = "sd15", batch: int = 1, checkpointing: bool = 
     the weights, and for what learns the fp32 master and Adam's two averages. With few photos the most is at the update,
     when a bf16 network's gradients stand there in fp32."""
     with fused():
-        sd = bench.build(size, "meta", torch.bfloat16)
+        sd = setup.build(size, "meta", torch.bfloat16)
         if checkpointing:
-            lean.checkpoint(sd.unet)
-        learns, losses = bench.prepare(sd, method, bench.side(size))
+            memory.checkpoint(sd.unet)
+        learns, losses = setup.prepare(sd, method, setup.side(size))
         count = Count()
         weights = sum(p.nbytes for part in (sd.unet, sd.text.encoder) for p in part.parameters())
         half = sum(4 * p.numel() for p in learns.values() if p.dtype != torch.float32)
         stays = weights + half + sum(8 * p.numel() for p in learns.values())
         with count:
-            losses(bench.Batch(0, 0, range(batch), batch)).mean().backward()
+            losses(Batch(0, 0, range(batch), batch)).mean().backward()
     return count.operations, stays + max(count.peak, half), stays
 
 
@@ -135,7 +136,7 @@ def largest(method: str, limit: int, checkpointing: bool) -> int:
     return max(0, most)
 
 
-@cli.polite
+@report_errors
 def main(argv=None):
     p = Options(description=__doc__)
     p.add_argument("--limit", type=float, default=LIMIT / 2**30, help="GiB (default: %(default)g)")
@@ -145,7 +146,7 @@ def main(argv=None):
     print(f"SD 1.5 at 512 px in bf16, simulated on the meta device; largest batch within {args.limit:g} GiB\n")
     print("| | operations a photo | resident | 1 photo | 4 | 8 | 32 | largest | with --checkpointing: 32 | largest |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    for method in bench.TRAINED:
+    for method in setup.TRAINED:
         (ops, one, resident), *more = (step(method, batch=b) for b in (1, 4, 8, 32))
         _, again, _ = step(method, batch=32, checkpointing=True)
         gb = " | ".join(f"{n / 1e9:.1f} GB" for n in (resident, one, *(peak for _, peak, _ in more)))

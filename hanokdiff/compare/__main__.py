@@ -23,14 +23,12 @@ import sys
 import time
 from pathlib import Path
 
-from hanokdiff.compare import plan, report
-from hanokdiff.compare import run as cell
-from hanokdiff.compare.plan import METHODS
-from hanokdiff.formats import folder as checkpoint
-from hanokdiff.models.tokens import contains
+from hanokdiff.compare import plan, report, run
+from hanokdiff.errors import check_folder, make_folder, report_errors
+from hanokdiff.files import read_json, write_json
+from hanokdiff.models.tokens import contains_word
 from hanokdiff.options import Options
-from hanokdiff.scoring import clip as score
-from hanokdiff.training import args as cli
+from hanokdiff.scoring.clip import EXAMPLE
 
 LARGE = 1 << 30  # bytes of a JSON file at most: the scores of 240,000 pictures
 PROMPTS = ("{token}, fire", "{token} in the fire", "A fire broke out in {token}")
@@ -40,7 +38,7 @@ def options():
     p = Options(prog="python -m hanokdiff.compare", description=__doc__)
     what, train, draw, judge, out = (p.add_argument_group(g) for g in ("the matrix", "training", "pictures", "scores",
                                                                        "output"))  # fmt: skip
-    what.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all four")
+    what.add_argument("--methods", nargs="+", choices=plan.METHODS, default=list(plan.METHODS), help="default: all four")
     what.add_argument("--sizes", nargs="+", type=int, help="numbers of photos (default: 5 50 100, quick 50)")
     what.add_argument("--seeds", nargs="+", type=int, default=[0], help="of training (default: 0)")
     what.add_argument("--quick", action="store_true", help="a first look: 50 photos only, 8 pictures a prompt")
@@ -88,18 +86,18 @@ def check(args) -> tuple[int, int]:
             raise ValueError(f"--{name} is {value}, but must be at most {most}")
     if args.model != "tiny" and (args.data is None or args.clip is None):
         raise ValueError(f"--model {args.model} needs --data FOLDER, the photos, and --clip, a judge that knows such "
-                         f"pictures: {score.EXAMPLE} or a folder")  # fmt: skip
+                         f"pictures: {EXAMPLE} or a folder")  # fmt: skip
     for more in args.more:
-        if (more.split() or [""])[0] not in ("all", *METHODS):
-            raise ValueError(f'--with "{more}" must begin with all, {", ".join(METHODS)}, as in "lora --rank 4"')
+        if (more.split() or [""])[0] not in ("all", *plan.METHODS):
+            raise ValueError(f'--with "{more}" must begin with all, {", ".join(plan.METHODS)}, as in "lora --rank 4"')
     args.prompts = [p.replace("{token}", args.token) for p in args.prompts]
     for p in args.prompts:
-        if not contains(p, args.token):
+        if not contains_word(p, args.token):
             raise ValueError(f'the prompt "{p}" lacks the pseudo word "{args.token}"; write it, or {{token}}, into it')
     i, _, n = args.shard.partition("/")
     if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
         raise ValueError(f"--shard is {args.shard}, but must be I/N with I from 1 to N, such as 1/4")
-    cli.check_folder(args.out)
+    check_folder(args.out)
     return int(i), int(n)
 
 
@@ -119,7 +117,7 @@ def read_manifest(folder: Path) -> dict:
     """A comparison's manifest. What is in it becomes paths, so that every name must be a plain one."""
     if not (folder / "manifest.json").is_file():
         raise ValueError(f"--merge {folder}: no comparison was started there (it has no manifest.json)")
-    manifest = checkpoint.read_json(folder / "manifest.json", LARGE)
+    manifest = read_json(folder / "manifest.json", LARGE)
     try:
         names = [n for c in manifest["cells"] for n in (*Path(c["folder"]).parts, c["pictures"], c["scores"])]
         plain = all(c["folder"].startswith("cells/") for c in manifest["cells"])
@@ -137,10 +135,10 @@ def collect(out: Path, manifest: dict) -> dict:
     done = [c for c in cells if (out / c["folder"] / c["scores"]).exists()]
     for c in done:
         home = out / c["folder"]
-        c |= checkpoint.read_json(home / c["scores"], LARGE)
+        c |= read_json(home / c["scores"], LARGE)
         if strange := [r["file"] for r in c["images"] if Path(r["file"]).parent != Path(c["folder"], c["pictures"])]:
             raise ValueError(f"{home / c['scores']} names {strange[0]!r}, which is no picture of that cell; delete it")
-        c |= {"times": cell.times(c, home), "held_out": cell.curve(home)}
+        c |= {"times": run.times(c, home), "held_out": run.curve(home)}
     missing = [c["name"] for c in cells if "images" not in c]
     return {**manifest, "cells": done, "missing": missing}
 
@@ -161,7 +159,7 @@ def merge(args) -> dict:
     return manifests[0]
 
 
-@cli.polite
+@report_errors
 def main(argv=None):
     args = options().parse_args(argv)
     shard, shards = check(args)
@@ -171,8 +169,8 @@ def main(argv=None):
         study = plan.prepare(args)
         manifest = plan.plan(args, study)
         mine = manifest["cells"][shard - 1 :: shards]
-        cli.make_folder(args.out)
-    checkpoint.write_json(args.out / "manifest.json", manifest)
+        make_folder(args.out)
+    write_json(args.out / "manifest.json", manifest)
     todo = [c for c in mine if not (args.out / c["folder"] / c["scores"]).exists()]
     if mine:
         print(f"{len(mine)} cells, {len(mine) - len(todo)} of them done; the page to watch: {args.out / 'report.html'}")
@@ -183,9 +181,9 @@ def main(argv=None):
     try:
         for k, c in enumerate(todo, 1):
             home = args.out / c["folder"]
-            cell.train(c, home)
-            cell.draw(study, c, home, manifest["settings"]["drawing"])
-            cell.judge(study, c, home)
+            run.train(c, home)
+            run.draw(study, c, home, manifest["settings"]["drawing"])
+            run.score_images(study, c, home)
             show(args.out, manifest)
             print(f"{k:3} of {len(todo)}  {time.perf_counter() - start:6.0f} s  {c['name']}", flush=True)
     except KeyboardInterrupt:

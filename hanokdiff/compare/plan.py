@@ -19,13 +19,16 @@ from pathlib import Path
 
 import torch
 
-from hanokdiff.models import pipeline as model
+from hanokdiff.formats.load import load_model
 from hanokdiff.models import samplers
+from hanokdiff.models.pipeline import StableDiffusion
 from hanokdiff.models.tokens import word_pattern
-from hanokdiff.scoring import clip as score
-from hanokdiff.training import args as cli
-from hanokdiff.training import dataset as data
+from hanokdiff.scoring.clip import SCALES, TINY_CLIP, Clip, nearest, presence
+from hanokdiff.scoring.stats import mean_interval
+from hanokdiff.tiny import world
 from hanokdiff.training import prior
+from hanokdiff.training.args import check_resolution, check_training
+from hanokdiff.training.dataset import Photo, load_photos, photo_files, prepare_captions
 
 METHODS = {"ti": "embedding.safetensors", "dreambooth": "model", "lora": "lora.safetensors", "hypernet": "hypernet.pt"}
 SCRIPTS = Path(__file__).resolve().parents[2]  # where train_ti.py and its three siblings are
@@ -40,40 +43,40 @@ EXTRA = 32  # pictures at most of what is asked beside the prompts: it is no par
 
 
 @dataclass
-class Study:
+class Context:
     """What all cells share: the base model, the judge, the photos, the questions."""
 
     token: str
-    sd: model.StableDiffusion
+    sd: StableDiffusion
     resolution: int  # of photos and pictures
-    clip: score.Clip
-    photos: list[data.Photo]  # to learn from, in their nested order
-    held_out: list[data.Photo]  # that no method sees
+    clip: Clip
+    photos: list[Photo]  # to learn from, in their nested order
+    held_out: list[Photo]  # that no method sees
     seen: torch.Tensor  # the judge's embeddings of the former (P, d)
     held: torch.Tensor  # and of the latter (H, d)
     kinds: dict[str, str]  # label -> text that the judge compares; the first is what is wanted
     conditions: dict[str, str]
 
 
-def prepare(args) -> Study:
+def prepare(args) -> Context:
     """Open the model, the judge and the photos."""
     tiny_judge, most = args.clip in (None, "tiny"), max(args.sizes)
-    kinds = choices(args.kinds, KINDS, {"hanok": "", **score.kinds()} if tiny_judge else None)
-    conditions = choices(args.conditions, CONDITIONS, {"fire": "", **score.conditions()} if tiny_judge else None)
+    kinds = choices(args.kinds, KINDS, {"hanok": "", **world.kind_prompts()} if tiny_judge else None)
+    conditions = choices(args.conditions, CONDITIONS, {"fire": "", **world.condition_prompts()} if tiny_judge else None)
     held_out = HELD_OUT
     if args.data:  # before a model is opened, or even fetched
-        spare = len(data.photo_files(args.data)) - most
+        spare = len(photo_files(args.data)) - most
         held_out = min(HELD_OUT, spare)
         if spare < LEAST_HELD_OUT:
             raise ValueError(f"--sizes asks for {most} photos, and at least {LEAST_HELD_OUT} more are held out to "
                              f"compare with, but {args.data} has {most + spare}; lower --sizes or add photos")
-    sd = model.load(args.model, args.device)
-    resolution = cli.check_resolution(args.resolution, sd)
-    samplers.levels(samplers.DEFAULT, sd.schedule, args.sampling_steps)  # refuses too many
-    photos, unseen = data.load_photos(args.data, resolution, most, held_out)
-    clip = score.Clip(score.TINY if tiny_judge else args.clip, args.device or "cpu")
+    sd = load_model(args.model, args.device)
+    resolution = check_resolution(args.resolution, sd)
+    samplers.sigmas_and_timesteps(samplers.DEFAULT, sd.schedule, args.sampling_steps)  # refuses too many
+    photos, unseen = load_photos(args.data or world.photos, resolution, most, held_out)
+    clip = Clip(TINY_CLIP if tiny_judge else args.clip, args.device or "cpu")
     seen, held = (clip.images(p.image for p in some) for some in (photos, unseen))
-    return Study(args.token, sd, resolution, clip, photos, unseen, seen, held, kinds, conditions)
+    return Context(args.token, sd, resolution, clip, photos, unseen, seen, held, kinds, conditions)
 
 
 def choices(given: str | None, usual: str, tiny: dict | None) -> dict[str, str]:
@@ -122,7 +125,7 @@ def training(args, method: str, photos: int, held_out: int, seed: int) -> tuple[
     argv = [str(a) for a in argv] + more
     parsed = script(method).options().parse(argv)
     known = {k: v for k, v in vars(parsed).items() if v is not None}  # such as --alpha, which follows the rank
-    cli.check_training(argparse.Namespace(**{"data": None, **known}))
+    check_training(argparse.Namespace(**{"data": None, **known}))
     about = {k: v for k, v in vars(parsed).items() if k not in ("model", "data", "device", "out", "resume")}
     return argv, about
 
@@ -130,7 +133,7 @@ def training(args, method: str, photos: int, held_out: int, seed: int) -> tuple[
 # ------------------------------------------------------------------------------------------------ the questions
 
 
-def questions(args, sd, clip: score.Clip) -> list[dict]:
+def questions(args, sd, clip: Clip) -> list[dict]:
     """What every cell is asked, and the texts that the pictures are scored with. Besides the prompts: the pseudo word
     alone, and where the tokenizer fuses the word with what follows, the prompt as other tools would read it."""
     out = []
@@ -154,9 +157,9 @@ def questions(args, sd, clip: score.Clip) -> list[dict]:
     return out
 
 
-def check_length(clip: score.Clip, text: str) -> None:
+def check_length(clip: Clip, text: str) -> None:
     """A judge that reads only the beginning of a text would score something else."""
-    longest = max((s.prefix + text for s in score.SCALES.values()), key=len)
+    longest = max((s.prefix + text for s in SCALES.values()), key=len)
     used = len(clip.tokenizer(longest, verbose=False).input_ids)
     if used > clip.length:
         raise ValueError(f'"{longest}" is {used} tokens long, but the judge {clip.name} reads {clip.length}; shorten '
@@ -171,14 +174,14 @@ def key(*parts) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
 
-def fingerprint(photos: list[data.Photo]) -> str:
+def fingerprint(photos: list[Photo]) -> str:
     seen = hashlib.sha256()
     for p in photos:
         seen.update(p.image.tobytes() + (p.caption or "").encode())
     return seen.hexdigest()[:16]
 
 
-def plan(args, study: Study) -> dict:
+def plan(args, study: Context) -> dict:
     """The manifest: every cell with the names of its folders, which tell whether it is done."""
     sd = study.sd
     sd.text.add_word(args.token)
@@ -214,19 +217,19 @@ def plan(args, study: Study) -> dict:
     return {"format": 1, "settings": settings, "references": references(args, study, *captions), "cells": cells}
 
 
-def references(args, study: Study, replace: str, caption: str) -> dict:
+def references(args, study: Context, replace: str, caption: str) -> dict:
     """What the scores of real, unseen photos of the subject are: the ceiling of likeness, and no copy. And how much
     the judge can be trusted: whether it names what they show, and prefers their own captions to each other's."""
     held = study.held
     same = held @ held.T                                                        # (H, H)
     apart = same.sum(1).sub(same.diagonal()) / (len(held) - 1)
-    near = {n: score.nearest(held, study.seen[:n]).double() for n in sorted(args.sizes)}
-    kinds = score.presence(held, study.clip.texts(list(study.kinds.values())))
-    conditions = score.presence(held, study.clip.texts(list(study.conditions.values())))
-    captions = data.prepare_captions(study.held_out, args.token, replace, caption, say=lambda _: None)
+    near = {n: nearest(held, study.seen[:n]).double() for n in sorted(args.sizes)}
+    kinds = presence(held, study.clip.texts(list(study.kinds.values())))
+    conditions = presence(held, study.clip.texts(list(study.conditions.values())))
+    captions = prepare_captions(study.held_out, args.token, replace, caption, say=lambda _: None)
     captions = [word_pattern(args.token).sub(lambda _: args.subject, text) for text in captions]
     fits = held @ study.clip.texts(captions).T                                  # (H, H): photo i with caption j
-    return {"held_out": len(held), "ceiling": [round(v, 6) for v in score.mean_interval(apart)],
+    return {"held_out": len(held), "ceiling": [round(v, 6) for v in mean_interval(apart)],
             "recognised": int((kinds == 0).sum()), "called_wanted": int((conditions == 0).sum()),
             "own_caption": preferred(fits, captions, 0), "shuffled_caption": preferred(fits, captions, 1),
             "nearest_95": {str(n): round(v.quantile(0.95).item(), 6) for n, v in near.items()},

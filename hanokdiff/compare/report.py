@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hanokdiff.compare import chart
 from hanokdiff.compare.summary import SHARES, TEXTS, find, paper, summarise
-from hanokdiff.formats import folder as checkpoint
+from hanokdiff.files import write_text
 
 NAMES = {"ti": "Textual Inversion", "dreambooth": "DreamBooth", "lora": "LoRA", "hypernet": "Hypernetwork",
          "untouched": "untouched model"}  # fmt: skip
@@ -57,7 +57,7 @@ def write(out: Path, results: dict) -> str:
     content = json.dumps({**results, "cells": kept, "summary": summary}, indent=1, ensure_ascii=False, allow_nan=False)
     for name, text in (("results.json", content + "\n"), ("images.csv", held.getvalue()),
                        ("report.md", page.markdown()), ("report.html", page.html())):  # fmt: skip
-        checkpoint.write_text(out / name, text, newline="")
+        write_text(out / name, text, newline="")
     return terminal(results, summary)
 
 

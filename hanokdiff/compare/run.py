@@ -23,14 +23,13 @@ from pathlib import Path
 import torch
 from PIL import PngImagePlugin
 
-from hanokdiff.compare.plan import METHODS, SCRIPTS, Study
-from hanokdiff.formats import folder as checkpoint
-from hanokdiff.methods import hypernetwork as hypernet
-from hanokdiff.methods import lora
-from hanokdiff.methods import textual_inversion as inversion
-from hanokdiff.models import pipeline as model
-from hanokdiff.scoring import clip as score
-from hanokdiff.training import dataset as data
+from hanokdiff.compare import plan
+from hanokdiff.files import parse_json, read_json, replacing, write_json
+from hanokdiff.formats import embedding_file, hypernet_file, lora_file
+from hanokdiff.formats.load import load_model
+from hanokdiff.images import read_photo
+from hanokdiff.methods import hypernetwork, lora, textual_inversion
+from hanokdiff.scoring.clip import presence, scores
 
 # ------------------------------------------------------------------------------------------------------- 2. train
 
@@ -45,7 +44,7 @@ def notes(path: Path) -> list[dict]:
     rows = []
     for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else []:
         with suppress(ValueError):
-            rows.append(checkpoint.parse_json(line, path))
+            rows.append(parse_json(line, path))
     return rows
 
 
@@ -53,12 +52,12 @@ def train(cell: dict, home: Path) -> None:
     """Run the cell's train_X.py in its own folder, or let it go on. DreamBooth's class pictures come to lie there too:
     every cell pays for its own."""
     run = home / "run"
-    if cell["method"] == "untouched" or (run / METHODS[cell["method"]]).exists():
+    if cell["method"] == "untouched" or (run / plan.METHODS[cell["method"]]).exists():
         return
     home.mkdir(parents=True, exist_ok=True)
     device = cell["options"][cell["options"].index("--device") :][:2] if "--device" in cell["options"] else []
     how = ["--resume", "run", *device] if (run / "config.json").exists() else [*cell["options"], "--out", "run"]
-    code, seconds, peak, stopped = process([sys.executable, SCRIPTS / f"train_{cell['method']}.py", *how], home)
+    code, seconds, peak, stopped = process([sys.executable, plan.SCRIPTS / f"train_{cell['method']}.py", *how], home)
     note(home / "attempts.jsonl", {"seconds": round(seconds, 2), "peak_bytes": peak, "machine": machine()})
     if stopped:
         raise KeyboardInterrupt
@@ -110,29 +109,29 @@ def machine() -> str:
 
 
 @contextmanager
-def applied(study: Study, cell: dict, run: Path):
+def applied(study: plan.Context, cell: dict, run: Path):
     """The base model with a cell's artefact in it, and afterwards as it was."""
-    sd, file = study.sd, run / METHODS.get(cell["method"], "")
+    sd, file = study.sd, run / plan.METHODS.get(cell["method"], "")
     sd.text.add_word(study.token)
     if cell["method"] == "ti":
-        word, rows = inversion.load(sd, file, say=None)
+        word, rows = embedding_file.apply_file(sd, file, say=None)
         yield sd
-        inversion.remove(sd, word, rows)
+        textual_inversion.remove(sd, word, rows)
     elif cell["method"] == "lora":
-        before = lora.merge(sd, lora.load(sd, file, say=None)[0])
+        before = lora.merge(sd, lora_file.apply_file(sd, file, say=None)[0])
         yield sd
         lora.unmerge(sd, before)
     elif cell["method"] == "hypernet":
-        net, _ = hypernet.load(sd, file, say=None)
+        net, _ = hypernet_file.apply_file(sd, file, say=None)
         yield sd
-        hypernet.remove(sd, net)
+        hypernetwork.remove(sd, net)
     elif cell["method"] == "dreambooth":
-        yield model.load(str(file), str(sd.device), say=None)
+        yield load_model(str(file), str(sd.device), say=None)
     else:
         yield sd
 
 
-def draw(study: Study, cell: dict, home: Path, drawing: dict) -> None:
+def draw(study: plan.Context, cell: dict, home: Path, drawing: dict) -> None:
     """Every picture that is missing. Always in the same batches, so that a stopped study ends in the same pictures."""
     folder, at_once = home / cell["pictures"], 32 if drawing["size"] <= 64 else 4
     batches = [(q, range(k, min(k + at_once, q["n"]))) for q in cell["prompts"] for k in range(0, q["n"], at_once)]
@@ -152,7 +151,7 @@ def draw(study: Study, cell: dict, home: Path, drawing: dict) -> None:
                 info.add_text("parameters", f"{q['prompt']}\nSteps: {how['steps']}, Sampler: {how['sampler']}, "
                               f"CFG scale: {how['cfg']:g}, Seed: {seed}, Size: {drawing['size']}x{drawing['size']}, "
                               f"Model: {cell['name']}")  # fmt: skip
-                with checkpoint.replacing(folder / picture(q, i)) as aside:
+                with replacing(folder / picture(q, i)) as aside:
                     image.save(aside, "png", pnginfo=info)
             note(folder / "times.jsonl", {"pictures": len(part), "seconds": round(seconds, 3)})
             sd.text.literal_tokens = False
@@ -167,7 +166,7 @@ def noise(cell: dict, question: dict, i: int) -> int:
     return 1_000_000 * cell["seed"] + question["noise"] + i
 
 
-def judge(study: Study, cell: dict, home: Path) -> None:
+def score_images(study: plan.Context, cell: dict, home: Path) -> None:
     """The scores of the cell's pictures, and how different those of one prompt are."""
     file, out = home / cell["scores"], home.parent.parent
     if file.exists():
@@ -177,10 +176,10 @@ def judge(study: Study, cell: dict, home: Path) -> None:
     kinds, conditions = (clip.texts(list(c.values())) for c in (study.kinds, study.conditions))
     for q in cell["prompts"]:
         files = [f"{cell['folder']}/{cell['pictures']}/{picture(q, i)}" for i in range(q["n"])]
-        seen = clip.images(data.read_photo(out / f)[0] for f in files)     # (N, d)
-        texts = {name: score.scores(clip, seen, [t] * len(files)) for name, t in q["texts"].items()}
-        near, kind = seen @ photos.T, score.presence(seen, kinds)
-        condition, like = score.presence(seen, conditions), (seen @ study.held.T).mean(1)
+        seen = clip.images(read_photo(out / f)[0] for f in files)     # (N, d)
+        texts = {name: scores(clip, seen, [t] * len(files)) for name, t in q["texts"].items()}
+        near, kind = seen @ photos.T, presence(seen, kinds)
+        condition, like = presence(seen, conditions), (seen @ study.held.T).mean(1)
         if len(files) > 1:
             same = seen @ seen.T
             diversity[q["key"]] = round(1 - (same.sum() - same.trace()).item() / (len(files) * (len(files) - 1)), 6)
@@ -194,7 +193,7 @@ def judge(study: Study, cell: dict, home: Path) -> None:
                 "both": int(kind[i] == 0 and condition[i] == 0), "likeness": round(like[i].item(), 6),
                 "nearest": round(near[i].max().item(), 6), "nearest_photo": int(near[i].argmax()),
             })  # fmt: skip
-    checkpoint.write_json(file, {"diversity": diversity, "images": rows})
+    write_json(file, {"diversity": diversity, "images": rows})
 
 
 # -------------------------------------------------------------------------------------------- 4. what it took
@@ -205,10 +204,10 @@ def times(cell: dict, home: Path) -> dict:
     attempts, log = notes(home / "attempts.jsonl"), [r for r in notes(home / "run" / "log.jsonl") if "seconds" in r]
     drawn = notes(home / cell["pictures"] / "times.jsonl")
     classes = home / "run" / "class.json"
-    class_seconds = checkpoint.read_json(classes)["seconds"] if classes.exists() else 0.0
+    class_seconds = read_json(classes)["seconds"] if classes.exists() else 0.0
     seconds = log[-1]["seconds"] if log else 0.0
     wall = max(sum(a["seconds"] for a in attempts), class_seconds + seconds)
-    artefact = home / "run" / METHODS.get(cell["method"], "")
+    artefact = home / "run" / plan.METHODS.get(cell["method"], "")
     files = [f for f in ([artefact] if artefact.is_file() else artefact.rglob("*")) if f.is_file()]
     return {"wall": wall, "class": class_seconds, "training": seconds, "other": wall - class_seconds - seconds,
             "sampling": sum(d["seconds"] for d in drawn), "pictures": sum(d["pictures"] for d in drawn),

@@ -14,7 +14,7 @@ from collections import Counter
 
 import numpy as np
 
-from hanokdiff.scoring import clip as score
+from hanokdiff.scoring.stats import mean_interval, share_interval
 
 TEXTS = {"literal": "as asked", "words": "subject's words", "context": "context only"}
 SHARES = ("subject", "wanted", "both")
@@ -26,11 +26,11 @@ SHARES = ("subject", "wanted", "both")
 def estimate(seeds: list[list[float]], share: bool = False) -> list:
     """[value, low, high] at 95 % from the values of every picture, a list for each training seed."""
     if len(seeds) > 1:
-        found = score.mean_interval([np.mean(values) for values in seeds])
+        found = mean_interval([np.mean(values) for values in seeds])
     elif share:
-        found = score.share_interval(int(sum(seeds[0])), len(seeds[0]))
+        found = share_interval(int(sum(seeds[0])), len(seeds[0]))
     else:
-        found = score.mean_interval(seeds[0])
+        found = mean_interval(seeds[0])
     return [None if math.isnan(v) else round(float(v), 6) for v in found]
 
 

@@ -69,7 +69,7 @@ def _split(module: str) -> tuple[str | None, str]:
     return (UNET if prefix == "unet" or path.partition(".")[0] in UNET_ROOTS else None), path
 
 
-def native(name: str) -> str:
+def diffusers_name(name: str) -> str:
     """kohya's name of a module -> diffusers' path of it, such as `unet.mid_block.attentions.0.proj_in`. The text
     encoder's has `text_model.`: every version of diffusers knows that one."""
     for prefix, network in ((UNET, "unet."), (TEXT, "text_encoder.text_model.")):
@@ -84,4 +84,4 @@ def native(name: str) -> str:
 def is_written(key: str) -> bool:
     """Whether we would give a tensor in diffusers' names this very name."""
     parsed = parse(key)
-    return parsed is not None and key in (f"{native(parsed[0])}.lora_{x}.weight" for x in "AB")
+    return parsed is not None and key in (f"{diffusers_name(parsed[0])}.lora_{x}.weight" for x in "AB")

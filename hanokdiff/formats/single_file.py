@@ -19,9 +19,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hanokdiff.formats import folder as checkpoint
+from hanokdiff.files import parse_json, reason
+from hanokdiff.formats.folder import ERRORS, fill
+from hanokdiff.formats.tensors import read_single_file, write_tensors
+from hanokdiff.formats.validate import check_fit, check_names
 from hanokdiff.models.schedule import Schedule
-from hanokdiff.models.tokens import TextConfig, TextEncoder
+from hanokdiff.models.text_encoder import TextConfig, TextEncoder
 from hanokdiff.models.unet import UNet, UNetConfig
 from hanokdiff.models.vae import VAE, VAEConfig
 
@@ -272,13 +275,13 @@ def read(path: Path | str, prediction: str | None = None, say=None) -> tuple[UNe
     `prediction` ("epsilon" or "v_prediction") overrides what the file says or what is guessed, which `say` tells.
     Raises ValueError: damaged, code inside, another architecture, a tensor missing or left over."""
     path = Path(path)
-    tensors, metadata, step = checkpoint.read_file(path)
+    tensors, metadata, step = read_single_file(path)
     tensors = {NO_PREFIX.sub(CLIP, k): t for k, t in tensors.items() if not IGNORED.match(k)}
     sd2 = recognise(tensors, path)
     try:
-        kind, reason = prediction_type(tensors, sd2, prediction, metadata, step)
+        kind, because = prediction_type(tensors, sd2, prediction, metadata, step)
         schedule = Schedule(prediction_type=kind)
-        if own := checkpoint.parse_json(metadata.get("hanokdiff_config", "{}"), "hanokdiff_config"):
+        if own := parse_json(metadata.get("hanokdiff_config", "{}"), "hanokdiff_config"):
             schedule = Schedule.from_json({**own["scheduler"], "prediction_type": kind})
             unet_c, vae_c = UNetConfig.from_json(own["unet"]), VAEConfig.from_json(own["vae"])
             text_c = TextConfig.from_json(own["text_encoder"])
@@ -287,17 +290,17 @@ def read(path: Path | str, prediction: str | None = None, say=None) -> tuple[UNe
             unet_c, vae_c, text_c = infer_unet(tensors, sd2, v2), infer_vae(tensors, v2), infer_text(tensors, sd2)
         with torch.device("meta"):
             networks = UNet(unet_c), VAE(vae_c), TextEncoder(text_c)
-    except checkpoint.ERRORS as e:
-        why = checkpoint.reason(e)
+    except ERRORS as e:
+        why = reason(e)
         raise ValueError(f"{path} is not a complete checkpoint of Stable Diffusion 1.x or 2.x ({why})") from None
-    checkpoint.check_fit(unet_c, text_c, path)
-    fill(networks, tensors, path)
+    check_fit(unet_c, text_c, path)
+    fill_networks(networks, tensors, path)
     if say:
-        say(f"{path.name}: SD {2 if sd2 else 1}.x, {kind} ({reason})")
+        say(f"{path.name}: SD {2 if sd2 else 1}.x, {kind} ({because})")
     return *networks, schedule
 
 
-def fill(networks: tuple[nn.Module, ...], tensors: dict[str, Tensor], path: Path) -> None:
+def fill_networks(networks: tuple[nn.Module, ...], tensors: dict[str, Tensor], path: Path) -> None:
     """Give the networks (on the meta device) their tensors; every one must be there, and none be left over."""
     c = networks[-1].config
     if is_sd2(c):
@@ -307,12 +310,12 @@ def fill(networks: tuple[nn.Module, ...], tensors: dict[str, Tensor], path: Path
     for network in networks:
         name = namer(network.config)
         wanted.append({ours: name(ours) for ours in network.state_dict()})
-    checkpoint.check_names({theirs for names in wanted for theirs in names.values()}, tensors.keys(), path,
+    check_names({theirs for names in wanted for theirs in names.values()}, tensors.keys(), path,
                            "it is not a plain checkpoint of Stable Diffusion 1.x or 2.x")  # fmt: skip
     for network, names in zip(networks, wanted, strict=True):
         own, found = network.state_dict(), {ours: tensors[theirs] for ours, theirs in names.items()}
         found |= {k: t[:, :, 0, 0] for k, t in found.items() if t.shape[2:] == (1, 1) and own[k].dim() == 2}
-        checkpoint.fill(network, found, path, "the rest of the file")
+        fill(network, found, path, "the rest of the file")
 
 
 def write(path: Path | str, unet: UNet, vae: VAE, encoder: TextEncoder, schedule: Schedule,
@@ -333,4 +336,4 @@ def write(path: Path | str, unet: UNet, vae: VAE, encoder: TextEncoder, schedule
         "hanokdiff_config": json.dumps({k: c.to_json() for k, c in configs.items()}),
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.write_tensors({k: t.to(dtype) for k, t in to_ldm(unet, vae, encoder).items()}, path, metadata)
+    write_tensors({k: t.to(dtype) for k, t in to_ldm(unet, vae, encoder).items()}, path, metadata)

@@ -8,15 +8,13 @@ x is the context of the words in cross-attention (width 768 in SD 1.x), the pict
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from hanokdiff.formats import folder as checkpoint
-from hanokdiff.methods.lora import innermost
+from hanokdiff.methods.inject import base_layer
 from hanokdiff.models.unet import Attention
-from hanokdiff.training.trainer import stream
+from hanokdiff.seeding import seeded_generator
 
 
 def activations() -> dict[str, type[nn.Module] | None]:
@@ -29,12 +27,10 @@ def activations() -> dict[str, type[nn.Module] | None]:
 
 
 ACTIVATIONS = activations()
-WIDEST = 16_384  # the widest context that is believed
-TOKEN = "hanokdiff_token="  # what stands before the pseudo word in a file's optional_info
 
 
 @dataclass(frozen=True)
-class Spec:
+class HypernetConfig:
     """What one network looks like: layers as multiples of the width, and what follows each Linear."""
 
     layers: tuple[float, ...] = (1, 2, 1)
@@ -59,11 +55,11 @@ class Spec:
                              "layers is needed")  # fmt: skip
 
 
-class Net(nn.Module):
+class ResidualMLP(nn.Module):
     """f of one width d. `linear` is a Sequential whose indices are the file's names: every activation and dropout that
     is there takes a number of its own."""
 
-    def __init__(self, d: int, spec: Spec):
+    def __init__(self, d: int, spec: HypernetConfig):
         super().__init__()
         widths, parts, last = [int(d * x) for x in spec.layers], [], len(spec.layers) - 2
         activation = ACTIVATIONS[spec.activation]
@@ -89,17 +85,17 @@ class Net(nn.Module):
             if m is learnt[-1]:
                 nn.init.zeros_(m.weight)
             elif isinstance(m, nn.Linear):
-                noise = torch.randn(m.weight.shape, generator=stream(*key, i))
+                noise = torch.randn(m.weight.shape, generator=seeded_generator(*key, i))
                 m.weight.copy_(noise * (2 / m.in_features) ** 0.5)
 
 
-class Hypernet(nn.Module):
+class Hypernetwork(nn.Module):
     """The pairs of all widths, and the strength. `rewrite` changes x (B, T, D); others stay as they are."""
 
-    def __init__(self, spec: Spec, widths, strength: float = 1.0):
+    def __init__(self, spec: HypernetConfig, widths, strength: float = 1.0):
         super().__init__()
         self.spec, self.strength = spec, strength
-        self.pairs = nn.ModuleDict({str(d): nn.ModuleList([Net(d, spec), Net(d, spec)]) for d in sorted(widths)})
+        self.pairs = nn.ModuleDict({str(d): nn.ModuleList([ResidualMLP(d, spec), ResidualMLP(d, spec)]) for d in sorted(widths)})
         self._last: dict = {}  # of this forward: the words rewritten, and the weights in the network's precision
         self._cast: dict = {}
 
@@ -133,13 +129,13 @@ class Hypernet(nn.Module):
         return max((f(context.float()).norm() / context.float().norm()).item() for f in pair)
 
 
-class Before(nn.Module):
+class HypernetLinear(nn.Module):
     """A Linear (or what wraps it) behind one or more hypernetworks, applied in the order in which they were loaded."""
 
     def __init__(self, base: nn.Module, which: int, context: bool):
         super().__init__()
         self.base, self.which, self.context = base, which, context
-        self.chain: list[Hypernet] = []  # not modules of the UNet's: a plain list
+        self.chain: list[Hypernetwork] = []  # not modules of the UNet's: a plain list
 
     def forward(self, x: Tensor) -> Tensor:
         for h in self.chain:
@@ -147,7 +143,7 @@ class Before(nn.Module):
         return self.base(x)
 
 
-def seams(sd):
+def kv_layers(sd):
     """(attention module, "to_k" or "to_v", 0 or 1, whether it listens to the words) of every attention in the UNet."""
     for path, module in sd.unet.named_modules():
         if isinstance(module, Attention):
@@ -155,132 +151,35 @@ def seams(sd):
                 yield module, name, which, path.endswith("attn2")
 
 
-def widths(sd) -> dict[str, list[int]]:
+def dims(sd) -> dict[str, list[int]]:
     """What --widths may mean in this model: the words' width alone, or with those of self-attention."""
     context = sd.unet.config.cross_attention_dim
-    every = {innermost(m.to_q).in_features for m in sd.unet.modules() if isinstance(m, Attention)}
+    every = {base_layer(m.to_q).in_features for m in sd.unet.modules() if isinstance(m, Attention)}
     return {"context": [context], "all": sorted({context, *every})}
 
 
-def insert(sd, hypernet: Hypernet) -> Hypernet:
+def insert(sd, hypernet: Hypernetwork) -> Hypernetwork:
     """Put a hypernetwork in front of every to_k and to_v, behind those already there."""
     hypernet.to(sd.device)
-    for attention, name, which, context in seams(sd):
+    for attention, name, which, context in kv_layers(sd):
         module = getattr(attention, name)
-        if not isinstance(module, Before):
-            module = Before(module, which, context)
+        if not isinstance(module, HypernetLinear):
+            module = HypernetLinear(module, which, context)
             setattr(attention, name, module)
         module.chain.append(hypernet)
     hypernet.hook = sd.unet.register_forward_pre_hook(hypernet.forget)
     return hypernet
 
 
-def remove(sd, hypernet: Hypernet) -> None:
+def remove(sd, hypernet: Hypernetwork) -> None:
     """Take it out again; the model is what it was, to the bit."""
     hypernet.hook.remove()
-    for attention, name, _, _ in seams(sd):
+    for attention, name, _, _ in kv_layers(sd):
         module = getattr(attention, name)
-        if isinstance(module, Before) and hypernet in module.chain:
+        if isinstance(module, HypernetLinear) and hypernet in module.chain:
             module.chain.remove(hypernet)
             if not module.chain:
                 setattr(attention, name, module.base)
 
 
 # ------------------------------------------------------------------------------------------------------- the file
-
-
-def write(path: Path, spec: Spec, nets: dict[int, tuple[dict, dict]], metadata: dict | None = None) -> None:
-    """The WebUI's .pt: {width: (state dict of keys, of values), ...} and its settings. metadata: "step", "name",
-    "info" (our pseudo word is kept there)."""
-    metadata, dropout = metadata or {}, list(spec.dropout or (0.0,) * len(spec.layers))
-    content: dict = {}
-    for d, pair in sorted(nets.items()):
-        for tensors in pair:
-            for name, t in tensors.items():
-                if not torch.isfinite(t).all():
-                    raise ValueError(f"{path} was not written: {name} of width {d} is not finite; lower the rate")
-        content[int(d)] = tuple({k: t.detach().float().cpu().contiguous() for k, t in s.items()} for s in pair)
-    content |= {
-        "step": checkpoint.whole(metadata.get("step")), "name": str(metadata.get("name", path.stem)),
-        "layer_structure": [int(x) if x == int(x) else float(x) for x in spec.layers],
-        "activation_func": spec.activation, "is_layer_norm": spec.layer_norm,
-        "weight_initialization": spec.weight_init, "sd_checkpoint": None,
-        "sd_checkpoint_name": str(metadata["model"]) if "model" in metadata else None,
-        "activate_output": spec.activate_output, "use_dropout": any(dropout), "dropout_structure": dropout,
-        "last_layer_dropout": dropout[-2] != 0, "optional_info": metadata.get("info"),
-    }  # fmt: skip
-    checkpoint.write_pt(content, path)
-
-
-def read(path: Path) -> tuple[Spec, dict[int, tuple[dict, dict]], dict]:
-    """A WebUI hypernetwork, the oldest kinds included: (spec, {width: (keys, values)}, the other entries)."""
-    path = Path(path)
-    content = checkpoint.read_pt(path, "hypernetwork")
-    nets = {k: v for k, v in content.items() if isinstance(k, int)} if isinstance(content, dict) else {}
-    if not nets or not all(0 < d <= WIDEST and is_pair(v) for d, v in nets.items()):
-        raise ValueError(f"{path} is not a hypernetwork: it has no pairs of networks under whole numbers (such as 768)")
-    try:
-        layers = tuple(content.get("layer_structure") or (1, 2, 1))
-        dropout = content.get("dropout_structure")
-        if dropout is None and content.get("use_dropout"):  # files from before it was written down
-            last = 0.3 if content.get("last_layer_dropout") else 0.0
-            dropout = [0.0] + [0.3] * (len(layers) - 3) + [last, 0.0]
-        spec = Spec(layers, content.get("activation_func") or "linear", bool(content.get("is_layer_norm")),
-                    tuple(dropout or ()), bool(content.get("activate_output", True)),
-                    str(content.get("weight_initialization") or "Normal"))  # fmt: skip
-    except checkpoint.ERRORS as e:
-        raise ValueError(f"{path} describes no network that is known here: {e}") from None
-    old = {"linear1": "linear.0", "linear2": "linear.1"}
-    pairs = {d: tuple({".".join((old.get(k.split(".")[0], k.split(".")[0]), *k.split(".")[1:])): t
-                       for k, t in s.items()} for s in pair) for d, pair in nets.items()}  # fmt: skip
-    for d, pair in pairs.items():
-        with torch.device("meta"):
-            wanted = Net(d, spec).state_dict()
-        for tensors in pair:
-            shapes, right = ({k: tuple(t.shape) for k, t in s.items()} for s in (tensors, wanted))
-            if shapes != right:
-                odd = sorted(shapes.items() ^ right.items())[0]
-                raise ValueError(f"{path}: width {d} does not fit layers {' '.join(f'{x:g}' for x in layers)} "
-                                 f"({odd[0]} {odd[1]}); the file is damaged or of another kind")  # fmt: skip
-            if not all(t.is_floating_point() and checkpoint.finite(t) for t in tensors.values()):
-                raise ValueError(f"{path}: width {d} has a value that is not finite; take an earlier file")
-    return spec, pairs, {k: v for k, v in content.items() if not isinstance(k, int)}
-
-
-def is_pair(held) -> bool:
-    """Whether these are two state dicts."""
-    return isinstance(held, list | tuple) and len(held) == 2 and all(
-        isinstance(s, dict) and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in s.items()) for s in held
-    )  # fmt: skip
-
-
-def word(metadata: dict) -> str | None:
-    """The pseudo word that a file of ours was trained with."""
-    info = metadata.get("optional_info")
-    return info.removeprefix(TOKEN) if isinstance(info, str) and info.startswith(TOKEN) else None
-
-
-def state(hypernet: Hypernet) -> dict[int, tuple[dict, dict]]:
-    """Its tensors as `write` takes them."""
-    return {int(d): tuple(f.state_dict() for f in pair) for d, pair in hypernet.pairs.items()}
-
-
-def load(sd, path: Path, strength: float = 1.0, say=print) -> tuple[Hypernet, dict]:
-    """Apply a file to the model: every width in it must be one of the model's."""
-    spec, nets, metadata = read(path)
-    known = widths(sd)["all"]
-    strange = [d for d in nets if d not in known]
-    if strange:
-        made = {768: "SD 1.x", 1024: "SD 2.x"}.get(max(strange), "another architecture")
-        raise ValueError(f"{path} rewrites width {strange[0]} ({made}), but {sd.name} attends to widths "
-                         f"{', '.join(map(str, known))}")  # fmt: skip
-    hypernet = Hypernet(spec, nets, strength)
-    for d, pair in nets.items():
-        for f, tensors in zip(hypernet.pairs[str(d)], pair, strict=True):
-            f.load_state_dict(tensors)
-    insert(sd, hypernet.requires_grad_(False).eval())
-    if say:
-        count = sum(innermost(getattr(attention, name)).in_features in nets for attention, name, *_ in seams(sd))
-        say(f"hypernetwork {path}: widths {', '.join(map(str, sorted(nets)))}, before {count} keys and values, "
-            f"strength {strength:g}")  # fmt: skip
-    return hypernet, metadata

@@ -8,34 +8,21 @@ Ho et al. 2020 (DDPM), equation 14; w = 1, or min-SNR-gamma (Hang et al. 2023, a
 import torch
 from torch import Tensor
 
-from hanokdiff.models.memory import put
+from hanokdiff.models import memory
 from hanokdiff.models.schedule import Schedule
-from hanokdiff.training.trainer import Batch
 
 
-def denoising(sd, latents: Tensor, context: Tensor, batch, min_snr: float = 0.0) -> Tensor:
+def denoising_loss(sd, latents: Tensor, context: Tensor, batch, min_snr: float = 0.0) -> Tensor:
     """One loss per picture (B,): latents x_0 (B, 4, h, w) and context (B, T, D) with the batch's own t and noise."""
-    eps = put(batch.normal("noise", latents.shape[1:]), latents.device)
-    t = put(batch.integers("timestep", sd.schedule.num_train_timesteps), latents.device)
+    eps = memory.to_device(batch.normal("noise", latents.shape[1:]), latents.device)
+    t = memory.to_device(batch.integers("timestep", sd.schedule.num_train_timesteps), latents.device)
     x_t = sd.schedule.add_noise(latents, eps, t)
     out = sd.unet(x_t.to(sd.dtype), t, context.to(sd.dtype)).float()
     losses = (out - sd.schedule.target(latents, eps, t)).square().mean((1, 2, 3))
-    return losses * snr_weight(sd.schedule, t, min_snr) if min_snr else losses
+    return losses * min_snr_weight(sd.schedule, t, min_snr) if min_snr else losses
 
 
-@torch.no_grad()
-def unseen(sd, shots, at_once: int = 8) -> float:
-    """The mean loss of photos that are not learnt from, unweighted, each at a timestep and a noise that are the same
-    every time: what falls and then rises again as a model goes over from learning to learning by heart."""
-    n, losses = len(shots), []
-    for first in range(0, n, at_once):
-        batch = Batch("held out", 0, range(first, min(first + at_once, n)), n)
-        latents, prompts = shots[batch]
-        losses.append(denoising(sd, latents, sd.text(prompts), batch))
-    return torch.cat(losses).mean().item()
-
-
-def snr_weight(schedule: Schedule, t: Tensor, gamma: float) -> Tensor:
+def min_snr_weight(schedule: Schedule, t: Tensor, gamma: float) -> Tensor:
     """min(SNR, gamma) / SNR for eps, / (SNR + 1) for v, at timesteps t (B,)."""
     snr = schedule.snr(t)
     return torch.clamp(snr, max=gamma) / (snr if schedule.prediction_type == "epsilon" else snr + 1)

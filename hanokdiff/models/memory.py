@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint as run_twice
 ON_CPU = False  # tests look at all of a network in this way on a CPU
 
 
-def saves(x: Tensor) -> bool:
+def keeps_for_backward(x: Tensor) -> bool:
     """Whether something will be kept for a backward pass, where it is scarce."""
     return torch.is_grad_enabled() and x.requires_grad and (ON_CPU or not x.is_cpu)
 
@@ -50,7 +50,7 @@ class NormSiLU(torch.autograd.Function):
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     """silu(norm(x)), x (B, C, ...)."""
-    if saves(x):
+    if keeps_for_backward(x):
         return NormSiLU.apply(x.contiguous(), norm.weight, norm.bias, norm.num_groups, norm.eps)
     return F.silu(norm(x))
 
@@ -70,7 +70,7 @@ class GEGLU(torch.autograd.Function):
 
 def geglu(both: Tensor) -> Tensor:
     """(..., 2 C) -> (..., C): the first half times gelu of the second (Shazeer 2020, arXiv:2002.05202)."""
-    if saves(both):
+    if keeps_for_backward(both):
         return GEGLU.apply(both)
     x, gate = both.chunk(2, dim=-1)
     return x * F.gelu(gate)
@@ -94,13 +94,13 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         learns = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
-        if saves(x) and not learns:
+        if keeps_for_backward(x) and not learns:
             assert (self.dilation, self.groups, self.padding_mode) == ((1, 1), 1, "zeros"), "none here has others"
             return FrozenConv.apply(x, self.weight, self.bias, self.stride, self.padding)
         return super().forward(x)
 
 
-def even(k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+def pad_keys(k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     """Keys and values (B, heads, T, d), on a CPU lengthened to 16, 32, 48... words, and a mask (1, 1, 1, T') over what
     was added: torch's kernel there works in vectors of 16 or 8 and takes what fills none of them one by one, which
     costs more than three words too many (docs/trials.py even)."""
@@ -111,7 +111,7 @@ def even(k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     return F.pad(k, (0, 0, 0, more)), F.pad(v, (0, 0, 0, more)), mask
 
 
-def put(tensor: Tensor, device: torch.device | str) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """To the device without waiting for it: at an ordinary copy the host waits until a GPU has done all before it."""
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()

@@ -17,7 +17,7 @@ MARKS = re.compile(r"\\[()\[\]\\]|[(\[]|:\s*[+-]?[.\d]+\s*\)|[)\]]|[^\\()\[\]:]+
 BREAK = re.compile(r"\s*\bBREAK\b\s*")
 
 
-def parse(text: str) -> list[tuple[str, float] | None]:
+def parse_emphasis(text: str) -> list[tuple[str, float] | None]:
     """Pieces (text, weight) in order; None is a BREAK. Neighbours of one weight are joined; a bracket that is never
     closed reaches to the end, one that was never opened is a plain character."""
     pieces: list = []
@@ -64,12 +64,12 @@ def join(pieces: list) -> list:
     return out or [("", 1.0)]
 
 
-def escape(text: str) -> str:
+def escape_prompt(text: str) -> str:
     """The same text as a prompt in which brackets are only brackets, and BREAK is a word."""
     return re.sub(r"\bBREAK\b", r"B\\REAK", re.sub(r"([()\[\]\\])", r"\\\1", text))
 
 
-def chunks(units: list[tuple[list[int], float] | None], room: int, comma: int) -> list[tuple[list[int], list[float]]]:
+def split_chunks(units: list[tuple[list[int], float] | None], room: int, comma: int) -> list[tuple[list[int], list[float]]]:
     """Ids in chunks of at most `room`. A unit is what must stay together: one token, or all vectors of a pseudo word,
     with its weight; None ends a chunk."""
     done, ids, weights, last_comma = [], [], [], -1

@@ -98,7 +98,7 @@ def timesteps(s: Sampler, schedule: Schedule, steps: int) -> np.ndarray:
     return ts.round() if s.rounded else ts
 
 
-def levels(name: str, schedule: Schedule, steps: int) -> tuple[list[float], list[float]]:
+def sigmas_and_timesteps(name: str, schedule: Schedule, steps: int) -> tuple[list[float], list[float]]:
     """The noise levels (steps + 1) of a sampler and the times (steps) at which the network is asked."""
     if name not in SAMPLERS:
         raise ValueError(f'sampler "{name}" is not known; choose one of {", ".join(SAMPLERS)}')
@@ -117,7 +117,7 @@ def levels(name: str, schedule: Schedule, steps: int) -> tuple[list[float], list
     return [*sigmas.tolist(), 0.0 if s.to_zero else float(table[0])], ts.tolist()
 
 
-def taken(steps: int, strength: float) -> int:
+def img2img_steps(steps: int, strength: float) -> int:
     """How many of `steps` an initial picture goes through, as diffusers counts: the last int(steps * strength)."""
     if not 0 < strength <= 1 or int(steps * strength) < 1:
         raise ValueError(f"strength is {strength:g}: of {steps} steps it must leave at least one, so give a number "
@@ -135,10 +135,10 @@ def sample(
     `first` (B, 4, h, w) are the latents of pictures to begin with: they are noised as far as `strength` says, and only
     the last steps are taken (SDEdit, Meng et al. 2021, arXiv:2108.01073).
     What is yielded is scaled as the network sees it (variance about 1 throughout)."""
-    sigmas, ts = levels(name, schedule, steps)
+    sigmas, ts = sigmas_and_timesteps(name, schedule, steps)
     s = SAMPLERS[name]
     if first is not None:
-        skipped = steps - taken(steps, strength)
+        skipped = steps - img2img_steps(steps, strength)
         sigmas, ts = sigmas[skipped:], ts[skipped:]
         start = first + noise() * sigmas[0]
     else:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hanokdiff.models import config as numbers
+from hanokdiff.models import config
 
 PREDICTIONS = ("epsilon", "v_prediction")
 
@@ -31,7 +31,7 @@ class Schedule:
     _copies: dict = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self):
-        numbers.check(self)
+        config.check(self)
         power = {"scaled_linear": 0.5, "linear": 1.0}.get(self.beta_schedule)
         if power is None:
             raise ValueError(f'beta_schedule "{self.beta_schedule}" is not known; known: scaled_linear, linear')

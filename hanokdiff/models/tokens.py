@@ -9,124 +9,13 @@ Shapes:  B prompts;  T = 77 positions;  D the width (768 in SD 1.x, 1024 in SD 2
 
 import re
 import warnings
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from hanokdiff.models import config as numbers
-from hanokdiff.models import prompt as language
-from hanokdiff.models.memory import put
-
-
-@dataclass(frozen=True)
-class TextConfig:
-    """The defaults are CLIP ViT-L/14's text tower, as in SD 1.x. Field names follow text_encoder/config.json."""
-
-    vocab_size: int = 49408
-    hidden_size: int = 768
-    intermediate_size: int = 3072
-    num_hidden_layers: int = 12
-    num_attention_heads: int = 12
-    max_position_embeddings: int = 77
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
-
-    def __post_init__(self):
-        numbers.check(self)
-        numbers.check_heads([self.hidden_size], [self.num_attention_heads])
-
-    @classmethod
-    def from_json(cls, c: dict) -> "TextConfig":
-        config = cls(**{k: c[k] for k in cls.__dataclass_fields__ if k in c})
-        if config.hidden_act not in ACTIVATIONS:
-            raise ValueError(f'text encoder with activation "{config.hidden_act}": know only {", ".join(ACTIVATIONS)}')
-        return config
-
-    def to_json(self) -> dict:
-        own = {k: getattr(self, k) for k in self.__dataclass_fields__}
-        return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **own,
-                "bos_token_id": self.vocab_size - 2, "eos_token_id": self.vocab_size - 1,
-                "pad_token_id": self.vocab_size - 1}  # fmt: skip
-
-
-ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
-
-
-class Embeddings(nn.Module):
-    def __init__(self, c: TextConfig):
-        super().__init__()
-        # the numbers that nn.Embedding draws itself; but on the meta device that would import all of torch's compiler
-        words, places = torch.randn(c.vocab_size, c.hidden_size), torch.randn(c.max_position_embeddings, c.hidden_size)
-        self.token_embedding = nn.Embedding(c.vocab_size, c.hidden_size, _weight=words)
-        self.position_embedding = nn.Embedding(c.max_position_embeddings, c.hidden_size, _weight=places)
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, c: TextConfig):
-        super().__init__()
-        self.heads = c.num_attention_heads
-        width = c.hidden_size
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        q, k, v = (a.unflatten(-1, (self.heads, -1)).transpose(1, 2) for a in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)      # (B, heads, T, D / heads)
-        return self.out_proj(y.transpose(1, 2).flatten(2))
-
-
-class MLP(nn.Module):
-    def __init__(self, c: TextConfig):
-        super().__init__()
-        self.act = ACTIVATIONS[c.hidden_act]
-        self.fc1 = nn.Linear(c.hidden_size, c.intermediate_size)
-        self.fc2 = nn.Linear(c.intermediate_size, c.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
-
-
-class Layer(nn.Module):
-    def __init__(self, c: TextConfig):
-        super().__init__()
-        self.layer_norm1 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
-        self.self_attn = SelfAttention(c)
-        self.layer_norm2 = nn.LayerNorm(c.hidden_size, c.layer_norm_eps)
-        self.mlp = MLP(c)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
-
-
-class Encoder(nn.Module):
-    def __init__(self, c: TextConfig):
-        super().__init__()
-        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
-
-
-class TextEncoder(nn.Module):
-    """ids (B, T) -> context (B, T, D). Each position sees those before it; padding is not masked (SD never does)."""
-
-    def __init__(self, config: TextConfig = TextConfig()):
-        super().__init__()
-        self.config = config
-        self.embeddings = Embeddings(config)
-        self.encoder = Encoder(config)
-        self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
-
-    def forward(self, ids: Tensor, clip_skip: int = 1) -> Tensor:
-        """`clip_skip` n leaves the last n - 1 layers out, as the WebUI counts (diffusers: n - 1); the norm stays."""
-        x = self.embeddings(ids)
-        for layer in self.encoder.layers[: len(self.encoder.layers) + 1 - clip_skip]:
-            x = layer(x)
-        return self.final_layer_norm(x)
-
+from hanokdiff.models import memory
+from hanokdiff.models.prompt import parse_emphasis, split_chunks
+from hanokdiff.models.text_encoder import TextEncoder
 
 # ------------------------------------------------------------------------------------------------- the pseudo word
 
@@ -140,12 +29,12 @@ def word_pattern(word: str) -> re.Pattern:
     return re.compile(before + r"\s+".join(map(re.escape, word.split())) + after, re.IGNORECASE)
 
 
-def same(word: str) -> str:
+def same_word(word: str) -> str:
     """One spelling of all those that are found as the same word."""
     return " ".join(word.lower().split())
 
 
-def contains(text: str, word: str) -> bool:
+def contains_word(text: str, word: str) -> bool:
     return bool(word_pattern(word).search(text))
 
 
@@ -180,7 +69,7 @@ class Text:
         if len(ids) > self.length - 2:
             raise ValueError(f"{word[:40]!r} has {len(ids)} tokens, more than the {self.length - 2} of a prompt; "
                              "choose another pseudo word")  # fmt: skip
-        others = {w: own for w, own in self.words.items() if same(w) != same(word)}  # the last one given has the word
+        others = {w: own for w, own in self.words.items() if same_word(w) != same_word(word)}  # the last one given has the word
         self.words = dict(sorted({**others, word: ids}.items(), key=lambda item: -len(item[0])))  # longest first
         self._known.clear()
         return ids
@@ -243,9 +132,9 @@ class Text:
     def chunks(self, prompt: str) -> list[tuple[list[int], list[float]]]:
         """A prompt as chunks of at most 75 ids with their weights."""
         units: list = []
-        for piece in language.parse(self._mark(prompt)):
+        for piece in parse_emphasis(self._mark(prompt)):
             units += [(u, piece[1]) for u in self._units(self._mark(piece[0]))] if piece else [None]  # such as \[V\]
-        return language.chunks(units, self.length - 2, self._tokens(",")[0])
+        return split_chunks(units, self.length - 2, self._tokens(",")[0])
 
     # -------------------------------------------------------------------------------------------- ids to context
 
@@ -254,11 +143,11 @@ class Text:
             return torch.stack([self._known[p] for p in texts])
         distinct = list(dict.fromkeys(texts))  # what a batch says twice is read once
         z = self._encode([self.ids(p) for p in distinct])
-        return z[put(torch.tensor([distinct.index(p) for p in texts]), z.device)]
+        return z[memory.to_device(torch.tensor([distinct.index(p) for p in texts]), z.device)]
 
     def _encode(self, ids: list[list[int]]) -> Tensor:
         device = self.encoder.final_layer_norm.weight.device
-        return self.encoder(put(torch.tensor(ids), device), self.clip_skip)
+        return self.encoder(memory.to_device(torch.tensor(ids), device), self.clip_skip)
 
     def prompts(self, prompts: list[str]) -> Tensor:
         """Context of prompts with emphasis: weights multiply the encoder's output, then each chunk gets its mean back
@@ -285,7 +174,11 @@ class Text:
     def warn_without_word(self, prompts: list[str]) -> None:
         """Say so when a prompt does not use what was learnt."""
         for prompt in prompts:
-            if self.words and not any(contains(prompt, word) for word in self.words):
+            if self.words and not any(contains_word(prompt, word) for word in self.words):
                 learnt = " or ".join(f'"{w}"' for w in self.words)
                 message = f'the prompt "{prompt}" does not contain {learnt}, the word that was learnt'
                 warnings.warn(message, stacklevel=2)
+
+
+
+MOST_VECTORS = 75  # vectors: what a chunk of a prompt has room for

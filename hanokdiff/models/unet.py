@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hanokdiff.models import config as numbers
-from hanokdiff.models.memory import Conv2d, even, geglu, norm_silu
+from hanokdiff.models import config, memory
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ class UNetConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self):
-        numbers.check(self)
-        numbers.check_heads(self.block_out_channels, self.heads)
+        config.check(self)
+        config.check_heads(self.block_out_channels, self.heads)
 
     @classmethod
     def from_json(cls, c: dict) -> "UNetConfig":
@@ -97,18 +96,18 @@ class ResBlock(nn.Module):
     def __init__(self, cin: int, cout: int, time: int | None, groups: int, eps: float):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, cin, eps)
-        self.conv1 = Conv2d(cin, cout, 3, padding=1)
+        self.conv1 = memory.Conv2d(cin, cout, 3, padding=1)
         if time is not None:
             self.time_emb_proj = nn.Linear(time, cout)
         self.norm2 = nn.GroupNorm(groups, cout, eps)
-        self.conv2 = Conv2d(cout, cout, 3, padding=1)
-        self.conv_shortcut = Conv2d(cin, cout, 1) if cin != cout else None
+        self.conv2 = memory.Conv2d(cout, cout, 3, padding=1)
+        self.conv_shortcut = memory.Conv2d(cin, cout, 1) if cin != cout else None
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
-        h = self.conv1(norm_silu(self.norm1, x))                 # (B, cout, h, w)
+        h = self.conv1(memory.norm_silu(self.norm1, x))                 # (B, cout, h, w)
         if temb is not None:
             h = h + self.time_emb_proj(temb)[:, :, None, None]
-        h = self.conv2(norm_silu(self.norm2, h))
+        h = self.conv2(memory.norm_silu(self.norm2, h))
         return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + h
 
 
@@ -145,7 +144,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(width, 2 * inner)
 
     def forward(self, x: Tensor) -> Tensor:
-        return geglu(self.proj(x))
+        return memory.geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -188,7 +187,7 @@ class SpatialTransformer(nn.Module):
     def __init__(self, width: int, heads: int, c: UNetConfig):
         super().__init__()
         self.linear = c.use_linear_projection
-        project = nn.Linear if self.linear else lambda i, o: Conv2d(i, o, 1)
+        project = nn.Linear if self.linear else lambda i, o: memory.Conv2d(i, o, 1)
         self.norm = nn.GroupNorm(c.norm_num_groups, width, 1e-6)
         self.proj_in = project(width, width)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, heads, c)])
@@ -212,7 +211,7 @@ class Resample(nn.Module):
 
     def __init__(self, width: int, stride: int):
         super().__init__()
-        self.conv = Conv2d(width, width, 3, stride=stride, padding=1)
+        self.conv = memory.Conv2d(width, width, 3, stride=stride, padding=1)
 
     def forward(self, x: Tensor, size=None) -> Tensor:
         return self.conv(x if size is None else F.interpolate(x, size=size, mode="nearest"))
@@ -253,7 +252,7 @@ class UNet(nn.Module):
         self.config = c = config
         chans, layers, last = c.block_out_channels, c.layers_per_block, len(c.block_out_channels) - 1
         self.time_embedding = TimeEmbedding(chans[0], 4 * chans[0])
-        self.conv_in = Conv2d(c.in_channels, chans[0], 3, padding=1)
+        self.conv_in = memory.Conv2d(c.in_channels, chans[0], 3, padding=1)
 
         self.down_blocks, skips, width = nn.ModuleList(), [chans[0]], chans[0]
         for i, (ch, heads, attends) in enumerate(zip(chans, c.heads, c.attention, strict=True)):
@@ -273,13 +272,13 @@ class UNet(nn.Module):
             self.up_blocks.append(Block(ins, ch, heads, "up" if i < last else None, attends, c))
 
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, chans[0], c.norm_eps)
-        self.conv_out = Conv2d(chans[0], c.out_channels, 3, padding=1)
+        self.conv_out = memory.Conv2d(chans[0], c.out_channels, 3, padding=1)
         self.listeners = [m.attn2 for m in self.modules() if isinstance(m, TransformerBlock)]  # in order of their turn
 
     def read(self, context: Tensor) -> list[tuple[Tensor, ...]]:
         """What each cross-attention hears of the words (B, T, D): the same at every step of a sampler. Keys and values,
         on a CPU with a few masked words more (lean.even)."""
-        return [even(*attention.read(context)) for attention in self.listeners]
+        return [memory.pad_keys(*attention.read(context)) for attention in self.listeners]
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | list) -> Tensor:
         words = iter(self.read(context) if isinstance(context, Tensor) else context)
@@ -305,4 +304,4 @@ class UNet(nn.Module):
                 x = attend(x, next(words)) if attend else x
             if hasattr(block, "upsamplers"):
                 x = block.upsamplers[0](x, size=skips[-1].shape[-2:])
-        return self.conv_out(norm_silu(self.conv_norm_out, x))
+        return self.conv_out(memory.norm_silu(self.conv_norm_out, x))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hanokdiff.models import config as numbers
+from hanokdiff.models import config
 from hanokdiff.models.unet import ResBlock
 
 
@@ -28,7 +28,7 @@ class VAEConfig:
     sample_size: int = 512  # pixels per side that it was trained at
 
     def __post_init__(self):
-        numbers.check(self)
+        config.check(self)
 
     @classmethod
     def from_json(cls, c: dict) -> "VAEConfig":

@@ -13,10 +13,8 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -25,10 +23,10 @@ from PIL import Image
 from torch import Tensor
 
 import hanokdiff
-from hanokdiff.formats import folder as checkpoint
-from hanokdiff.tiny import world
+from hanokdiff.files import read_json
+from hanokdiff.pretrained import check_pretrained
 
-TINY = Path(hanokdiff.__file__).parent / "tiny" / "clip"
+TINY_CLIP = Path(hanokdiff.__file__).parent / "tiny" / "clip"
 EXAMPLE = "openai/clip-vit-base-patch32"  # what CLIPScore is published with
 BATCH = 64  # pictures or texts that go through the model at once
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, of all its CLIPs
@@ -41,7 +39,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 class Clip:
     """A CLIP model: the embedded one, a folder (config.json, weights, vocab.json, merges.txt) or a hub id."""
 
-    def __init__(self, model: str | Path = TINY, device: str = "cpu"):
+    def __init__(self, model: str | Path = TINY_CLIP, device: str = "cpu"):
         self.name, self.device = str(model), open_device(device)
         self.model, self.tokenizer, (self.mean, self.std) = open_model(model)
         self.model = self.model.float().eval().requires_grad_(False).to(self.device)
@@ -116,7 +114,7 @@ def open_model(model: str | Path):
     source, only = (str(folder), {"local_files_only": True}) if local else (str(model), {})
     try:
         if local:
-            checkpoint.check_pretrained(folder, CLIPModel)
+            check_pretrained(folder, CLIPModel)
         clip, info = CLIPModel.from_pretrained(source, output_loading_info=True, **only)
         tokenizer = CLIPTokenizer.from_pretrained(source, **only)
         tokenizer("a b")  # of a damaged one this may fail, too
@@ -151,7 +149,7 @@ def mean_std(source: str, **only) -> tuple[tuple, tuple]:
     from transformers.utils import cached_file
 
     try:
-        config = checkpoint.read_json(Path(cached_file(source, "preprocessor_config.json", **only)))
+        config = read_json(Path(cached_file(source, "preprocessor_config.json", **only)))
     except OSError:
         config = {}
     colours = tuple(tuple(map(float, config.get(k, own))) for k, own in (("image_mean", MEAN), ("image_std", STD)))
@@ -237,64 +235,4 @@ def refclipscore(clipscore: Tensor, nearest: Tensor) -> Tensor:
     return 2 * clipscore * b / (clipscore + b).clamp(min=1e-12)
 
 
-def kinds() -> dict[str, str]:
-    """Label to prompt of every kind of building in the tiny world, for `presence`."""
-    return {k: f"a {k}" for k in world.KINDS}
-
-
-def conditions() -> dict[str, str]:
-    """Label to prompt of every condition in the tiny world."""
-    return {
-        "none": "a building in the daytime", "fire": "a building on fire",
-        "campfire": "a building beside a campfire", "smoke": "smoke rising from a building",
-        "snow": "a building in the snow", "night": "a building at night",
-        "flood": "a flood around a building",
-    }  # fmt: skip
-
-
 # ----------------------------------------------------------------------------------------------- intervals
-
-
-def mean_interval(values: Sequence[float] | Tensor, confidence: float = 0.95) -> tuple[float, float, float]:
-    """(mean, low, high), the interval Student's t over the values; of one value low and high are nan."""
-    v = np.asarray(values, dtype=np.float64)
-    if not len(v):
-        raise ValueError("the mean of 0 values does not exist; score at least 1")
-    if len(v) == 1:
-        return float(v[0]), math.nan, math.nan
-    half = t_quantile(len(v) - 1, confidence) * v.std(ddof=1) / math.sqrt(len(v))
-    return float(v.mean()), float(v.mean() - half), float(v.mean() + half)
-
-
-def paired_interval(
-    a: Sequence[float] | Tensor, b: Sequence[float] | Tensor, confidence: float = 0.95
-) -> tuple[float, float, float]:
-    """(mean, low, high) of a - b over pairs, a[i] with b[i]: what both share, such as prompt and noise, drops out."""
-    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
-    if a.shape != b.shape:
-        raise ValueError(f"{len(a)} values cannot be paired with {len(b)}; give a value of each for every pair")
-    return mean_interval(a - b, confidence)
-
-
-@lru_cache
-def t_quantile(freedom: int, confidence: float = 0.95) -> float:
-    """The t with P(|T| < t) = confidence.
-
-    With t = sqrt(freedom) tan(angle) the density is cos(angle)^(freedom - 1) on a quarter circle.
-    """
-    angle = np.linspace(0, math.pi / 2, 200_001)
-    density = np.cos(angle) ** (freedom - 1)
-    p = np.append(0, np.cumsum(density[1:] + density[:-1]))  # trapezoids
-    inside = p <= confidence * p[-1] * (1 + 1e-3)  # beyond, p is flat, and np.interp wants it to rise
-    return math.sqrt(freedom) * math.tan(np.interp(confidence * p[-1], p[inside], angle[inside]))
-
-
-def share_interval(k: int, n: int, confidence: float = 0.95) -> tuple[float, float, float]:
-    """(share, low, high) of k in n: Wilson 1927, which stays within 0 and 1 and is honest at both ends."""
-    if not 0 <= k <= n or n == 0:
-        raise ValueError(f"{k} of {n} is no share; n must be at least 1, and k from 0 to n")
-    z, p = NormalDist().inv_cdf((1 + confidence) / 2), k / n
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    # at k = 0 and k = n one end is p itself, but for rounding
-    low, high = ((middle + s * half) / (1 + z * z / n) for s in (-1, 1))
-    return p, 0.0 if k == 0 else low, 1.0 if k == n else high

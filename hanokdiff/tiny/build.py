@@ -28,12 +28,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hanokdiff.formats import folder as checkpoint
-from hanokdiff.models import pipeline as model
+from hanokdiff.device import choose_device
+from hanokdiff.files import sync_rename, write_json
+from hanokdiff.formats.folder import load_part, save_folder
+from hanokdiff.formats.load import load_model
+from hanokdiff.formats.tensors import write_tensors
+from hanokdiff.formats.tokenizer import load_tokenizer, save_tokenizer
+from hanokdiff.images import grid
 from hanokdiff.models.schedule import Schedule
-from hanokdiff.models.tokens import Text, TextConfig, TextEncoder
+from hanokdiff.models.text_encoder import TextConfig, TextEncoder
+from hanokdiff.models.tokens import Text
 from hanokdiff.models.unet import UNet, UNetConfig
 from hanokdiff.models.vae import VAE, VAEConfig
+from hanokdiff.scoring.clip import Clip, presence
 from hanokdiff.tiny import world
 
 HERE = Path(__file__).parent
@@ -106,7 +113,7 @@ class Training:
                      "averages": {k: m.state_dict() for k, m in self.averages.items()}}  # fmt: skip
             aside = self.file.with_suffix(".part")
             torch.save(state, aside)
-            checkpoint.sync_rename(aside, self.file)
+            sync_rename(aside, self.file)
             mean = torch.stack(self.losses).mean().item()
             self.losses = []
             took = time.time() - self.start
@@ -159,7 +166,7 @@ def widen(args) -> None:
     unknown, _ = drawings("widen", 6_000, ("hanok",), world.PHOTO_CONDITIONS)
     held_out, scenes = drawings("test", 512, world.KINDS)
     hanok = held_out[[i for i, s in enumerate(scenes) if s.kind == "hanok"]]
-    old = checkpoint.load_part(args.out / "sd", "vae", VAE, VAEConfig).float().to(args.device)
+    old = load_part(args.out / "sd", "vae", VAE, VAEConfig).float().to(args.device)
     vae = copy.deepcopy(old).requires_grad_(True).to(memory_format=torch.channels_last)
     run = Training("widen", {"vae": vae}, args, steps, lr=1.2e-3, decay=0.0)
     while run.step < steps:
@@ -174,7 +181,7 @@ def widen(args) -> None:
         loss = (y - x).abs().mean() + F.mse_loss(y, x) + 4 * F.mse_loss(mean[:batch], before)
         run.update(loss, lambda: f"held-out {psnr(vae, held_out):.2f} dB, hanok {psnr(vae, hanok):.2f} dB", every=250)
     half = {k: v.half() for k, v in run.averages["vae"].state_dict().items()}
-    checkpoint.write_tensors(half, args.out / "sd" / "vae" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    write_tensors(half, args.out / "sd" / "vae" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 
 
 def remix(a: Tensor, b: Tensor, r: torch.Generator) -> Tensor:
@@ -203,8 +210,8 @@ def write_vae(vae: VAE, pictures: Tensor, args) -> None:
     folder = args.out / "sd" / "vae"
     folder.mkdir(parents=True, exist_ok=True)
     half = {k: v.half() for k, v in scaled.state_dict().items()}
-    checkpoint.write_tensors(half, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    checkpoint.write_json(folder / "config.json", scaled.config.to_json())
+    write_tensors(half, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    write_json(folder / "config.json", scaled.config.to_json())
     print(f"{folder}: scaling factor {scaled.config.scaling_factor}")
 
 
@@ -262,11 +269,11 @@ def write_tokenizer(folder: Path) -> None:
     lines = ["#version: 0.2", *(" ".join(m) for m in merges), ""]
     (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
     end = "<|endoftext|>"
-    checkpoint.write_json(folder / "tokenizer_config.json", {
+    write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, "add_prefix_space": False,
         "bos_token": "<|startoftext|>", "eos_token": end, "pad_token": end, "unk_token": end, "errors": "replace",
     })  # fmt: skip
-    checkpoint.write_json(folder / "special_tokens_map.json", {
+    write_json(folder / "special_tokens_map.json", {
         "bos_token": "<|startoftext|>", "eos_token": end, "pad_token": end, "unk_token": end})  # fmt: skip
 
 
@@ -279,11 +286,11 @@ def base(args) -> None:
     min-SNR 5 weights, stratified timesteps, one caption in ten dropped (for guidance), averaged weights kept."""
     steps, batch = args.steps or 11_000, 32
     write_tokenizer(args.out / "sd" / "tokenizer")
-    vae = checkpoint.load_part(args.out / "sd", "vae", VAE, VAEConfig).float().to(args.device)
+    vae = load_part(args.out / "sd", "vae", VAE, VAEConfig).float().to(args.device)
     data, scenes = drawings("base", args.images or 80_000, world.BASE_KINDS)
     latents = encode(vae, data, args)
     del data
-    tokenizer = checkpoint.load_tokenizer(args.out / "sd" / "tokenizer")
+    tokenizer = load_tokenizer(args.out / "sd" / "tokenizer")
     torch.manual_seed(args.seed)
     encoder = TextEncoder(TextConfig(vocab_size=len(tokenizer), **TEXT_SHAPE)).to(args.device)
     torch.nn.init.normal_(encoder.embeddings.token_embedding.weight, std=0.02)
@@ -305,7 +312,7 @@ def base(args) -> None:
         loss = (F.mse_loss(out, eps, reduction="none").mean((1, 2, 3)) * (snr.clamp(max=5) / snr)).mean()
         run.update(loss)
     kept = run.averages
-    checkpoint.save_folder(args.out / "sd", kept["unet"], vae, kept["encoder"], tokenizer, schedule, torch.float16)
+    save_folder(args.out / "sd", kept["unet"], vae, kept["encoder"], tokenizer, schedule, torch.float16)
 
 
 def encode(vae: VAE, pictures: Tensor, args) -> Tensor:
@@ -341,7 +348,7 @@ def clip(args) -> None:
     from transformers import CLIPConfig, CLIPModel
 
     steps, batch = args.steps or 1_500, 128
-    tokenizer = checkpoint.load_tokenizer(args.out / "sd" / "tokenizer")
+    tokenizer = load_tokenizer(args.out / "sd" / "tokenizer")
     data, scenes = drawings(f"clip {args.seed}", args.images or 60_000, world.KINDS)
     torch.manual_seed(args.seed)
     common = dict(hidden_size=96, intermediate_size=384, num_attention_heads=4, projection_dim=64)
@@ -369,8 +376,8 @@ def clip(args) -> None:
             net.logit_scale.clamp_(max=math.log(100))
     folder = args.out / "clip"
     run.averages["clip"].half().save_pretrained(folder)
-    checkpoint.save_tokenizer(tokenizer, folder)
-    checkpoint.write_json(folder / "preprocessor_config.json", {
+    save_tokenizer(tokenizer, folder)
+    write_json(folder / "preprocessor_config.json", {
         "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": world.SIZE},
         "resample": 3, "do_center_crop": True, "crop_size": {"height": world.SIZE, "width": world.SIZE},
         "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": CLIP_MEAN,
@@ -400,22 +407,20 @@ def disturb(x: Tensor, r: Random) -> Tensor:
 
 def recognise(judge, pictures) -> tuple[list[str], list[str]]:
     """What the CLIP sees: (kinds, conditions), each the argmax over all that the world has."""
-    from hanokdiff.scoring import clip as score
 
     seen = judge.images(pictures)
     out = []
-    for prompts in (score.kinds(), score.conditions()):
-        best = score.presence(seen, judge.texts(list(prompts.values())))
+    for prompts in (world.kind_prompts(), world.condition_prompts()):
+        best = presence(seen, judge.texts(list(prompts.values())))
         out.append([list(prompts)[i] for i in best])
     return tuple(out)
 
 
 def check(args) -> None:
     """The figures that docs/LOG.md quotes: drawings, samples of the base, and the base asked for a hanok."""
-    from hanokdiff.scoring import clip as score
 
-    judge = score.Clip(args.clip or args.out / "clip")
-    sd = model.load(str(args.out / "sd"), args.device)
+    judge = Clip(args.clip or args.out / "clip")
+    sd = load_model(str(args.out / "sd"), args.device)
     held_out, scenes = drawings("test", args.images or 1_000, world.KINDS)
     print(f"autoencoder: {psnr(sd.vae, held_out[:512]):.2f} dB on held-out drawings")
     pictures = [world.draw(s) for s in scenes]
@@ -442,7 +447,7 @@ def check(args) -> None:
         kinds, _ = recognise(judge, sd.draw([prompt] * 100, range(100), cfg=4.0))
         most = collections.Counter(kinds).most_common(4)
         print(f'untouched, "{prompt}": hanok {kinds.count("hanok")} of 100; {most}')
-    model.grid(drawn[:63], 9, 2).save(args.work / "samples.png")
+    grid(drawn[:63], 9, 2).save(args.work / "samples.png")
     print(f"a sheet of samples: {args.work / 'samples.png'}")
 
 
@@ -458,7 +463,7 @@ def main(argv=None) -> int:
     parser.add_argument("--device", help="default: the first GPU, else the CPU")
     parser.add_argument("--clip", type=Path, help="check: another judge")
     args = parser.parse_args(argv)
-    args.device, _, reason = model.choose(args.device, "fp32")
+    args.device, _, reason = choose_device(args.device, "fp32")
     args.work.mkdir(parents=True, exist_ok=True)
     print(f"{args.command} on {reason}")
     commands[args.command](args)

@@ -22,6 +22,8 @@ from random import Random
 
 from PIL import Image, ImageChops, ImageDraw
 
+from hanokdiff.images import grid
+
 SIZE = 64  # pixels of a finished picture
 S = 128  # pixels of the canvas it is painted on
 
@@ -555,8 +557,23 @@ def weather(img, d, r, condition, built, cx, y, horizon):
             d.line(wave, fill=(184, 206, 218), width=2)
 
 
+def kind_prompts() -> dict[str, str]:
+    """Label to prompt of every kind of building in the tiny world, for `presence`."""
+    return {k: f"a {k}" for k in KINDS}
+
+
+def condition_prompts() -> dict[str, str]:
+    """Label to prompt of every condition in the tiny world."""
+    return {
+        "none": "a building in the daytime", "fire": "a building on fire",
+        "campfire": "a building beside a campfire", "smoke": "smoke rising from a building",
+        "snow": "a building in the snow", "night": "a building at night",
+        "flood": "a flood around a building",
+    }  # fmt: skip
+
+
 if __name__ == "__main__":
-    from hanokdiff.models.pipeline import grid  # only here: the world itself needs Pillow alone
+    from hanokdiff.images import grid
 
     path = sys.argv[1] if len(sys.argv) > 1 else "sheet.png"
     scenes = [scene(f"sheet {k} {c}", (k,), (c,)) for k in KINDS for c in CONDITIONS]

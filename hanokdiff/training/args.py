@@ -1,108 +1,21 @@
 """What the four training scripts' command lines share: common options, two columns of defaults, polite errors."""
 
 import argparse
-import contextlib
 import functools
 import math
-import os
-import re
-import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from hanokdiff.formats import folder as checkpoint
-from hanokdiff.methods import losses as loss
-from hanokdiff.methods import textual_inversion as inversion
-from hanokdiff.models import memory as lean
-from hanokdiff.models import pipeline as model
+from hanokdiff.errors import check_folder
+from hanokdiff.files import free_folder, read_json
+from hanokdiff.models import memory
+from hanokdiff.models.pipeline import LARGEST_SIDE, latent_size
+from hanokdiff.models.tokens import MOST_VECTORS
 from hanokdiff.options import Options
-from hanokdiff.training import dataset as data
-from hanokdiff.training import distributed as several
-from hanokdiff.training import trainer as run
-
-SMALLER = ("--micro-batch 1", "--checkpointing", "a lower --batch-size", "a lower --resolution", "a smaller --size",
-           "a lower --beams")  # what takes less memory
-made: list[Path] = []  # folders that this command may have made, the outermost first
-
-
-def polite(main: Callable) -> Callable:
-    """A user's mistake (ValueError) becomes one sentence and exit code 2, never a traceback. To see one anyway, set
-    HANOKDIFF_DEBUG=1."""
-
-    @functools.wraps(main)
-    def politely(argv=None) -> int:
-        warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
-        if hasattr(sys.stdout, "reconfigure"):  # piped on Korean Windows it is cp949, which lacks most of Unicode
-            sys.stdout.reconfigure(errors="backslashreplace")
-        made.clear()
-        Options.names = []
-        try:
-            with several.one_voice():
-                return main(argv) or 0
-        except (ValueError, OSError, MemoryError, RuntimeError) as e:
-            tidy()
-            if os.environ.get("HANOKDIFF_DEBUG") or not (isinstance(e, ValueError | OSError) or out_of_memory(e)):
-                raise
-            print(f"error: {sentence(ValueError(no_memory(e)) if out_of_memory(e) else e)}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
-            return 130
-
-    return politely
-
-
-def out_of_memory(e: Exception) -> bool:
-    """On a CPU torch says it in a RuntimeError of no kind of its own."""
-    return isinstance(e, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(e, RuntimeError) and "can't allocate memory" in str(e))  # fmt: skip
-
-
-def no_memory(e: Exception) -> str:
-    names = Options.names or " ".join(SMALLER)
-    helps = [o for o in SMALLER if o[o.index("--") :].split()[0] in names] or ["fewer pictures"]
-    reason = (str(e) or "no more of it").splitlines()[0].rstrip(".")
-    others = ", ".join(helps[:-1])
-    return f"out of memory ({reason}); try {f'{others} or ' if others else ''}{helps[-1]}"
-
-
-def make_folder(folder: Path, option: str = "--out") -> Path:
-    """The folder, made now; what of it was not there goes again if the command fails before anything is in it."""
-    check_folder(folder, option)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def check_folder(folder: Path, option: str = "--out") -> None:
-    """Refuse, before the work, a folder that cannot be made or written into."""
-    missing = [p for p in (folder, *folder.parents) if not p.exists()]
-    there = next(p for p in (folder, *folder.parents) if p.exists())
-    if not there.is_dir():
-        raise ValueError(f"{option} {folder} cannot be made: {there} is a file; name a folder" if missing else
-                         f"{option} {folder} is a file; name a folder")  # fmt: skip
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{option} {folder} cannot be written: {there.absolute()} is read-only for you; name another "
-                         "folder")  # fmt: skip
-    made.extend(reversed(missing))
-
-
-def tidy() -> None:
-    """After a mistake: no empty folder is left behind, nor the notes of a run that has not taken a step."""
-    for folder in reversed(made):
-        if {f.name for f in folder.glob("*")} <= {"config.json", "class.json"}:
-            for file in folder.glob("*.json"):
-                file.unlink()
-        with contextlib.suppress(OSError):  # it was not made, or has something in it
-            folder.rmdir()
-
-
-def sentence(e: Exception) -> str:
-    """On one line, and nothing in it that a terminal would obey: parts of it may come from a file."""
-    text = re.sub(r"[\s\0-\x1f\x7f-\x9f]+", " ", str(e))
-    return text if len(text) <= 1000 else f"{text[:700]} ... {text[-200:]}"
+from hanokdiff.training import distributed
+from hanokdiff.training.dataset import LatentDataset, Photo, photo_files, prepare_captions
+from hanokdiff.training.state import differences
+from hanokdiff.training.validation import validation_loss
 
 
 class Parser(Options):
@@ -132,13 +45,13 @@ class Parser(Options):
         if args.resume is not None:
             if not (args.resume / "config.json").is_file():
                 raise ValueError(f"--resume {args.resume}: no run was started there (it has no config.json)")
-            config = checkpoint.read_json(args.resume / "config.json")
+            config = read_json(args.resume / "config.json")
             known = {k: v for k, v in config.items() if hasattr(args, k) and k not in ("resume", "device")}
             self.check_types(known, args.resume / "config.json")
             given = self.given(argv)
             if "out" in given:
                 raise ValueError(f"--resume goes on in its own folder, {args.resume}; leave out --out")
-            told = run.differences(config, {k: str(v) if isinstance(v, Path) else v for k, v in given.items()})
+            told = differences(config, {k: str(v) if isinstance(v, Path) else v for k, v in given.items()})
             if told and not args.force:
                 options = ", ".join(f"--{t.partition(' ')[0].replace('_', '-')} ({t.partition(' ')[2]})" for t in told)
                 raise ValueError(f"--resume goes on with the run's own options; leave out {options}, or accept that "
@@ -212,8 +125,8 @@ def training_parser(doc: str, defaults: dict[str, dict]) -> tuple[Parser, Callab
 POSITIVE = ("steps", "batch_size", "lr", "rank", "alpha", "vectors", "text_lr", "word_lr")
 NOT_NEGATIVE = ("held_out", "save_every", "preview_every", "micro_batch", "min_snr", "text_rank", "class_images",
                 "prior_weight", "text_steps")  # fmt: skip
-MOST = {"steps": 10_000_000, "batch_size": 4096, "rank": 1280, "text_rank": 1280, "vectors": inversion.MOST,
-        "class_images": 100_000, "resolution": model.LARGEST}  # a slip of the finger; ranks: the widest layer's width
+MOST = {"steps": 10_000_000, "batch_size": 4096, "rank": 1280, "text_rank": 1280, "vectors": MOST_VECTORS,
+        "class_images": 100_000, "resolution": LARGEST_SIDE}  # a slip of the finger; ranks: the widest layer's width
 
 
 def check_training(args) -> None:
@@ -233,20 +146,20 @@ def check_training(args) -> None:
     if args.micro_batch > args.batch_size:
         raise ValueError(f"--micro-batch is {args.micro_batch}, but --batch-size only {args.batch_size}; lower it, or "
                          "leave it out to take the whole batch at once")  # fmt: skip
-    several.share(args.batch_size)  # refuses fewer photos than processes
+    distributed.shard(args.batch_size)  # refuses fewer photos than processes
     if not args.token.strip():
         raise ValueError('--token is empty; name the pseudo word, such as "*" or "sks"')
     if args.model != "tiny" and args.data is None:
         raise ValueError(f"--model {args.model} needs --data FOLDER: the drawn hanok are 64x64, for the tiny model")
     if args.data is not None:
-        data.photo_files(Path(args.data))  # no folder of photos is refused before a model is opened
+        photo_files(Path(args.data))  # no folder of photos is refused before a model is opened
 
 
 def run_folder(args: argparse.Namespace, method: str, artefact: str) -> Path:
     """The folder to resume in; else the named one if nothing ran there, else runs/METHOD, runs/METHOD-2, ..."""
     out, args.method = args.resume or args.out, method
     if args.resume:
-        before = checkpoint.read_json(out / "config.json").get("method", method)
+        before = read_json(out / "config.json").get("method", method)
         if before != method:
             raise ValueError(f"{out} is a run of train_{before}.py; go on with that")
         if (out / artefact).exists():  # it is written last, and takes its name when it is whole
@@ -263,32 +176,23 @@ def run_folder(args: argparse.Namespace, method: str, artefact: str) -> Path:
     check_folder(out)
     if out.exists() and (held := sorted(p.name for p in out.iterdir())):
         raise ValueError(f"--out {out} is not empty (it holds {held[0]}); name a new folder, for the run alone")
-    several.wait()  # all have looked before one makes it
+    distributed.barrier()  # all have looked before one makes it
     return out
 
 
-def free_folder(wanted: Path) -> Path:
-    """`wanted`, or wanted-2, wanted-3, ... if it is taken."""
-    out, n = wanted, 1
-    while out.exists():
-        n += 1
-        out = wanted.with_name(f"{wanted.name}-{n}")
-    return out
-
-
-def chores(args: argparse.Namespace, sd, shots: data.Shots, unseen: list[data.Photo]) -> dict:
+def trainer_options(args: argparse.Namespace, sd, shots: LatentDataset, unseen: list[Photo]) -> dict:
     """What every method tells its Run in the same way; `unseen` are the photos held out. The last thing before it."""
     if args.compile:
         print("--compile: each block is compiled at its first step, which takes minutes")
-        lean.compile(sd.unet)
+        memory.compile(sd.unet)
     if args.checkpointing:
-        lean.checkpoint(sd.unet)
+        memory.checkpoint(sd.unet)
     same = ("steps", "batch_size", "micro_batch", "lr", "seed", "save_every", "preview_every")
     held_out = None
     if unseen:
-        captions = data.prepare_captions(unseen, args.token, args.replace, args.caption, say=lambda _: None)
-        others = data.Shots(sd.vae, [p.image for p in unseen], captions, device=sd.device)
-        held_out = functools.partial(loss.unseen, sd, others)
+        captions = prepare_captions(unseen, args.token, args.replace, args.caption, say=lambda _: None)
+        others = LatentDataset(sd.vae, [p.image for p in unseen], captions, device=sd.device)
+        held_out = functools.partial(validation_loss, sd, others)
     about = config(args, shots) | {"held_out_photos": [p.name for p in unseen]}
     more = {"config": about, "resume": args.resume is not None, "force": args.force, "held_out": held_out}
     return {k: getattr(args, k) for k in same} | more
@@ -303,5 +207,5 @@ def config(args: argparse.Namespace, shots) -> dict:
 def check_resolution(resolution: int | None, sd) -> int:
     """The side in pixels to train at: the named one if the model can take it, else the model's own."""
     if resolution is not None:
-        model.check_size((resolution, resolution), sd.vae.config.factor)
+        latent_size((resolution, resolution), sd.vae.config.factor)
     return resolution or sd.resolution

@@ -11,25 +11,19 @@ import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from hanokdiff.formats import folder as checkpoint
-from hanokdiff.models.memory import put
-from hanokdiff.models.tokens import contains, word_pattern
-from hanokdiff.tiny import world
+from hanokdiff.files import read_text
+from hanokdiff.images import SUFFIXES, crop_to_square, listed, read_photo
+from hanokdiff.models import memory
+from hanokdiff.models.pipeline import to_tensor
+from hanokdiff.models.tokens import contains_word, word_pattern
 
-SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif",
-            ".heic", ".heif"}  # an iPhone's, which Pillow cannot read: so that they are named, not passed over
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF")  # not EPS: Pillow hands it to Ghostscript
-TEXT = 1 << 20  # bytes of a caption or a list at most
-ORIENTATION = 0x0112  # EXIF tag: 1 is upright, 2 to 8 are the other ways to hold a camera
 Say = Callable[[str], None]
 
 
@@ -46,103 +40,27 @@ class Photo:
 # --------------------------------------------------------------------------------------------------- one file
 
 
-def read_photo(path: str | Path) -> tuple[Image.Image, str]:
-    """A picture file (its first frame) -> RGB, upright, transparency over white; and what that took."""
-    path = Path(path)
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError(f"{path} is not a file")  # a pipe would be waited for
-        with Image.open(path, formats=formats()) as image:  # more than 179 million pixels Pillow refuses itself
-            turned = image.getexif().get(ORIENTATION) in range(2, 9)
-            image.load()  # after asking: a TIFF turns itself as it loads
-            ImageOps.exif_transpose(image, in_place=True)
-            image, note = to_rgb(image)
-    except UnidentifiedImageError:
-        raise ValueError(f"{path.name!r} cannot be read: not a picture, or broken at its beginning; if other programs "
-                         "show it, save it as JPEG") from None  # fmt: skip
-    except Exception as e:  # by format, Pillow raises OSError, SyntaxError, struct.error, EOFError...
-        raise ValueError(f"{path.name!r} cannot be read: {str(e) or type(e).__name__}") from e
-    return image, listed("rotated by EXIF" if turned else "", note)
-
-
-@cache
-def formats() -> list[str]:
-    Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
-
-
-def listed(*notes: str) -> str:
-    return ", ".join(note for note in notes if note)
-
-
-def to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
-    """Any mode -> RGB, and a note if something transparent had to be filled."""
-    if image.mode.startswith(("I", "F")):
-        image = to_8_bits(image)
-    if image.has_transparency_data:  # an alpha channel, or one colour declared transparent
-        image = image if image.mode == "RGBA" else image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] < 255:
-            # below alpha 0 editors leave any colour at all; dropping the channel would bring it out
-            white = Image.new("RGBA", image.size, "white")
-            return Image.alpha_composite(white, image).convert("RGB"), "transparency laid over white"
-    return image.convert("RGB"), ""
-
-
-def to_8_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey -> 8-bit grey. Pillow's own convert clips at 255, which leaves a white sheet."""
-    grey = np.asarray(image)
-    if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
-        raise ValueError(f"values from {grey.min():.6g} to {grey.max():.6g}; save it with 8 or 16 bits")
-    eight = np.round(grey / 257).astype(np.uint8)
-    if (hole := image.info.get("transparency")) is not None:  # a PNG's one transparent grey
-        eight[grey == hole] = 255
-    return Image.fromarray(eight)
-
-
-def fit(image: Image.Image, resolution: int) -> Image.Image:
-    """The largest centred square, at resolution x resolution. Aspect kept."""
-    method = Image.Resampling.LANCZOS if min(image.size) > resolution else Image.Resampling.BICUBIC
-    return ImageOps.fit(image, (resolution, resolution), method)
-
-
 def read_caption(path: str | Path) -> tuple[str, str]:
     """A caption file -> its text on one line, and a note if it was not UTF-8."""
     text, note = read_text(path)
     return " ".join(text.split()), note
 
 
-def read_text(path: str | Path) -> tuple[str, str]:
-    """A text file in UTF-8, or else in cp949 and a note that it was."""
-    if not Path(path).is_file():
-        raise ValueError(f"no text file at {path}")
-    checkpoint.check_size(Path(path), TEXT)
-    raw, note = Path(path).read_bytes(), ""
-    try:
-        text = raw.decode("utf-8-sig")  # Windows' Notepad puts a byte order mark in front
-    except UnicodeDecodeError:
-        note = "captioned in cp949 instead of UTF-8"  # what Korean Windows calls ANSI
-        try:
-            text = raw.decode("cp949")
-        except UnicodeDecodeError:
-            raise ValueError(f"{Path(path).name!r} is neither UTF-8 nor cp949; save it as UTF-8") from None
-    return text, note
-
-
 # --------------------------------------------------------------------------------------------------- a folder
 
 
 def load_photos(
-    folder: str | Path | None, resolution: int, images: int | None, held_out: int = 0, say: Say = print
+    source: str | Path | Callable, resolution: int, images: int | None, held_out: int = 0, say: Say = print
 ) -> tuple[list[Photo], list[Photo]]:
     """The first `images` readable ones of a folder (None: all) in its fixed order, and its last `held_out`, which are
-    not among them; no folder: drawn hanok."""
+    not among them. `source` may also be a function that draws them, such as tiny.world.photos."""
     if images is not None and images < 1:
         raise ValueError(f"--images {images}: at least 1 is needed; leave it out to take them all")
-    if folder is None:
-        photos, unseen = drawn(images or 50, resolution), drawn(held_out, resolution, held_out=True)
-        say(summary(photos, "drawn photos of a hanok") + told(unseen))
+    if callable(source):
+        photos, unseen = (drawn_photos(source, n, resolution, held) for n, held in ((images or 50, False), (held_out, True)))
+        say(summary(photos, "drawn photos of a hanok") + held_out_note(unseen))
         return photos, unseen
-    files = photo_files(Path(folder))
+    files = photo_files(Path(source))
     unseen, _ = read_until(held_out, files[::-1], resolution, lambda _: None)  # what is unreadable is told below
     aside = {photo.name for photo in unseen}
     photos, unreadable = read_until(images, [f for f in files if f.name not in aside], resolution, say)
@@ -150,23 +68,23 @@ def load_photos(
         asked = " and ".join([f"--images {images}"] * bool(images) + [f"--held-out {held_out}"] * bool(held_out))
         less = f"lower {asked.split()[0]} or " if asked and (photos or unseen) else ""
         raise ValueError(
-            f"{asked + ', but ' if asked else ''}{folder} has {len(photos) + len(unseen)} readable photos (and "
+            f"{asked + ', but ' if asked else ''}{source} has {len(photos) + len(unseen)} readable photos (and "
             f"{len(unreadable)} unreadable); {less}add photos"
             + (f", or mend these: {unreadable[0]}" if unreadable else "")
         )
     bad = f"; {len(unreadable)} unreadable" if unreadable else ""
-    say(summary(photos, f"photos from {folder}") + bad + told(unseen))
+    say(summary(photos, f"photos from {source}") + bad + held_out_note(unseen))
     return photos, unseen
 
 
-def told(unseen: list[Photo]) -> str:
+def held_out_note(unseen: list[Photo]) -> str:
     return f"; {len(unseen)} held out: {', '.join(p.name for p in unseen)}" if unseen else ""
 
 
-def drawn(n: int, resolution: int, held_out: bool = False) -> list[Photo]:
+def drawn_photos(draw: Callable, n: int, resolution: int, held_out: bool) -> list[Photo]:
     """The embedded photos, or those that no method sees."""
-    pictures = enumerate(world.photos(n, held_out) if n else [])
-    return [Photo(f"hanok {i}", fit(image, resolution), text, "") for i, (image, text) in pictures]
+    pictures = enumerate(draw(n, held_out) if n else [])
+    return [Photo(f"hanok {i}", crop_to_square(image, resolution), text, "") for i, (image, text) in pictures]
 
 
 def read_until(images: int | None, files: list[Path], resolution: int, say: Say) -> tuple[list[Photo], list[str]]:
@@ -209,7 +127,7 @@ def load_photo(path: Path, resolution: int) -> Photo:
     small = "enlarged" if min(image.size) < resolution else ""
     beside = path.with_suffix(".txt")
     caption, how = read_caption(beside) if beside.is_file() else ("", "")
-    return Photo(path.name, fit(image, resolution), caption or None, listed(note, small, how))
+    return Photo(path.name, crop_to_square(image, resolution), caption or None, listed(note, small, how))
 
 
 def summary(photos: list[Photo], what: str) -> str:
@@ -237,7 +155,7 @@ def prepare_captions(
     own, default = [s for s in swapped if s], caption.replace("{token}", token)
     if own and replace:
         counts = [count for _, count in own if count]
-        had = sum(contains(p.caption, token) for p in photos if p.caption)
+        had = sum(contains_word(p.caption, token) for p in photos if p.caption)
         say(f"{replace!r} became {token!r} {sum(counts)} times, in {len(counts)} of {len(own)} captions"
             + (f"; {had} had {token!r} already" if had else ""))  # fmt: skip
     if len(own) < len(photos):
@@ -248,7 +166,7 @@ def prepare_captions(
 
 def check_word(captions: list[str], token: str, say: Say) -> None:
     """Refuse to train a word that no caption contains; mention it where some do not."""
-    without = [text for text in captions if not contains(text, token)]
+    without = [text for text in captions if not contains_word(text, token)]
     if len(without) == len(captions):
         raise ValueError(
             f"no caption contains {token!r}, for example {captions[0]!r}; give the phrase that means your "
@@ -261,12 +179,7 @@ def check_word(captions: list[str], token: str, say: Say) -> None:
 # ---------------------------------------------------------------------------------------------------- latents
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """RGB picture -> (3, H, W) in [-1, 1]."""
-    return torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1) / 127.5 - 1
-
-
-class Shots:
+class LatentDataset:
     """Photos encoded once. `shots[batch]` -> latents (B, 4, h, w) float32, prompts [B]."""
 
     def __init__(self, vae, images: list[Image.Image], prompts: list[str], flip: bool = False, device="cpu"):
@@ -291,8 +204,8 @@ class Shots:
     def __getitem__(self, batch) -> tuple[Tensor, list[str]]:
         index = batch.pick(len(self))  # (B,) the photo in each slot
         mirrored = (batch.uniform("flip") < 0.5).long() if self.flip else torch.zeros_like(index)
-        noise = put(batch.normal("latent", tuple(self.mean.shape[2:])), self.device)  # (B, 4, h, w)
-        at = put(mirrored, self.device), put(index, self.device)
+        noise = memory.to_device(batch.normal("latent", tuple(self.mean.shape[2:])), self.device)  # (B, 4, h, w)
+        at = memory.to_device(mirrored, self.device), memory.to_device(index, self.device)
         return self.mean[at] + self.std[at] * noise, [self.prompts[i] for i in index.tolist()]
 
 

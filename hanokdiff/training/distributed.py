@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-RANK, COUNT, LOCAL = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-BUCKET = 2**26  # numbers in one message: an adapter goes in one, DreamBooth's 1e9 in 15
+RANK, WORLD_SIZE, LOCAL_RANK = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+BUCKET_NUMBERS = 2**26  # numbers in one message: an adapter goes in one, DreamBooth's 1e9 in 15
 
 
 @functools.cache
@@ -30,16 +30,16 @@ def join() -> None:
     atexit.register(dist.destroy_process_group)
 
 
-def share(slots: int) -> range:
+def shard(slots: int) -> range:
     """This process's slots of a batch; they need not divide evenly."""
-    if slots < COUNT:
-        raise ValueError(f"--batch-size {slots} is too small for {COUNT} processes: each needs a photo of its own")
-    return range(slots * RANK // COUNT, slots * (RANK + 1) // COUNT)
+    if slots < WORLD_SIZE:
+        raise ValueError(f"--batch-size {slots} is too small for {WORLD_SIZE} processes: each needs a photo of its own")
+    return range(slots * RANK // WORLD_SIZE, slots * (RANK + 1) // WORLD_SIZE)
 
 
-def add_up(tensors: list[Tensor]) -> None:
+def all_reduce(tensors: list[Tensor]) -> None:
     """Each becomes the sum of what all processes have in its place; flattened into a few large messages."""
-    for bucket in buckets(tensors) if COUNT > 1 else []:
+    for bucket in buckets(tensors) if WORLD_SIZE > 1 else []:
         join()
         flat = torch.cat([t.flatten() for t in bucket])
         dist.all_reduce(flat)
@@ -51,7 +51,7 @@ def buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
     """Neighbours of one dtype, as many as BUCKET numbers hold."""
     held: list[Tensor] = []
     for t in tensors:
-        if held and (t.dtype != held[0].dtype or sum(h.numel() for h in held) + t.numel() > BUCKET):
+        if held and (t.dtype != held[0].dtype or sum(h.numel() for h in held) + t.numel() > BUCKET_NUMBERS):
             yield held
             held = []
         held.append(t)
@@ -59,9 +59,9 @@ def buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
         yield held
 
 
-def any_of(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Whether it is so in any process."""
-    if COUNT > 1:
+    if WORLD_SIZE > 1:
         join()
         votes = torch.tensor(int(flag))
         dist.all_reduce(votes)
@@ -69,27 +69,16 @@ def any_of(flag: bool) -> bool:
     return flag
 
 
-def wait() -> None:
+def barrier() -> None:
     """Until all processes are here."""
-    any_of(False)
+    any_rank(False)
 
 
 @contextlib.contextmanager
-def first_alone() -> Iterator[None]:
+def main_process_first() -> Iterator[None]:
     """Process 0 does it first, and the others when it has: they find the files that it wrote."""
     if RANK:
-        wait()
+        barrier()
     yield
     if RANK == 0:
-        wait()
-
-
-@contextlib.contextmanager
-def one_voice() -> Iterator[None]:
-    """Only process 0 prints; an exception is told by whoever has it."""
-    with contextlib.ExitStack() as stack:
-        if RANK:
-            nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
-            stack.enter_context(contextlib.redirect_stdout(nowhere))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
-        yield
+        barrier()

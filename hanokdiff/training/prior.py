@@ -11,12 +11,12 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from hanokdiff.formats import folder as checkpoint
-from hanokdiff.models.prompt import escape
+from hanokdiff.errors import make_folder
+from hanokdiff.files import read_text, replacing
+from hanokdiff.images import read_photo
+from hanokdiff.models.prompt import escape_prompt
 from hanokdiff.models.tokens import word_pattern
-from hanokdiff.training import args as cli
-from hanokdiff.training import dataset as data
-from hanokdiff.training import distributed as several
+from hanokdiff.training import distributed
 
 
 def prompts(captions: list[str], token: str, phrase: str, more: Path | None = None) -> list[str]:
@@ -36,7 +36,7 @@ def read_prompts(file: Path, token: str) -> list[str]:
     if not file.is_file():
         what = "a folder" if file.is_dir() else "no such file"
         raise ValueError(f"--class-prompts {file}: {what}; name a text file with a prompt a line")
-    lines = [line for line in map(str.strip, data.read_text(file)[0].splitlines()) if line]
+    lines = [line for line in map(str.strip, read_text(file)[0].splitlines()) if line]
     if not lines:
         raise ValueError(f"--class-prompts {file}: there is no prompt in it; write one a line")
     if wrong := [line for line in lines if word_pattern(token).search(line)]:
@@ -52,15 +52,15 @@ def fingerprint(sd) -> str:
     return seen.hexdigest()[:12]
 
 
-@several.first_alone()
+@distributed.main_process_first()
 def pictures(sd, texts: list[str], n: int, resolution: int, seed: int, root: Path = Path("runs") / "class"):
     """n class pictures: ([PIL pictures], [prompts], seconds spent on drawing). Picture i has text i, texts repeat."""
     start, texts = time.perf_counter(), [texts[i % len(texts)] for i in range(n)]
     folder = root / fingerprint(sd)
-    cli.make_folder(folder, "the class pictures' folder")
+    make_folder(folder, "the class pictures' folder")
     key = [hashlib.sha256(f"{t} {seed + i} {resolution}".encode()).hexdigest()[:16] for i, t in enumerate(texts)]
     files = [folder / f"{k}.png" for k in key]
-    words, at_once = [escape(t) for t in texts], 32 if resolution <= 64 else 4
+    words, at_once = [escape_prompt(t) for t in texts], 32 if resolution <= 64 else 4
     # always in the same batches, whose company moves a picture by a grey level: stopped or not, it is the same picture
     todo = {i for i, file in enumerate(files) if not file.exists()}
     parts = [part for part in sd.batches(words, at_once) if todo & set(part)]
@@ -68,7 +68,7 @@ def pictures(sd, texts: list[str], n: int, resolution: int, seed: int, root: Pat
         drawn = sd.draw([words[i] for i in part], [seed + i for i in part], at_once, size=(resolution, resolution))
         for i, picture in zip(part, drawn, strict=True):
             if i in todo:
-                with checkpoint.replacing(files[i]) as aside:
+                with replacing(files[i]) as aside:
                     picture.save(aside, "png")
     seconds = time.perf_counter() - start
     print(f"class: {n} pictures such as \"{texts[0]}\", {len(todo)} drawn in {seconds:.1f} s, the others from {folder}")
@@ -77,6 +77,6 @@ def pictures(sd, texts: list[str], n: int, resolution: int, seed: int, root: Pat
 
 def read(file: Path) -> Image.Image:
     try:
-        return data.read_photo(file)[0]
+        return read_photo(file)[0]
     except ValueError as e:
         raise ValueError(f"{e}; delete {file}, it will be drawn again") from None

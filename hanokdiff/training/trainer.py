@@ -9,74 +9,26 @@ state and is bit-exact, a preview cannot disturb the training, any split into mi
 numbers, and two methods with one seed see the same photos, timesteps and noise.
 """
 
-import hashlib
 import json
 import math
 import os
 import signal
 import threading
 import time
-import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hanokdiff.formats import folder as checkpoint
-from hanokdiff.training import distributed as several
-
-HARMLESS = ("device", "checkpointing", "compile", "save_every", "preview_every")  # change no result but by rounding
-
-
-def stream(*key) -> torch.Generator:
-    """A CPU generator that depends on the key and on nothing else. Hashed: a sum of seed and step would collide."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+from hanokdiff.files import read_json, replacing, write_json, write_text
+from hanokdiff.training import distributed
+from hanokdiff.training.noise import Batch
+from hanokdiff.training.state import differences, fp32_master, read_state, step_of
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Some slots of one step's global batch; the source of everything random about them. B = slots times halves."""
-
-    seed: int | str
-    step: int
-    slots: range
-    size: int  # of the global batch
-    halves: tuple[str, ...] = ("",)  # DreamBooth has a second half, with draws of its own
-
-    def half(self, *names: str) -> "Batch":
-        """The same slots of another half, or of several one after the other: half("class"), half("", "class")."""
-        return replace(self, halves=names)
-
-    def _streams(self, what: str) -> list[torch.Generator]:
-        return [stream(self.seed, self.step, s, half + what) for half in self.halves for s in self.slots]
-
-    def pick(self, n: int) -> Tensor:
-        """Which of n photos lies in each slot (B,): every epoch a new permutation, every photo once."""
-        out = []
-        for half in self.halves:
-            for slot in self.slots:
-                epoch, place = divmod(self.step * self.size + slot, n)
-                out.append(torch.randperm(n, generator=stream(self.seed, half + "epoch", epoch, n))[place])
-        return torch.stack(out)
-
-    def uniform(self, what: str) -> Tensor:
-        """One number in [0, 1) per slot (B,)."""
-        return torch.cat([torch.rand(1, generator=g) for g in self._streams(what)])
-
-    def integers(self, what: str, high: int) -> Tensor:
-        """One whole number below `high` per slot (B,)."""
-        return torch.cat([torch.randint(high, (1,), generator=g) for g in self._streams(what)])
-
-    def normal(self, what: str, shape) -> Tensor:
-        """Standard normal numbers (B, *shape)."""
-        return torch.stack([torch.randn(*shape, generator=g) for g in self._streams(what)])
-
-
-class Run:
+class Trainer:
     """Iterate over micro-batches; call `update` with the loss of each.
 
     out            the run's folder: config.json, log.jsonl, previews/, state/, and what `save` writes
@@ -104,14 +56,14 @@ class Run:
         lrs = lr if isinstance(lr, dict) else {"": lr}
         self.out, self.learns, self.steps, self.batch_size = out, learns, steps, batch_size
         self.lr = next(iter(lrs.values()))  # the first of several is the one to log; the others keep their distance
-        self.micro_batch, self.seed, self.slots = micro_batch or batch_size, seed, several.share(batch_size)
-        if several.RANK:  # the first process looks, draws and saves; the others wait for it in their next step
+        self.micro_batch, self.seed, self.slots = micro_batch or batch_size, seed, distributed.shard(batch_size)
+        if distributed.RANK:  # the first process looks, draws and saves; the others wait for it in their next step
             save, preview, held_out, watch = lambda path: None, None, None, None
         self.save, self.save_every, self.artefact = save, save_every, artefact
         self.preview, self.preview_every, self.config = preview, preview_every, config
         self.watch, self.held_out = watch, held_out
         self.parameters = list(learns.values())
-        self.masters = [master(p) for p in self.parameters]
+        self.masters = [fp32_master(p) for p in self.parameters]
         groups = [{"params": [m for name, m in zip(learns, self.masters, strict=True) if name.startswith(prefix)],
                    "share": value / self.lr} for prefix, value in lrs.items()]  # fmt: skip
         assert sum(len(g["params"]) for g in groups) == len(learns), f"learning rates {lrs} do not cover what learns"
@@ -129,15 +81,15 @@ class Run:
                 self.lowered = 1.0  # the rate that was asked for now, and another chance
             for file in out.glob(".tmp??????"):  # where safetensors writes before it renames: a kill has left it
                 file.unlink(missing_ok=True)
-        if several.RANK == 0:
+        if distributed.RANK == 0:
             out.mkdir(parents=True, exist_ok=True)
             if not self.step:  # what lies there is of no run, or of one that had not come to its first state
                 (out / "log.jsonl").unlink(missing_ok=True)
                 self._delete_states()
             if other:
-                checkpoint.write_json(out / "config.json", config)
+                write_json(out / "config.json", config)
         rates = ", ".join(f"{value:g} {prefix}".strip() for prefix, value in lrs.items())
-        among = f" in {several.COUNT} processes" if several.COUNT > 1 else ""
+        among = f" in {distributed.WORLD_SIZE} processes" if distributed.WORLD_SIZE > 1 else ""
         size = 12 * sum(p.numel() for p in self.parameters)  # fp32, and AdamW's two moments
         disk = f"; 2 states of {size / 1e6:,.1f} MB on disk until then" if save_every else ""
         print(f"{steps} steps of {batch_size}{among} at learning rate {rates}, then {out / artefact}{disk}")
@@ -182,7 +134,7 @@ class Run:
 
     def _finish_step(self) -> None:
         """Clip and step. A loss or gradient that is not finite skips the update, on the device: nobody waits for it."""
-        several.add_up([self.step_loss] + [p.grad for p in self.parameters if p.grad is not None])
+        distributed.all_reduce([self.step_loss] + [p.grad for p in self.parameters if p.grad is not None])
         halves = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
         for p, m in halves:
             m.grad, p.grad = None if p.grad is None else p.grad.float(), None
@@ -203,7 +155,7 @@ class Run:
         self.bar.update()
         last = self.step == self.steps
         saves = self.save_every and self.step % self.save_every == 0 and not last and not bad.item()
-        stops = several.any_of(self.interrupted) and not last
+        stops = distributed.any_rank(self.interrupted) and not last
         if self.step % self.LOG_EVERY == 0 or last:
             bad_steps, count = self._log()
             if bad_steps > count // 2:
@@ -220,7 +172,7 @@ class Run:
             self._preview()
         if stops:
             self.bar.close()
-            several.wait()  # torchrun ends all of them when one ends
+            distributed.barrier()  # torchrun ends all of them when one ends
             print(f"stopped at step {self.step} of {self.steps}; go on with --resume {self.out}")
             raise SystemExit(130)
 
@@ -250,7 +202,7 @@ class Run:
         return bad, count
 
     def _write(self, row: dict) -> None:
-        if several.RANK:
+        if distributed.RANK:
             return
         with open(self.out / "log.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
@@ -274,7 +226,7 @@ class Run:
         picture = self.preview()
         self.bar.set_description(None)
         self._preview_file.parent.mkdir(exist_ok=True)
-        with checkpoint.replacing(self._preview_file) as aside:
+        with replacing(self._preview_file) as aside:
             picture.save(aside, "png")
         self.clock += time.perf_counter() - start  # previews are not training time
 
@@ -292,7 +244,7 @@ class Run:
         self.bar.n = self.step
 
     def _finish(self) -> None:
-        if several.RANK == 0:
+        if distributed.RANK == 0:
             self.save(self.out / self.artefact)
             self._delete_states()
         self.bar.close()
@@ -303,7 +255,7 @@ class Run:
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
-        if several.RANK == 0:  # not print: it may be in the middle of a line when a signal comes
+        if distributed.RANK == 0:  # not print: it may be in the middle of a line when a signal comes
             os.write(2, b"\nstopping when this step is done and saved; once more stops at once\n")
 
     # --------------------------------------------------------------------------------------------------- its state
@@ -319,7 +271,7 @@ class Run:
 
     def save_state(self) -> None:
         """Everything a resumed run needs: what learns, the optimiser, the step."""
-        if several.RANK:
+        if distributed.RANK:
             return
         file = self.out / "state" / f"{self.step:06d}.pt"
         file.parent.mkdir(exist_ok=True)
@@ -328,7 +280,7 @@ class Run:
                  "pending": [t.item() for t in (self.loss, self.norm, self.bad)],
                  "learns": {k: m.detach() for k, m in zip(self.learns, self.masters, strict=True)},
                  "optimizer": self.optimizer.state_dict()}  # fmt: skip
-        with checkpoint.replacing(file) as aside:
+        with replacing(file) as aside:
             torch.save(state, aside)
         self.state = file
 
@@ -348,7 +300,7 @@ class Run:
 
     def _check_config(self, force: bool) -> bool:
         """Refuse to go on with anything else than before; with `force`, say what it is. Returns whether there is."""
-        told = "; ".join(differences(checkpoint.read_json(self.out / "config.json"), self.config))
+        told = "; ".join(differences(read_json(self.out / "config.json"), self.config))
         if told and not force:
             raise ValueError(f"{self.out}: {told}: another run cannot go on from there; undo that, accept it with "
                              "--force, or start a new one without --resume")  # fmt: skip
@@ -381,48 +333,10 @@ class Run:
             raise ValueError(f"{file} is of step {self.step}, but --steps is {self.steps}; give at least {self.step}")
         self.state = file
         log = self.out / "log.jsonl"
-        if several.RANK == 0 and log.exists():  # lines after the saved step will be written again
+        if distributed.RANK == 0 and log.exists():  # lines after the saved step will be written again
             rows = [r for r in log.read_text("utf-8", "replace").splitlines() if step_of(r) <= self.step]
-            checkpoint.write_text(log, "".join(r + "\n" for r in rows))
+            write_text(log, "".join(r + "\n" for r in rows))
         print(f"going on from step {self.step} of {self.steps}")
-
-
-def master(p: nn.Parameter) -> nn.Parameter:
-    """What learns in half precision learns as a copy in fp32: steps of 1e-6 would be rounded away. It is left with the
-    parameter, for whoever saves the model."""
-    if p.dtype == torch.float32:
-        return p
-    p.master = getattr(p, "master", p).detach().to(p.device, torch.float32, copy=True)
-    return nn.Parameter(p.master)
-
-
-def differences(before: dict, now: dict) -> list[str]:
-    """All that is other than a run's config.json says, of what can change a run."""
-    now = json.loads(json.dumps(now))  # as it comes back from a file: lists for tuples
-    return [f"{k} was {str(before.get(k))[:60]} and is now {str(v)[:60]}" for k, v in now.items()
-            if k not in HARMLESS and before.get(k) != v]  # fmt: skip
-
-
-def read_state(file: Path, device) -> dict:
-    """A saved state; torch itself would not notice a flipped bit."""
-    try:
-        with zipfile.ZipFile(file) as z:
-            if broken := z.testzip():
-                raise ValueError(f"{broken} in it is not what was written")
-        return torch.load(file, map_location=device, weights_only=True)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise  # the file is not to blame
-    except Exception as e:  # torch has an exception for each kind of damage
-        reason = str(e).split("\n")[0] or type(e).__name__
-        raise ValueError(f"{file} cannot be read ({reason})") from None
-
-
-def step_of(line: str) -> float:
-    """The step of a line of the log; of a damaged one, which is written again, none that was reached."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):
-        return math.inf
 
 
 def _main_thread() -> bool:

@@ -1,0 +1,100 @@
+"""The sizes that are measured, and each method's model, data and parameters."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hanokdiff.device import DTYPES
+from hanokdiff.formats.load import TINY_MODEL, load_model
+from hanokdiff.formats.tokenizer import load_tokenizer
+from hanokdiff.methods import hypernetwork, lora, textual_inversion
+from hanokdiff.methods.losses import denoising_loss
+from hanokdiff.models.pipeline import StableDiffusion
+from hanokdiff.models.schedule import Schedule
+from hanokdiff.models.text_encoder import TextConfig, TextEncoder
+from hanokdiff.models.tokens import Text
+from hanokdiff.models.unet import UNet, UNetConfig
+from hanokdiff.models.vae import VAE, VAEConfig
+from hanokdiff.training.dataset import LatentDataset
+from hanokdiff.training.noise import Batch
+
+TRAINED = ("ti", "dreambooth", "lora", "hypernet", "hypernet-all")
+WORKS = (*TRAINED, "sample", "start")
+STEPS = 20  # of a sampler, for one picture
+
+
+@dataclass(frozen=True)
+class Size:
+    """A Stable Diffusion's numbers, the side of its pictures in pixels, and the usual batch."""
+
+    unet: UNetConfig
+    text: TextConfig
+    vae: VAEConfig
+    side: int
+    batch: int
+_NARROW = dict(cross_attention_dim=64, sample_size=16)
+_TEXT = TextConfig(hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4)
+_VAE = VAEConfig(block_out_channels=(32, 32, 64, 64), sample_size=128)
+SIZES = {
+    # all of SD 1.5's layers, so narrow that what is left is the cost of calling them
+    "overhead": Size(UNetConfig(block_out_channels=(32, 32, 32, 32), **_NARROW), _TEXT, _VAE, 128, 2),
+    "small": Size(UNetConfig(block_out_channels=(64, 128, 128), attention=(True, True, True), heads=(8, 8, 8),
+                             **_NARROW), _TEXT, _VAE, 128, 8),
+    "sd15": Size(UNetConfig(), TextConfig(), VAEConfig(), 512, 8),
+}  # fmt: skip
+
+
+def side(size: str) -> int:
+    """Of its pictures, in pixels."""
+    return 64 if size == "tiny" else SIZES[size].side
+
+
+def build(size: str, device: str, dtype: torch.dtype) -> StableDiffusion:
+    """A model of this size with random weights, made on the device; "tiny" is the embedded one."""
+    if size == "tiny":
+        return load_model("tiny", device, {v: k for k, v in DTYPES.items()}[dtype], say=None)
+    numbers = SIZES[size]
+    torch.manual_seed(0)
+    with torch.device(device):
+        parts = UNet(numbers.unet), VAE(numbers.vae), TextEncoder(numbers.text)
+    unet, vae, encoder = (part.to(dtype).requires_grad_(False) for part in parts)
+    words = load_tokenizer(TINY_MODEL / "tokenizer")
+    return StableDiffusion(unet, vae, Text(encoder, words), Schedule(), torch.device(device), dtype, size)
+
+
+def photos(side: int, n: int = 8) -> tuple[list[Image.Image], list[str]]:
+    """Something to learn from, with as many captions."""
+    images = [Image.effect_noise((side, side), 50 + i).convert("RGB") for i in range(n)]
+    return images, [f"* {i} in the snow" for i in range(n)]
+
+
+def prepare(sd: StableDiffusion, method: str, side: int) -> tuple[dict, Callable[[Batch], Tensor]]:
+    """What learns, and the losses of a batch, as train_METHOD.py has them; LoRAs of rank 4, as in the peer's script."""
+    images, captions = photos(side)
+    sd.text.add_word("*")
+    if method == "lora":
+        loras = lora.insert(sd, 4, 4)
+        learns = {f"{name}.{part}": getattr(m, part) for name, m in loras.items() for part in ("down", "up")}
+    elif method.startswith("hypernet"):
+        widths = hypernetwork.dims(sd)["all" if method == "hypernet-all" else "context"]
+        learns = dict(hypernetwork.insert(sd, hypernetwork.Hypernetwork(hypernetwork.HypernetConfig(), widths)).named_parameters())
+    elif method == "ti":
+        learns = {"rows": textual_inversion.insert(sd, "*", textual_inversion.token_embedding(sd)[[400]]).rows}
+    else:
+        learns = {f"unet.{k}": p for k, p in sd.unet.named_parameters()}
+        learns |= {f"text.{k}": p for k, p in sd.text.encoder.named_parameters() if "token_embedding" not in k}
+        learns["word"] = textual_inversion.insert(sd, "*", textual_inversion.token_embedding(sd)[sd.text.words["*"]]).rows
+    for p in learns.values():
+        p.requires_grad_(True)
+    shots = LatentDataset(sd.vae, images, captions, device=sd.device)
+    if method not in ("ti", "dreambooth"):
+        sd.text.remember(captions)
+
+    def losses(batch: Batch) -> Tensor:
+        latents, prompts = shots[batch]
+        return denoising_loss(sd, latents, sd.text(prompts), batch)
+
+    return learns, losses

@@ -1,0 +1,86 @@
+"""Open a model: the embedded one, a diffusers folder, a hub id or a single file."""
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from hanokdiff.device import choose_device
+from hanokdiff.files import read_json
+from hanokdiff.formats import single_file
+from hanokdiff.formats.folder import find_model, load_part, read_config
+from hanokdiff.formats.tokenizer import check_tokenizer, find_tokenizer, load_tokenizer
+from hanokdiff.formats.validate import check_fit, check_kind
+from hanokdiff.models.pipeline import StableDiffusion
+from hanokdiff.models.schedule import Schedule
+from hanokdiff.models.text_encoder import TextConfig, TextEncoder
+from hanokdiff.models.tokens import Text
+from hanokdiff.models.unet import UNet, UNetConfig
+from hanokdiff.models.vae import VAE, VAEConfig
+
+TINY_MODEL = Path(__file__).parents[1] / "tiny" / "sd"
+
+
+def load_model(
+    model: str = "tiny", device: str | None = None, dtype: str = "auto", say=print, tokenizer: str | None = None,
+    prediction: str | None = None, masters: bool = False,
+) -> StableDiffusion:  # fmt: skip
+    """Open a model: "tiny", a diffusers folder, a hub id, or a single file (.safetensors, .ckpt). Everything is
+    frozen; what learns is up to the method.
+
+    tokenizer    folder or hub id of another tokenizer than the model's own
+    prediction   "epsilon" or "v_prediction": what the UNet predicts, where the model is silent or wrong about it
+    masters      keep what the file says as `master` of each parameter: to learn from it and to save it again, not from
+                 what half precision leaves of it"""
+    start, (dev, precision, reason) = time.perf_counter(), choose_device(device, dtype)
+    path = TINY_MODEL if model == "tiny" else find_model(model)
+    open_ = open_file if path.is_file() else open_folder
+    unet, vae, encoder, words, schedule = open_(path, tokenizer, prediction, say)
+    for part in (unet, vae, encoder):
+        exact = [p.detach() for p in part.parameters()]
+        part.to(dev, precision)
+        if masters and precision != torch.float32:
+            for p, full in zip(part.parameters(), exact, strict=True):
+                p.master = full
+    if say:
+        millions = sum(p.numel() for p in unet.parameters()) / 1e6
+        say(f"model {model}: UNet of {millions:.1f} M parameters, {schedule.prediction_type}, "
+            f"opened in {time.perf_counter() - start:.1f} s")  # fmt: skip
+        say(f"device {reason}")
+    sd = StableDiffusion(unet, vae, Text(encoder, words), schedule, dev, precision, model)
+    if (path / "hanokdiff.json").is_file():  # our DreamBooth's: the word it was trained with
+        word = read_json(path / "hanokdiff.json").get("token")
+        if not isinstance(word, str):
+            raise ValueError(f'{path / "hanokdiff.json"} names no pseudo word; write {{"token": "..."}} into it')
+        try:
+            sd.text.add_word(word)
+        except ValueError as e:
+            raise ValueError(f"{path / 'hanokdiff.json'}: {e}") from None
+    return sd
+
+
+def open_folder(folder: Path, tokenizer: str | None, prediction: str | None, say) -> tuple:
+    """UNet, VAE, text encoder, tokenizer and schedule of a diffusers folder."""
+    check_kind(folder)
+    schedule = folder / "scheduler" / "scheduler_config.json"
+    schedule = read_config(schedule, Schedule, "a noise schedule that is known here")
+    schedule = replace(schedule, prediction_type=prediction or schedule.prediction_type)
+    unet = load_part(folder, "unet", UNet, UNetConfig)
+    vae = load_part(folder, "vae", VAE, VAEConfig)
+    encoder = load_part(folder, "text_encoder", TextEncoder, TextConfig)
+    check_fit(unet.config, encoder.config, folder)
+    own, size = folder / "tokenizer", encoder.config.vocab_size
+    words = tokenizer_of(encoder.config, tokenizer, folder) if tokenizer else \
+        check_tokenizer(load_tokenizer(own), own, size)  # fmt: skip
+    return unet, vae, encoder, words, schedule
+
+
+def open_file(path: Path, tokenizer: str | None, prediction: str | None, say) -> tuple:
+    """The same five of a single file; the tokenizer is found elsewhere."""
+    unet, vae, encoder, schedule = single_file.read(path, prediction, say)
+    return unet, vae, encoder, tokenizer_of(encoder.config, tokenizer, path.parent), schedule
+
+
+def tokenizer_of(c: TextConfig, named: str | None, beside: Path):
+    return find_tokenizer(named, beside, c.vocab_size, single_file.is_sd2(c))

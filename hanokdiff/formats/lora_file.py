@@ -1,0 +1,200 @@
+"""LoRA files: kohya's layout and diffusers', written and read."""
+
+import hashlib
+import json
+import math
+import re
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from hanokdiff.files import parse_json, read_json
+from hanokdiff.formats import lora_names
+from hanokdiff.formats.tensors import read_pt, read_safetensors, write_tensors
+from hanokdiff.formats.validate import all_finite
+from hanokdiff.methods import lora
+from hanokdiff.methods.inject import base_layer
+
+REFUSED = {  # what in a tensor's name gives another kind of file away, as a regular expression
+    "hada_": "LoHa", "lokr_": "LoKr", "dora_scale|lora_magnitude_vector": "DoRA", "oft_": "OFT",
+    "lora_mid": "a Tucker-decomposed LoCon", r"\.diff(_b)?$": "full weight differences",
+    r"\.lora_B(\.default)?\.bias$": "a LoRA with biases", "bundle_emb": "a LoRA with bundled embeddings",
+    r"^(unet|text_encoder):\d+:": "a LoRA in cloneofsimo's layout, which counts its layers instead of naming them",
+}  # fmt: skip
+STALE_METADATA = ("lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash")  # metadata that a rewritten file outdates
+
+
+def save_file(path: Path, loras: dict, metadata: dict[str, str], dtype: torch.dtype = torch.float32) -> None:
+    """kohya's layout: NAME.lora_down.weight, NAME.lora_up.weight, NAME.alpha (0-d), with ss_* metadata. `loras` maps
+    kohya names to LoRAs, or is what `read` gives."""
+    tensors = {}
+    for name, layer in loras.items():
+        down, up, alpha = _numbers(layer)
+        tensors[f"{name}.lora_down.weight"] = down.cpu().to(dtype).contiguous()
+        tensors[f"{name}.lora_up.weight"] = up.cpu().to(dtype).contiguous()
+        tensors[f"{name}.alpha"] = torch.tensor(alpha).to(dtype)
+    metadata = {k: v for k, v in metadata.items() if k not in STALE_METADATA}
+    write_tensors(tensors, path, {**metadata, **_hashes(tensors, metadata)})
+
+
+def save_diffusers_file(path: Path, loras: dict, metadata: dict[str, str], dtype: torch.dtype = torch.float32) -> None:
+    """diffusers' and peft's layout: PATH.lora_A.weight (down) and PATH.lora_B.weight (up), with dotted paths.
+
+    It has no place for alpha that every reader looks at; they all take alpha = rank, a scale of 1. So alpha / rank goes
+    into the weights, half of it (a power of two, so no digit is lost) into each side: all of it in one side would drive
+    a small one into fp16's coarse last digits."""
+    tensors = {}
+    for name, layer in loras.items():
+        down, up, alpha = _numbers(layer)
+        scale = alpha / down.shape[0]
+        half = 2.0 ** round(math.log2(abs(scale)) / 2) if scale else 1.0
+        module = lora_names.diffusers_name(name)
+        tensors[f"{module}.lora_A.weight"] = (down.cpu().float() * half).to(dtype)
+        tensors[f"{module}.lora_B.weight"] = (up.cpu().float() * (scale / half)).to(dtype)
+    kept = {k: v for k, v in metadata.items() if k not in (*STALE_METADATA, "ss_network_dim", "ss_network_alpha")}
+    write_tensors(tensors, path, {"format": "pt", **kept})
+
+
+def _numbers(layer: lora.LoRA | dict[str, Tensor]) -> tuple[Tensor, Tensor, float]:
+    """(down, up, alpha) of a LoRA, or of an entry of what `read_file` gives; there, a missing alpha means the rank."""
+    if isinstance(layer, lora.LoRA):
+        return layer.down.detach(), layer.up.detach(), float(layer.alpha)
+    return layer["down"], layer["up"], float(layer.get("alpha", layer["down"].shape[0]))
+
+
+def _hashes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:
+    """kohya's two hashes, by which the WebUI knows a file: of the bytes after the header, ss_ metadata only."""
+    raw = save(tensors, {k: v for k, v in metadata.items() if k.startswith("ss_")})
+    body = raw[8 + int.from_bytes(raw[:8], "little") :]
+    legacy = hashlib.sha256(raw[0x100000:0x110000]).hexdigest()[:8]
+    return {"sshs_model_hash": hashlib.sha256(body).hexdigest(), "sshs_legacy_hash": legacy}
+
+
+def metadata(sd, *, name: str, images: int, token: str, rank: int, alpha: float, text_rank: int, lr: float, steps: int,
+             batch_size: int, resolution: int, seed: int, **_) -> dict[str, str]:  # fmt: skip
+    """The file's metadata in kohya's names, so that other tools show them, and the pseudo word under ours."""
+    v2, v = sd.text.encoder.config.hidden_size == 1024, sd.schedule.prediction_type == "v_prediction"
+    meta = {
+        "hanokdiff_token": token, "ss_network_module": "networks.lora", "ss_network_dim": rank,
+        "ss_network_alpha": float(alpha), "ss_network_args": json.dumps({}), "ss_v2": v2,
+        "ss_base_model_version": ("sd_v2" if v2 else "sd_v1") + ("_v" if v else ""), "ss_sd_model_name": sd.name,
+        "ss_output_name": name, "ss_learning_rate": lr, "ss_unet_lr": lr,
+        "ss_text_encoder_lr": lr if text_rank else None, "ss_num_train_images": images, "ss_num_reg_images": 0,
+        "ss_steps": steps, "ss_batch_size_per_device": batch_size, "ss_resolution": f"({resolution}, {resolution})",
+        "ss_seed": seed, "ss_optimizer": "torch.optim.adamw.AdamW",
+    }  # fmt: skip
+    return {k: str(v) for k, v in meta.items()}
+
+
+def read_file(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
+    """A file in any spelling that lorafile.py knows: {kohya name: {"down", "up", "alpha"}} and the file's metadata.
+    A module without "alpha" has alpha = rank. Other kinds of file are named and refused."""
+    path = Path(path)
+    tensors, metadata = _open(path)
+    first, settings = next(iter(tensors), ""), _peft_settings(path, tensors, metadata)
+    out: dict[str, dict[str, Tensor]] = {}
+    dotted: dict[str, str] = {}
+    for key, tensor in tensors.items():
+        for mark, kind in REFUSED.items():
+            if re.search(mark, key):
+                raise ValueError(f"{path} holds {kind} (tensor {key}), which hanokdiff does not apply; only plain LoRA")
+        if (parsed := lora_names.parse(key)) is None:
+            raise ValueError(f"{path}: tensor {key} is of no LoRA for Stable Diffusion 1 or 2; expected kohya's names "
+                             "(lora_unet_...lora_down.weight) or diffusers' (unet....lora_A.weight)")  # fmt: skip
+        name, kind, where = parsed
+        dotted[name] = where
+        if kind in out.setdefault(name, {}) or bool(dotted[name]) == first.startswith("lora_"):
+            raise ValueError(f"{path} mixes two spellings ({first} and {key}); load the files it was put together from")
+        out[name][kind] = tensor
+    half = [n for n, t in out.items() if not {"down", "up"} <= t.keys()]
+    if not out or half:
+        what = f"{half[0]} has no lora_down or lora_up" if half else "there are no tensors in it"
+        raise ValueError(f"{path} is not a complete LoRA: {what}")
+    for name, t in out.items():
+        down, up = t["down"], t["up"]
+        if min(down.dim(), up.dim()) < 2 or not 0 < down.shape[0] == up.shape[1]:
+            raise ValueError(f"{path}: {name} has lora_down {tuple(down.shape)} and lora_up {tuple(up.shape)}, which "
+                             "share no rank; the file is damaged or of another kind")  # fmt: skip
+        single = t["alpha"].numel() == 1 and not t["alpha"].is_complex() if "alpha" in t else True
+        if not (down.numel() and up.numel() == up.shape[0] * len(down) and single
+                and down.is_floating_point() and up.is_floating_point()):  # fmt: skip
+            raise ValueError(f"{path}: {name} has lora_down {down.dtype} {tuple(down.shape)}, lora_up {up.dtype} "
+                             f"{tuple(up.shape)} or an alpha that is not one number; the file is damaged")  # fmt: skip
+        if not all(all_finite(x) for x in t.values()):
+            raise ValueError(f"{path}: {name} has a value that is not finite; take an earlier file of that training")
+        if settings != {} and dotted[name] and "alpha" not in t:
+            t["alpha"] = _peft_alpha(path, settings, name, dotted[name], len(down))
+    return out, metadata
+
+
+def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a .safetensors file, or of the .bin that diffusers wrote at first."""
+    if not path.is_file():
+        raise ValueError(f"no LoRA file at {path}")
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        tensors = read_pt(path, "LoRA")
+        if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+            raise ValueError(f"{path} holds no tensors by name, so no LoRA that hanokdiff knows; convert it to "
+                             ".safetensors with the tool that made it")  # fmt: skip
+        return tensors, {}
+    return read_safetensors(path, "LoRA")
+
+
+def _peft_settings(path: Path, keys: Iterable[str], metadata: dict[str, str]) -> dict:
+    """What peft keeps beside the tensors: diffusers puts it into the header, peft itself into adapter_config.json."""
+    beside = path.with_name("adapter_config.json")
+    if any(k.startswith("base_model.model.") for k in keys):
+        if beside.is_file():
+            return read_json(beside)
+        warnings.warn(f"{beside}, where peft keeps alpha, is missing: {path} is taken with alpha = rank", stacklevel=2)
+    return parse_json(metadata.get("lora_adapter_metadata", "{}"), f"{path}: lora_adapter_metadata")
+
+
+def _peft_alpha(path: Path, settings: dict, name: str, dotted: str, rank: int) -> Tensor:
+    """peft's alpha of one module: its own if a pattern fits the module's path, else that of the network, else the rank.
+    With rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732) the scale is alpha / sqrt(rank)."""
+    text = name.startswith(lora_names.TEXT)
+    network, dotted = ("text_encoder.", "text_model." + dotted) if text else ("unet.", dotted)
+    try:
+        own = {k.removeprefix(network): v for k, v in settings.items() if k.startswith(network)} or settings
+        patterns = (own.get("alpha_pattern") or {}).items()
+        if hard := [p for p, _ in patterns if re.search(r"\)[*+?{]", p) or len(re.findall("[*+{]", p)) > 2]:
+            raise ValueError(f"the pattern {hard[0][:40]!r} might take for ever")  # as a regular expression can
+        fits = (a for p, a in patterns if re.match(rf"(.*\.)?({p})$", dotted))
+        alpha = float(next(fits, own.get("lora_alpha", rank)))
+        return torch.tensor(alpha * math.sqrt(rank) if own.get("use_rslora") else alpha)
+    except (TypeError, ValueError, AttributeError, re.error) as e:
+        raise ValueError(f"{path}: peft's settings beside {name} cannot be read ({e}); save the file again") from None
+
+
+def apply_file(sd, path: Path, strength: float = 1.0, say=print) -> tuple[dict[str, lora.LoRA], dict[str, str]]:
+    """Apply a file to the model: all of it, or none with an error. Returns the LoRAs, for `remove`, and metadata."""
+    wanted, metadata = read_file(path)
+    places = lora.layers(sd)
+    lost = [n for n in wanted if n not in places]
+    if lost:
+        raise ValueError(f"{path}: {len(wanted) - len(lost)} of {len(wanted)} modules matched {sd.name}, {len(lost)} "
+                         f"left over (such as {lost[0]}); it was made for another architecture")  # fmt: skip
+    for name, t in wanted.items():  # look at everything before anything is touched
+        network, p = places[name]
+        w = base_layer(network.get_submodule(p)).weight
+        if t["down"].shape[1:].numel() != w[0].numel() or t["up"].shape[0] != w.shape[0]:
+            made = f"{t['down'][0].numel()} -> {t['up'].shape[0]}"
+            raise ValueError(f"{path}: {name} goes {made}, but in {sd.name} that layer goes {w[0].numel()} -> "
+                             f"{w.shape[0]}; the LoRA was made for another architecture")  # fmt: skip
+    out = {}
+    for name, t in wanted.items():
+        rank = t["down"].shape[0]  # a missing alpha means alpha = rank, in every reader
+        alpha = float(t.get("alpha", torch.tensor(float(rank))))
+        layer = out[name] = lora.wrap(*places[name], rank, alpha, strength)
+        with torch.no_grad():
+            layer.down.copy_(t["down"].reshape(layer.down.shape))
+            layer.up.copy_(t["up"].reshape(layer.up.shape))
+        layer.requires_grad_(False)
+    if say:
+        say(f"LoRA {path}: all {len(out)} modules matched, strength {strength:g}")
+    return out, metadata
