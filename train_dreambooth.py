@@ -25,7 +25,7 @@ from hanokdiff.files import write_json
 from hanokdiff.formats.folder import save_folder
 from hanokdiff.formats.load import load_model
 from hanokdiff.methods import textual_inversion
-from hanokdiff.methods.losses import denoising_loss
+from hanokdiff.methods.losses import min_snr_weight, mse
 from hanokdiff.tiny import world
 from hanokdiff.training import distributed, prior
 from hanokdiff.training.args import check_resolution, check_training, run_folder, trainer_options, training_parser
@@ -81,33 +81,33 @@ def main(argv=None):
     args.resolution = check_resolution(args.resolution, sd)
 
     # 2. What learns: everything, and of the table of words the pseudo word's own rows
-    learns, rates = {f"unet.{name}": p for name, p in sd.unet.named_parameters()}, {"unet": args.lr}
+    trainable, rates = {f"unet.{name}": p for name, p in sd.unet.named_parameters()}, {"unet": args.lr}
     if not args.freeze_text:
-        learns |= {f"text.{n}": p for n, p in sd.text.encoder.named_parameters() if "token_embedding" not in n}
+        trainable |= {f"text.{n}": p for n, p in sd.text.encoder.named_parameters() if "token_embedding" not in n}
         ids = sd.text.words[args.token]
         rows = textual_inversion.insert(sd, args.token, textual_inversion.token_embedding(sd)[ids])
-        learns, rates = learns | {"word": rows.rows}, rates | {"text": args.text_lr, "word": args.word_lr}
-    for p in learns.values():
+        trainable, rates = trainable | {"word": rows.rows}, rates | {"text": args.text_lr, "word": args.word_lr}
+    for p in trainable.values():
         p.requires_grad_(True)
     print(f"learns: {'UNet' if args.freeze_text else 'UNet and text encoder'}, "
-          f"{sum(p.numel() for p in learns.values()):,} numbers")  # fmt: skip
+          f"{sum(p.numel() for p in trainable.values()):,} numbers")  # fmt: skip
 
     # 3. The data, the class's half drawn by the model that has not learnt yet
-    photos, unseen = load_photos(args.data or world.photos, args.resolution, args.images, args.held_out)
+    photos, validation_photos = load_photos(args.data or world.photos, args.resolution, args.images, args.held_out)
     args.images = len(photos)
     captions = prepare_captions(photos, args.token, args.replace, args.caption)
-    shots = LatentDataset(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
+    dataset = LatentDataset(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
     if args.class_images:
         if not (given.class_phrase or any(args.class_phrase in (p.caption or "") for p in photos) or args.resume):
             raise ValueError(f'no caption contains "{args.class_phrase}", so what the subject is one of is not known; '
                              'name it: --class-phrase "a house"')  # fmt: skip
         words = prior.prompts(captions, args.token, args.class_phrase, asked)
         drawn, words, seconds = prior.pictures(sd, words, args.class_images, args.resolution, args.seed)
-        class_shots = LatentDataset(sd.vae, drawn, words, args.flip, sd.device)
+        class_dataset = LatentDataset(sd.vae, drawn, words, args.flip, sd.device)
     else:
-        class_shots, words, seconds = None, [], 0.0
+        class_dataset, words, seconds = None, [], 0.0
     if args.freeze_text:
-        sd.text.remember([*captions, *words])  # a frozen encoder says the same every time
+        sd.text.cache_prompts([*captions, *words])  # a frozen encoder says the same every time
 
     # 4. The run
     def save(path):
@@ -123,23 +123,27 @@ def main(argv=None):
     def preview():
         return sd.preview(args.token, args.resolution)
 
-    chores = trainer_options(args, sd, shots, unseen) | {"lr": rates}
-    chores["config"]["class_pictures"] = class_shots and class_shots.hash  # to notice, on resume, that one was edited
-    run = Trainer(out, learns, artefact="model", save=save, preview=preview, **chores)
+    chores = trainer_options(args, sd, dataset, validation_photos) | {"lr": rates}
+    chores["config"]["class_pictures"] = class_dataset and class_dataset.hash  # to notice, on resume, that one was edited
+    trainer = Trainer(out, trainable, artefact="model", save=save, preview=preview, **chores)
     if distributed.RANK == 0 and not (out / "class.json").exists():  # a resumed run has drawn nothing itself
         write_json(out / "class.json", {"pictures": args.class_images, "seconds": round(seconds, 3)})
 
     # 5. The method
-    for batch in run:
-        latents, prompts = shots[batch]                          # (B, 4, h, w), [B]
-        if class_shots:                                          # the class's half beside one's own, in one forward
-            more, words = class_shots[batch.half("class")]
-            latents, prompts, both = torch.cat([latents, more]), prompts + words, batch.half("", "class")
+    for batch in trainer:  # one micro-batch; goes on where a resumed run stopped
+        x0, prompts = dataset[batch]  # (B, 4, h, w), [B]: photos of the subject
+        if class_dataset:  # and as many pictures of the class behind them, in one forward pass
+            class_x0, class_prompts = class_dataset[batch.subset("class")]
+            x0, prompts, batch = torch.cat([x0, class_x0]), prompts + class_prompts, batch.subset("", "class")
+        noise = batch.normal(x0.shape)  # (2B, 4, h, w)
+        t = batch.timesteps(sd.schedule.num_train_timesteps)  # (2B,)
+        x_t = sd.schedule.add_noise(x0, noise, t)
         with torch.set_grad_enabled(args.text_steps is None or batch.step < args.text_steps):
-            context = sd.text(prompts)                           # (2B, 77, D)
-        losses = denoising_loss(sd, latents, context, both if class_shots else batch, args.min_snr)
-        own, prior_loss = losses.chunk(2) if class_shots else (losses, torch.zeros(1, device=sd.device))
-        run.update(own.mean() + args.prior_weight * prior_loss.mean())
+            context = sd.text(prompts)  # (2B, 77, D)
+        pred = sd.unet(x_t, t, context)  # (2B, 4, h, w)
+        loss = mse(pred, sd.schedule.target(x0, noise, t)) * min_snr_weight(sd.schedule, t, args.min_snr)  # (2B,)
+        own, class_loss = loss.chunk(2) if class_dataset else (loss, loss.new_zeros(1))
+        trainer.backward(own.mean() + args.prior_weight * class_loss.mean())
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from hanokdiff.errors import report_errors
 from hanokdiff.formats import hypernet_file
 from hanokdiff.formats.load import load_model
 from hanokdiff.methods import hypernetwork
-from hanokdiff.methods.losses import denoising_loss
+from hanokdiff.methods.losses import min_snr_weight, mse
 from hanokdiff.seeding import seeded_generator
 from hanokdiff.tiny import world
 from hanokdiff.training.args import check_resolution, check_training, run_folder, trainer_options, training_parser
@@ -67,41 +67,46 @@ def main(argv=None):
     args.resolution = check_resolution(args.resolution, sd)
 
     # 2. What learns
-    hyper = hypernetwork.insert(sd, hypernetwork.Hypernetwork(spec, hypernetwork.dims(sd)[args.widths]))
-    for name, pair in hyper.pairs.items():
+    hypernet = hypernetwork.insert(sd, hypernetwork.Hypernetwork(spec, hypernetwork.dims(sd)[args.widths]))
+    for name, pair in hypernet.pairs.items():
         for f, side in zip(pair, "KV", strict=True):
             f.start((args.seed, "hypernet", name, side))
-    hyper.eval()  # dropout while it learns, not while one looks at it
-    learns = dict(hyper.named_parameters())
-    print(f"learns: networks for widths {', '.join(hyper.pairs)}, {sum(p.numel() for p in learns.values()):,} numbers")
+    hypernet.eval()  # dropout while it learns, not while one looks at it
+    trainable = dict(hypernet.named_parameters())
+    print(f"learns: networks for widths {', '.join(hypernet.pairs)}, {sum(p.numel() for p in trainable.values()):,} numbers")
 
     # 3. The data
-    photos, unseen = load_photos(args.data or world.photos, args.resolution, args.images, args.held_out)
+    photos, validation_photos = load_photos(args.data or world.photos, args.resolution, args.images, args.held_out)
     args.images = len(photos)
     captions = prepare_captions(photos, args.token, args.replace, args.caption)
-    shots = LatentDataset(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
-    sd.text.remember(captions)  # a frozen encoder says the same every time
+    dataset = LatentDataset(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
+    sd.text.cache_prompts(captions)  # a frozen encoder says the same every time
 
     # 4. The run
     def save(path):
-        about = {"step": run.step, "name": path.stem, "model": sd.name, "info": hypernet_file.TOKEN + args.token}
-        hypernet_file.save_file(path, spec, hypernet_file.state(hyper), about)
+        about = {"step": trainer.step, "name": path.stem, "model": sd.name, "info": hypernet_file.TOKEN + args.token}
+        hypernet_file.save_file(path, spec, hypernet_file.state(hypernet), about)
 
     def preview():
         return sd.preview(args.token, args.resolution)
 
-    heard = sd.text(captions[:8])
-    run = Trainer(out, learns, artefact="hypernet.pt", save=save, preview=preview,
-              watch=lambda: {"ratio": hyper.ratio(heard)}, **trainer_options(args, sd, shots, unseen))
+    context = sd.text(captions[:8])
+    trainer = Trainer(out, trainable, artefact="hypernet.pt", save=save, preview=preview,
+              metrics=lambda: {"ratio": hypernet.ratio(context)}, **trainer_options(args, sd, dataset, validation_photos))
 
     # 5. The method
-    for batch in run:
-        latents, prompts = shots[batch]                          # (B, 4, h, w), [B]
-        context = sd.text(prompts)                               # (B, 77, D)
-        torch.manual_seed(seeded_generator(args.seed, batch.step, batch.slots.start, "dropout").initial_seed())
-        hyper.train()
-        run.update(denoising_loss(sd, latents, context, batch, args.min_snr))
-        hyper.eval()
+    for batch in trainer:  # one micro-batch; goes on where a resumed run stopped
+        x0, prompts = dataset[batch]  # (B, 4, h, w), [B]
+        dropout = seeded_generator(args.seed, batch.step, batch.indices.start, "dropout")
+        torch.manual_seed(dropout.initial_seed())  # the networks' dropout draws from torch's own generator
+        hypernet.train()
+        noise = batch.normal(x0.shape)  # (B, 4, h, w)
+        t = batch.timesteps(sd.schedule.num_train_timesteps)  # (B,)
+        x_t = sd.schedule.add_noise(x0, noise, t)
+        pred = sd.unet(x_t, t, sd.text(prompts))  # (B, 4, h, w)
+        loss = mse(pred, sd.schedule.target(x0, noise, t))  # (B,)
+        trainer.backward(loss * min_snr_weight(sd.schedule, t, args.min_snr))
+        hypernet.eval()
 
 
 if __name__ == "__main__":

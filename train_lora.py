@@ -18,7 +18,7 @@ from hanokdiff.errors import report_errors
 from hanokdiff.formats import lora_file
 from hanokdiff.formats.load import load_model
 from hanokdiff.methods import lora
-from hanokdiff.methods.losses import denoising_loss
+from hanokdiff.methods.losses import min_snr_weight, mse
 from hanokdiff.tiny import world
 from hanokdiff.training.args import check_resolution, check_training, run_folder, trainer_options, training_parser
 from hanokdiff.training.dataset import LatentDataset, load_photos, prepare_captions
@@ -57,16 +57,16 @@ def main(argv=None):
 
     # 2. What learns
     loras = lora.insert(sd, args.rank, args.alpha, args.targets, args.text_rank, args.seed)
-    learns = {f"{name}.{part}": getattr(m, part) for name, m in loras.items() for part in ("down", "up")}
-    print(f"learns: {len(loras)} LoRAs of rank {args.rank}, {sum(p.numel() for p in learns.values()):,} numbers")
+    trainable = {f"{name}.{part}": getattr(m, part) for name, m in loras.items() for part in ("down", "up")}
+    print(f"learns: {len(loras)} LoRAs of rank {args.rank}, {sum(p.numel() for p in trainable.values()):,} numbers")
 
     # 3. The data
-    photos, unseen = load_photos(args.data or world.photos, args.resolution, args.images, args.held_out)
+    photos, validation_photos = load_photos(args.data or world.photos, args.resolution, args.images, args.held_out)
     args.images = len(photos)
     captions = prepare_captions(photos, args.token, args.replace, args.caption)
-    shots = LatentDataset(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
+    dataset = LatentDataset(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
     if not args.text_rank:
-        sd.text.remember(captions)  # a frozen encoder says the same every time
+        sd.text.cache_prompts(captions)  # a frozen encoder says the same every time
 
     # 4. The run
     def save(path):
@@ -75,14 +75,18 @@ def main(argv=None):
     def preview():
         return sd.preview(args.token, args.resolution)
 
-    run = Trainer(out, learns, artefact="lora.safetensors", save=save, preview=preview,
-              **trainer_options(args, sd, shots, unseen))  # fmt: skip
+    trainer = Trainer(out, trainable, artefact="lora.safetensors", save=save, preview=preview,
+              **trainer_options(args, sd, dataset, validation_photos))  # fmt: skip
 
     # 5. The method
-    for batch in run:
-        latents, prompts = shots[batch]                          # (B, 4, h, w), [B]
-        context = sd.text(prompts)                               # (B, 77, D)
-        run.update(denoising_loss(sd, latents, context, batch, args.min_snr))
+    for batch in trainer:  # one micro-batch; goes on where a resumed run stopped
+        x0, prompts = dataset[batch]  # (B, 4, h, w), [B]
+        noise = batch.normal(x0.shape)  # (B, 4, h, w)
+        t = batch.timesteps(sd.schedule.num_train_timesteps)  # (B,)
+        x_t = sd.schedule.add_noise(x0, noise, t)
+        pred = sd.unet(x_t, t, sd.text(prompts))  # (B, 4, h, w)
+        loss = mse(pred, sd.schedule.target(x0, noise, t))  # (B,)
+        trainer.backward(loss * min_snr_weight(sd.schedule, t, args.min_snr))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from hanokdiff.errors import report_errors
 from hanokdiff.formats import embedding_file
 from hanokdiff.formats.load import load_model
 from hanokdiff.methods import textual_inversion
-from hanokdiff.methods.losses import denoising_loss
+from hanokdiff.methods.losses import min_snr_weight, mse
 from hanokdiff.tiny import world
 from hanokdiff.training.args import check_resolution, check_training, run_folder, trainer_options, training_parser
 from hanokdiff.training.dataset import LatentDataset, load_photos, prepare_captions
@@ -63,31 +63,35 @@ def main(argv=None):
     print(f'learns: {args.vectors} vector{"s" * (args.vectors > 1)} of "{args.init}", {rows.rows.numel():,} numbers')
 
     # 3. The data
-    photos, unseen = load_photos(args.data or world.photos, args.resolution, args.images, args.held_out)
+    photos, validation_photos = load_photos(args.data or world.photos, args.resolution, args.images, args.held_out)
     args.images = len(photos)
     captions = prepare_captions(photos, args.token, args.replace, args.caption)
-    shots = LatentDataset(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
+    dataset = LatentDataset(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
     templates = TEMPLATES["tiny" if args.model == "tiny" else "sd"]
 
     # 4. The run
     def save(path):
-        embedding_file.save_file(path, args.token, rows.vectors(), {"step": run.step, "model": sd.name})
+        embedding_file.save_file(path, args.token, rows.vectors(), {"step": trainer.step, "model": sd.name})
 
     def preview():
         return sd.preview(args.token, args.resolution)
 
     usual = textual_inversion.token_embedding(sd).float().norm(dim=1).mean().item()
-    run = Trainer(out, {"rows": rows.rows}, artefact="embedding.safetensors", save=save, preview=preview, weight_decay=0.0,
-              watch=lambda: {"norm": rows.vectors().norm(dim=1).mean().item() / usual},
-              **trainer_options(args, sd, shots, unseen))  # fmt: skip
+    trainer = Trainer(out, {"rows": rows.rows}, artefact="embedding.safetensors", save=save, preview=preview, weight_decay=0.0,
+              metrics=lambda: {"norm": rows.vectors().norm(dim=1).mean().item() / usual},
+              **trainer_options(args, sd, dataset, validation_photos))  # fmt: skip
 
     # 5. The method
-    for batch in run:
-        latents, prompts = shots[batch]                          # (B, 4, h, w), [B]
-        which = batch.integers("template", len(templates))
-        prompts = [templates[k].format(p) for k, p in zip(which, prompts, strict=True)]
-        context = sd.text(prompts)                               # (B, 77, D)
-        run.update(denoising_loss(sd, latents, context, batch, args.min_snr))
+    for batch in trainer:  # one micro-batch; goes on where a resumed run stopped
+        x0, captions = dataset[batch]  # (B, 4, h, w), [B]
+        choice = batch.integers(len(templates), "template")
+        prompts = [templates[k].format(c) for k, c in zip(choice, captions, strict=True)]
+        noise = batch.normal(x0.shape)  # (B, 4, h, w)
+        t = batch.timesteps(sd.schedule.num_train_timesteps)  # (B,)
+        x_t = sd.schedule.add_noise(x0, noise, t)
+        pred = sd.unet(x_t, t, sd.text(prompts))  # (B, 4, h, w)
+        loss = mse(pred, sd.schedule.target(x0, noise, t))  # (B,)
+        trainer.backward(loss * min_snr_weight(sd.schedule, t, args.min_snr))
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def network(sd, side: int, batch: int, twice: bool = False, steps: int = 1, odd:
     x, words = torch.randn(batch, 4, h, h), torch.randn(2 * batch, 77, sd.unet.config.cross_attention_dim)
     with torch.inference_mode():
         x = torch.cat([x, x]) if twice else x
-        words = [listener.read(words) for listener in sd.unet.listeners] if odd else sd.unet.read(words)
+        words = [listener.read(words) for listener in sd.unet.cross_attentions] if odd else sd.unet.read(words)
     while True:
         with torch.inference_mode():
             for _ in range(steps):

@@ -47,7 +47,7 @@ RUNS = {  # name -> module and options
 }  # fmt: skip
 PLACES = [  # what is under way while these run
     (load, "load_model", "opening"), (prior, "pictures", "class pictures"), (Trainer, "_load_state", "resuming"),
-    (Trainer, "_look", "held-out loss"), (Trainer, "_preview", "preview"), (Trainer, "save_state", "state"),
+    (Trainer, "_validate", "held-out loss"), (Trainer, "_preview", "preview"), (Trainer, "save_state", "state"),
     (lora_file, "save_file", "file"), (embedding_file, "save_file", "file"),
     (hypernet_file, "save_file", "file"),
     (folder, "save_folder", "file"), (Trainer, "_finish", "finishing"), (plan, "prepare", "opening"),
@@ -87,14 +87,14 @@ def child(module: str, argv: list[str], home: Path) -> None:
 
         return wrapped
 
-    def update(run, losses, original=Trainer.update):
+    def update(run, losses, original=Trainer.backward):
         tell("step", run.step)
         original(run, losses)
 
     tell("starting", 0)
     for place, name, what in PLACES:
         setattr(place, name, told(getattr(place, name), what))
-    Trainer.update = update
+    Trainer.backward = update
     sys.exit(importlib.import_module(module).main(argv))
 
 

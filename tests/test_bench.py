@@ -39,8 +39,8 @@ def test_our_side_learns(method, tmp_path):
         next(steps)
     moved = [k for k, p in sd.unet.state_dict().items() if k in before and not torch.equal(p, before[k])]
     assert bool(moved) == (method == "dreambooth")
-    learns = [p for n in (sd.unet, sd.text.encoder) for p in n.parameters() if p.requires_grad]
-    assert learns and method != "lora" or sum(p.numel() for p in learns) < 60_000
+    trainable = [p for n in (sd.unet, sd.text.encoder) for p in n.parameters() if p.requires_grad]
+    assert trainable and method != "lora" or sum(p.numel() for p in trainable) < 60_000
 
 
 @pytest.mark.parametrize("kind", baseline.KINDS[False])

@@ -104,18 +104,18 @@ def step(sd15, out, script: str, photos: int = 1, disturb=lambda sd: None) -> Co
     class OneStep:
         """In Run's place."""
 
-        def __init__(self, out, learns, **_):
+        def __init__(self, out, trainable, **_):
             out.mkdir()
-            self.learns = learns
+            self.trainable = trainable
 
         def __iter__(self):
             disturb(seen["sd"])
             seen["sd"].schedule.snr(torch.zeros(1, dtype=torch.long, device="meta"))  # its table goes over once
-            own = [*self.learns.values(), *seen["sd"].unet.parameters(), *seen["sd"].text.encoder.parameters()]
+            own = [*self.trainable.values(), *seen["sd"].unet.parameters(), *seen["sd"].text.encoder.parameters()]
             with Count(own) as seen["count"]:
-                yield Batch(0, 0, range(photos), photos)
+                yield Batch(0, 0, range(photos), photos, device="meta")
 
-        def update(self, loss):
+        def backward(self, loss):
             loss.mean().backward()
 
     def opened(*args, **more):

@@ -268,14 +268,14 @@ def test_held_out_photos_are_the_last_ones(tmp_path):
     names = [p.name for p in load_photos(tmp_path, 8, None, say=quiet)[0]]
     (tmp_path / names[-1]).write_bytes(b"broken")
     for images, held_out in ((3, 2), (3, 5), (None, 2), (6, 2)):
-        photos, unseen = load_photos(tmp_path, 8, images, held_out, quiet)
-        assert [p.name for p in unseen] == names[-2 : -2 - held_out : -1]
+        photos, validation_photos = load_photos(tmp_path, 8, images, held_out, quiet)
+        assert [p.name for p in validation_photos] == names[-2 : -2 - held_out : -1]
         assert [p.name for p in photos] == names[: images or 8 - held_out]
     with pytest.raises(ValueError, match="--images 6 and --held-out 3, but .* has 8 readable photos"):
         load_photos(tmp_path, 8, 6, 3, quiet)
-    photos, unseen = load_photos(world.photos, 64, 5, 30, quiet)
-    assert (len(photos), len(unseen)) == (5, 30) and not {p.image.tobytes() for p in photos} & {
-        p.image.tobytes() for p in unseen}  # fmt: skip
+    photos, validation_photos = load_photos(world.photos, 64, 5, 30, quiet)
+    assert (len(photos), len(validation_photos)) == (5, 30) and not {p.image.tobytes() for p in photos} & {
+        p.image.tobytes() for p in validation_photos}  # fmt: skip
 
 
 def test_photo_with_an_unreadable_caption_is_left_out(tmp_path):
@@ -385,19 +385,19 @@ class FixedBatch:
     """Stand-in for run.Batch: the same draws every time."""
 
     def __init__(self, index, flips):
-        self.index, self.flips = torch.tensor(index), torch.tensor(flips)
+        self.index, self.flips = index, torch.tensor(flips)
 
-    def pick(self, n):
-        assert self.index.max() < n
+    def photos(self, n):
+        assert max(self.index) < n
         return self.index
 
     def uniform(self, name):
         assert name == "flip"
         return self.flips
 
-    def normal(self, name, shape):
+    def normal(self, shape, name):
         assert name == "latent"
-        return torch.randn(len(self.index), *shape, generator=torch.Generator().manual_seed(3))
+        return torch.randn(*shape, generator=torch.Generator().manual_seed(3))
 
 
 @pytest.fixture(scope="module")
@@ -421,15 +421,15 @@ def test_to_tensor():
 @pytest.mark.parametrize("flip", [False, True])
 def test_shots_are_mean_plus_std_times_noise(vae, pictures, flip):
     """Six photos are more than one chunk; the photo and the mirroring of each slot are its own."""
-    shots = LatentDataset(vae, pictures, list("abcdef"), flip)
+    dataset = LatentDataset(vae, pictures, list("abcdef"), flip)
     batch = FixedBatch([5, 0, 5, 2], [0.1, 0.9, 0.5, 0.49])
-    latents, prompts = shots[batch]
-    assert len(shots) == 6 and prompts == ["f", "a", "f", "c"]
+    latents, prompts = dataset[batch]
+    assert len(dataset) == 6 and prompts == ["f", "a", "f", "c"]
     mirrored = [flip, False, False, flip]
     seen = [ImageOps.mirror(pictures[i]) if m else pictures[i] for i, m in zip([5, 0, 5, 2], mirrored)]
     mean, std = vae.encode(torch.stack([to_tensor(image) for image in seen]))
     assert latents.shape == (4, 4, 16, 16) and latents.dtype == torch.float32
-    torch.testing.assert_close(latents, mean + std * batch.normal("latent", (4, 16, 16)))
+    torch.testing.assert_close(latents, mean + std * batch.normal(mean.shape, "latent"))
 
 
 def test_shots_can_be_trained_on(vae, pictures):

@@ -99,36 +99,36 @@ class EnoughError(Exception):
 
 def first_step(made, photos, *more) -> SimpleNamespace:
     """The loss of a run's first step, its gradients, and the shots that it draws from."""
-    seen = SimpleNamespace(loss=0.0, shots=[], gradients={})
+    seen = SimpleNamespace(loss=0.0, dataset=[], gradients={})
 
     class Shots(LatentDataset):
         def __init__(self, *args, **more):
             super().__init__(*args, **more)
-            seen.shots.append(self)
+            seen.dataset.append(self)
 
     def update(run, loss):
         seen.loss += loss.mean().item() * run.share
         old_update(run, loss)
 
     def finish(run):
-        seen.gradients = {k: p.grad.clone() for k, p in run.learns.items() if p.grad is not None}
+        seen.gradients = {k: p.grad.clone() for k, p in run.trainable.items() if p.grad is not None}
         raise EnoughError
 
-    old_update = Trainer.update
+    old_update = Trainer.backward
     with pytest.MonkeyPatch.context() as patch, pytest.raises(EnoughError):
         patch.setattr(train_dreambooth, "LatentDataset", Shots)
-        patch.setattr(Trainer, "update", update)
-        patch.setattr(Trainer, "_finish_step", finish)
+        patch.setattr(Trainer, "backward", update)
+        patch.setattr(Trainer, "_optimizer_step", finish)
         train_dreambooth.main(arguments(made, photos, "never", *more))
     shutil.rmtree("never")
     return seen
 
 
 @torch.no_grad()
-def by_hand(pipeline, shots, batch: Batch, gamma: float) -> float:
+def by_hand(pipeline, dataset, batch: Batch, gamma: float) -> float:
     """One term: diffusers' noise, text encoder and UNet, at the draws of this half alone."""
-    x_0, prompts = shots[batch]
-    t, eps = batch.integers("timestep", 1000), batch.normal("noise", x_0.shape[1:])
+    x_0, prompts = dataset[batch]
+    t, eps = batch.integers(1000, "timestep"), batch.normal(x_0.shape)
     schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
     ids = pipeline.tokenizer(prompts, padding="max_length", max_length=77, return_tensors="pt").input_ids
     out = pipeline.unet(schedule.add_noise(x_0, eps, t), t, pipeline.text_encoder(ids)[0]).sample
@@ -144,12 +144,12 @@ def test_the_loss_has_two_terms(sd1, sd2, photos, size, gamma):
     """Each the mean of its own half, at its own timesteps and noise; epsilon and v, with and without min-SNR."""
     made = sd2 if size == 4 and not gamma else sd1
     seen = first_step(made, photos, "--batch-size", size, "--min-snr", gamma, "--prior-weight", 0.5, "--seed", 6)
-    own, cls = seen.shots
+    own, cls = seen.dataset
     assert sorted(own.prompts) == ["sks", "sks at night", "sks in the snow"]
     assert cls.prompts == [p.replace("sks", "a building with a roof") for p in own.prompts]
     batch = Batch(6, 0, range(size), size)  # as any other method's
     one = by_hand(made.pipeline, own, batch, gamma)
-    two = by_hand(made.pipeline, cls, batch.half("class"), gamma)
+    two = by_hand(made.pipeline, cls, batch.subset("class"), gamma)
     assert min(one, two) > 1e-3 and abs(one - two) > 1e-3
     assert seen.loss == pytest.approx(one + 0.5 * two, rel=1e-5)
     if size == 4 and gamma:
@@ -165,7 +165,7 @@ def test_without_class_pictures(sd1, photos, monkeypatch):
     """One term, and nothing is drawn; it is the first of the two."""
     monkeypatch.setattr(prior, "pictures", None)
     seen = first_step(sd1, photos, "--class-images", 0, "--seed", 6, "--prior-weight", 0.5)
-    (own,) = seen.shots
+    (own,) = seen.dataset
     assert seen.loss == pytest.approx(by_hand(sd1.pipeline, own, Batch(6, 0, range(2), 2), 0), rel=1e-5)
 
 
@@ -195,7 +195,7 @@ def test_the_text_encoder_may_stop_and_a_run_go_on(sd1, photos, base):
     first = tensors(Path("stopped/model-000001"))
     assert of("text_encoder", moved(base, first)) and not of("text_encoder", moved(first, stopped))
     assert of("unet", moved(first, stopped)) == of("unet", base)
-    update = Trainer.update
+    update = Trainer.backward
 
     def crash(run, loss):
         if run.step == 2:
@@ -203,7 +203,7 @@ def test_the_text_encoder_may_stop_and_a_run_go_on(sd1, photos, base):
         update(run, loss)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(Trainer, "update", crash)
+        patch.setattr(Trainer, "backward", crash)
         train(sd1, photos, "again", *options)
     told, pictures = '{"pictures": 3, "seconds": 99.0}', listing(Path("runs/class"))
     assert Path("again/class.json").exists() and Path("again/class.json").write_text(told)

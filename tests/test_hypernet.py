@@ -49,7 +49,7 @@ def settings(layers=(1, 2, 1), activation="linear", norm=False, dropout=None, ou
             "last_layer_dropout": dropout[-2] != 0, "optional_info": None}  # fmt: skip
 
 
-def slots(s: dict):
+def indices(s: dict):
     """(kind, number in the Sequential, widths in and out as multiples) of a network with these settings."""
     layers, k = s["layer_structure"], 0
     for i in range(len(layers) - 1):
@@ -70,7 +70,7 @@ def random_file(path, widths, s: dict, seed: int = 0) -> dict:
     for d in widths:
         pair = ({}, {})
         for tensors in pair:
-            for kind, k, a, b in slots(s):
+            for kind, k, a, b in indices(s):
                 if kind == "linear":
                     n, m = int(d * a), int(d * b)
                     tensors[f"linear.{k}.weight"] = torch.randn(m, n, generator=g) * 0.7 * n**-0.5
@@ -86,7 +86,7 @@ def random_file(path, widths, s: dict, seed: int = 0) -> dict:
 
 def by_hand(tensors: dict, s: dict, x: torch.Tensor, strength: float) -> torch.Tensor:
     y, used = x, 0
-    for kind, k, _, _ in slots(s):
+    for kind, k, _, _ in indices(s):
         if kind == "activation":
             y = FUNCTIONS[s["activation_func"]](y)
             continue
@@ -626,7 +626,7 @@ def test_dropout_is_a_function_of_seed_and_step(sd1, photos, tmp_path, monkeypat
     whole = train(sd1, photos, "a", *options)
     assert whole["dropout_structure"] == [0, 0.4, 0] and whole["last_layer_dropout"] and whole["use_dropout"]
     torch.rand(7)
-    update = train_hypernet.Trainer.update
+    update = train_hypernet.Trainer.backward
 
     def crash(run, losses):
         if run.step == 2:
@@ -634,7 +634,7 @@ def test_dropout_is_a_function_of_seed_and_step(sd1, photos, tmp_path, monkeypat
         update(run, losses)
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError):
-        patch.setattr(train_hypernet.Trainer, "update", crash)
+        patch.setattr(train_hypernet.Trainer, "backward", crash)
         train(sd1, photos, "b", *options, "--save-every", 1, "--preview-every", 1)
     assert not Path("b/hypernet.pt").exists() and Path("b/previews/000002.png").exists()
     assert train_hypernet.main(["--resume", "b", "--device", "cpu"]) == 0

@@ -54,13 +54,13 @@ def refused(action, *words) -> None:
 def test_insert_and_remove_leave_no_trace(sd):
     holder = sd.text.encoder.embeddings
     table, before = holder.token_embedding, sd.text(PROMPTS)
-    sd.text.remember(PROMPTS)
+    sd.text.cache_prompts(PROMPTS)
     rows = textual_inversion.insert(sd, "*", vectors(3))
     assert sd.text.words == {"*": [FIRST, FIRST + 1, FIRST + 2]} and textual_inversion.token_embedding(sd) is table.weight
     assert torch.equal(holder.token_embedding(torch.arange(FIRST + 3)), torch.cat([table.weight, vectors(3)]))
     with_it = sd.text(PROMPTS)
     assert (with_it - before).abs().amax((1, 2))[:2].min() > 0.1 and torch.equal(with_it[2:], before[2:])
-    sd.text.remember(PROMPTS)
+    sd.text.cache_prompts(PROMPTS)
     textual_inversion.remove(sd, "*", rows)
     assert holder.token_embedding is table and sd.text.words == {}
     assert torch.equal(sd.text(PROMPTS), before)

@@ -7,7 +7,7 @@ from torch import nn
 
 from hanokdiff.formats.load import load_model
 from hanokdiff.methods import hypernetwork, lora
-from hanokdiff.methods.losses import denoising_loss
+from hanokdiff.methods.losses import mse
 from hanokdiff.models import memory
 from hanokdiff.models.unet import ResBlock, SpatialTransformer
 from hanokdiff.training.noise import Batch
@@ -55,12 +55,12 @@ def kept(f, *tensors) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("trainable", [True, False])
 @pytest.mark.parametrize("shape", [(2, 64, 8, 8), (1, 32, 1, 3), (3, 96, 5)])
-def test_norm_silu(shape, learns, dtype):
+def test_norm_silu(shape, trainable, dtype):
     norm = nn.GroupNorm(32, shape[1], 1e-5).to(dtype)
     x, w, b = normal(*shape, dtype=dtype), normal(shape[1], seed=1, dtype=dtype), normal(shape[1], seed=2, dtype=dtype)
-    x.requires_grad_(True), w.requires_grad_(learns), b.requires_grad_(learns)
+    x.requires_grad_(True), w.requires_grad_(trainable), b.requires_grad_(trainable)
 
     def ours(x, w, b):
         norm.weight, norm.bias = (nn.Parameter(t, t.requires_grad) for t in (w, b))
@@ -154,25 +154,27 @@ def method(sd, name: str) -> list:
     """What learns, moved away from where it starts at zero."""
     if name == "hypernet":
         net = hypernetwork.insert(sd, hypernetwork.Hypernetwork(hypernetwork.HypernetConfig(dropout=(0, 0.3, 0)), hypernetwork.dims(sd)["all"]))
-        learns = list(net.parameters())
+        trainable = list(net.parameters())
     elif name == "lora":
-        learns = [p for m in lora.insert(sd, 2, 2, "attention+ff+conv").values() for p in (m.down, m.up)]
+        trainable = [p for m in lora.insert(sd, 2, 2, "attention+ff+conv").values() for p in (m.down, m.up)]
     else:
-        learns = list(sd.unet.requires_grad_(True).parameters())
+        trainable = list(sd.unet.requires_grad_(True).parameters())
     with torch.no_grad():
-        for i, p in enumerate(learns):
+        for i, p in enumerate(trainable):
             if name != "unet":
                 p.copy_(0.05 * normal(*p.shape, seed=i))
-    return learns
+    return trainable
 
 
-def gradients(sd, learns) -> list:
+def gradients(sd, trainable) -> list:
     torch.manual_seed(1)  # for dropout
-    for p in learns:
+    for p in trainable:
         p.grad = None
     context = sd.text(["a barn", "a castle"]).detach()
-    denoising_loss(sd, normal(2, 4, 8, 8), context, Batch(0, 0, range(2), 2)).mean().backward()
-    return [p.grad for p in learns]
+    x0, batch = normal(2, 4, 8, 8), Batch(0, 0, range(2), 2)
+    noise, t = batch.normal(x0.shape), batch.timesteps(1000)
+    mse(sd.unet(sd.schedule.add_noise(x0, noise, t), t, context), sd.schedule.target(x0, noise, t)).mean().backward()
+    return [p.grad for p in trainable]
 
 
 @pytest.mark.parametrize("name", ["unet", "lora", "hypernet"])
@@ -255,12 +257,12 @@ def test_blocks_are_compiled_each_alone(sd1, monkeypatch):
         graphs.append(graph)
         return graph.forward
 
-    learns = method(sd, "lora")
-    before = gradients(sd, learns)
+    trainable = method(sd, "lora")
+    before = gradients(sd, trainable)
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 128)
     for block in list(memory.blocks(sd.unet))[::3]:
         block.forward = torch.compile(block.forward, dynamic=False, backend=backend, fullgraph=True)
-    after = gradients(sd, learns)
+    after = gradients(sd, trainable)
     torch._dynamo.reset()
     assert len(graphs) >= 9
     assert all((x is None and y is None) or (x - y).abs().max() <= 1e-5 for x, y in zip(before, after, strict=True))

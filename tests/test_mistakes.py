@@ -724,8 +724,8 @@ def test_names_and_captions_as_koreans_have_them(tmp_path, monkeypatch, capsys):
         image.save(photos / name)
         (photos / name).with_suffix(".txt").write_bytes(text)
     seen = []
-    remember = LatentDataset.__init__
-    monkeypatch.setattr(LatentDataset, "__init__", lambda *args, **how: (seen.extend(args[3]), remember(*args, **how))[1])
+    cache_prompts = LatentDataset.__init__
+    monkeypatch.setattr(LatentDataset, "__init__", lambda *args, **how: (seen.extend(args[3]), cache_prompts(*args, **how))[1])
     how = ["--steps", "2", "--batch-size", "2", "--rank", "1", "--preview-every", "0", "--device", "cpu"]
     out = tmp_path / "내 결과 \U0001f525" / "첫 번째"
     assert train_lora.main(["--data", str(photos), "--replace", "기와집", "--out", str(out), *how]) == 0

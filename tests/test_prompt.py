@@ -208,7 +208,7 @@ def test_clip_skip_equals_hidden_states(sd1, load, text, n):
     hidden = p.text_encoder(ids, output_hidden_states=True).hidden_states
     expected = p.text_encoder.final_layer_norm(hidden[-n])
     plain = text(prompts)
-    text.remember(prompts)
+    text.cache_prompts(prompts)
     text.skip(n)  # and forgets what it knew
     for out in (text(prompts), text.prompts(prompts), Text(text.encoder, text.tokenizer, clip_skip=n)(prompts)):
         assert difference(out, expected) <= 1e-5

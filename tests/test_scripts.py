@@ -209,13 +209,13 @@ def test_help_tells_both_columns_of_defaults(capsys):
 def test_stopped_and_resumed(sd1, photos, tmp_path, capsys, monkeypatch):
     """Ctrl-C after the second step; --resume needs no other option."""
     assert train_lora.main(arguments(sd1, photos, "--out", "whole")) == 0
-    update = train_lora.Trainer.update
+    update = train_lora.Trainer.backward
 
     def stop(run, losses):
         update(run, losses)
         run.interrupted = run.step == 1
 
-    monkeypatch.setattr(train_lora.Trainer, "update", stop)
+    monkeypatch.setattr(train_lora.Trainer, "backward", stop)
     with pytest.raises(SystemExit) as e:
         train_lora.main(arguments(sd1, photos, "--out", "a"))
     assert e.value.code == 130 and "stopped at step 2 of 3; go on with --resume a" in capsys.readouterr().out
@@ -241,7 +241,7 @@ def test_stopped_and_resumed(sd1, photos, tmp_path, capsys, monkeypatch):
 
 def test_what_may_change_on_resume_and_whose_run_it_is(sd1, photos, capsys, monkeypatch):
     """Options that change no result need no --force; another method's run is refused even with it, and unharmed."""
-    update = train_lora.Trainer.update
+    update = train_lora.Trainer.backward
 
     def stop(run, losses):
         update(run, losses)
@@ -249,7 +249,7 @@ def test_what_may_change_on_resume_and_whose_run_it_is(sd1, photos, capsys, monk
 
     assert train_lora.main(arguments(sd1, photos, "--out", "whole")) == 0
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train_lora.Trainer, "update", stop)
+        patch.setattr(train_lora.Trainer, "backward", stop)
         train_lora.main(arguments(sd1, photos, "--out", "a"))
     before = {p: p.read_bytes() for p in Path("a").rglob("*") if p.is_file()}
     for force in ([], ["--force"]):
@@ -263,14 +263,14 @@ def test_what_may_change_on_resume_and_whose_run_it_is(sd1, photos, capsys, monk
 
 def test_resumed_with_force(sd1, photos, tmp_path, capsys, monkeypatch):
     """All that differs is named, what is the same is not; if accepted, and if the tensors fit, it is used and kept."""
-    update, photos = train_lora.Trainer.update, shutil.copytree(photos, tmp_path / "photos")
+    update, photos = train_lora.Trainer.backward, shutil.copytree(photos, tmp_path / "photos")
 
     def stop(run, losses):
         update(run, losses)
         run.interrupted = run.step == 1
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train_lora.Trainer, "update", stop)
+        patch.setattr(train_lora.Trainer, "backward", stop)
         train_lora.main(arguments(sd1, photos, "--out", "a", "--seed", "7"))
     before = json.loads(Path("a/config.json").read_text())
     resume = ["--resume", "a", "--device", "cpu"]

@@ -51,7 +51,7 @@ class Plain(Trainer):
 
     def keep(self, *_):
         if self.step == 0:
-            named = list(zip(self.learns, self.masters, strict=True))
+            named = list(zip(self.trainable, self.masters, strict=True))
             Plain.kept = {"loss": self.step_loss.item(), "gradients": {k: m.grad.clone() for k, m in named},
                           "start": {k: m.detach().clone() for k, m in named}, "run": self}  # fmt: skip
 
@@ -64,23 +64,23 @@ def method(name: str) -> dict:
         patch.setattr(StableDiffusion, "draw", lambda *args, **more: draw(*args, **{"steps": 2, **more}))
         assert script.main([*COMMON, *METHODS[name]]) == 0
     run = Plain.kept.pop("run")
-    return Plain.kept | {"weights": {k: m.detach() for k, m in zip(run.learns, run.masters, strict=True)}}
+    return Plain.kept | {"weights": {k: m.detach() for k, m in zip(run.trainable, run.masters, strict=True)}}
 
 
 def last_slot(when):
     """The toy's losses, but where `when(step)` holds the last slot's is not a number: in one process only."""
-    def losses(batch, learns):
-        bad = torch.tensor([slot == batch.size - 1 and when(batch.step) for slot in batch.slots])
-        return squares(batch, learns).where(~bad, torch.nan)
+    def losses(batch, trainable):
+        bad = torch.tensor([slot == batch.size - 1 and when(batch.step) for slot in batch.indices])
+        return squares(batch, trainable).where(~bad, torch.nan)
 
     return losses
 
 
-def stop(batch, learns):
+def stop(batch, trainable):
     """Ctrl-C reaches one process only, and not the one that writes (unless it is alone)."""
-    if batch.step == 7 and batch.slots.stop == batch.size:
+    if batch.step == 7 and batch.indices.stop == batch.size:
         os.kill(os.getpid(), signal.SIGINT)
-    return squares(batch, learns)
+    return squares(batch, trainable)
 
 
 def chores() -> dict:
@@ -96,7 +96,7 @@ def chores() -> dict:
         return step >= 13 and len(steps) <= 20
 
     seen["whole"] = toy(Path("whole"), batch_size=5, micro_batch=2, preview=preview, preview_every=20,
-                        held_out=lambda: 0.5)  # fmt: skip
+                        validate=lambda: 0.5)  # fmt: skip
     with pytest.raises(SystemExit) as e:
         toy(Path("stopped"), batch_size=5, micro_batch=2, losses=stop)
     seen["code"], seen["left"] = e.value.code, sorted(p.name for p in Path("stopped").iterdir())
@@ -238,11 +238,11 @@ def test_torchrun_is_stopped_and_one_goes_on(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_every_slot_has_one_process(monkeypatch, count):
     monkeypatch.setattr(distributed, "WORLD_SIZE", count)
-    slots = []
+    indices = []
     for rank in range(count):
         monkeypatch.setattr(distributed, "RANK", rank)
-        slots += distributed.shard(7)
-    assert slots == list(range(7))
+        indices += distributed.shard(7)
+    assert indices == list(range(7))
     if count > 2:
         with pytest.raises(ValueError, match=f"--batch-size 2 is too small for {count} processes"):
             distributed.shard(2)

@@ -173,7 +173,7 @@ def test_remember_gives_the_same_contexts(text):
     text.add_word("*")
     prompts = ["*, fire", "a barn", "*, fire", ""] + [f"barn {i}" for i in range(40)]
     fresh = text(prompts)
-    text.remember(prompts)
+    text.cache_prompts(prompts)
     calls = []
     text.encoder, encoder = lambda ids: calls.append(ids), text.encoder
     remembered = text(prompts)

@@ -44,10 +44,10 @@ from hanokdiff.training.trainer import Trainer
 
 def train(sd: StableDiffusion, method: str, side: int, batch: int, folder: Path) -> Iterator[None]:
     """Our training, a step at a time, chores and all."""
-    learns, losses = setup.prepare(sd, method, side)
+    trainable, losses = setup.prepare(sd, method, side)
     interrupt = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        run = Trainer(folder / method, learns, steps=10**6, batch_size=batch, lr=1e-5, save=None, artefact="", config={})
+        run = Trainer(folder / method, trainable, steps=10**6, batch_size=batch, lr=1e-5, save=None, artefact="", config={})
         steps = iter(run)
         part = next(steps)
     for number, handler in zip((signal.SIGINT, signal.SIGTERM), interrupt, strict=True):

@@ -66,28 +66,28 @@ def train(pipe, method: str, best: bool, dtype: torch.dtype, batch: int, images,
         part.requires_grad_(False)
     vae.to(dtype)
     if method == "dreambooth":  # fp32 weights
-        learns = [*unet.requires_grad_(True).parameters(), *text.requires_grad_(True).parameters()]
+        trainable = [*unet.requires_grad_(True).parameters(), *text.requires_grad_(True).parameters()]
     elif method == "lora":
         from peft import LoraConfig
 
         unet.to(dtype), text.to(dtype)
         unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian",
                                     target_modules=["to_k", "to_q", "to_v", "to_out.0"]))  # fmt: skip
-        learns = [p for p in unet.parameters() if p.requires_grad]
-        for p in learns:  # cast_training_params
+        trainable = [p for p in unet.parameters() if p.requires_grad]
+        for p in trainable:  # cast_training_params
             p.data = p.data.float()
     else:
         tokenizer.add_tokens(["<hanok>"])
         captions = [caption.replace("*", "<hanok>") for caption in captions]
         text.resize_token_embeddings(max(len(tokenizer), text.config.vocab_size))
         unet.to(dtype)
-        learns = list(text.get_input_embeddings().requires_grad_(True).parameters())
-        before, row = learns[0].data.clone(), tokenizer.convert_tokens_to_ids("<hanok>")
+        trainable = list(text.get_input_embeddings().requires_grad_(True).parameters())
+        before, row = trainable[0].data.clone(), tokenizer.convert_tokens_to_ids("<hanok>")
         other = torch.ones(len(before), dtype=torch.bool)
         other[row] = False
     if best and device.type == "cuda":
         unet.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(learns, lr=1e-5, **({"fused": True} if best else {}))
+    optimizer = torch.optim.AdamW(trainable, lr=1e-5, **({"fused": True} if best else {}))
     pixels = torch.stack([to_tensor(image) for image in images]).to(device, dtype)
     ids = tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
     ids = ids.to(device)
@@ -111,12 +111,12 @@ def train(pipe, method: str, best: bool, dtype: torch.dtype, batch: int, images,
             loss = F.mse_loss(out.float(), noise.float(), reduction="mean")
         loss.backward()
         if method != "ti":
-            torch.nn.utils.clip_grad_norm_(learns, 1.0)
+            torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=best)
         if method == "ti":
             with torch.no_grad():
-                learns[0][other] = before[other]
+                trainable[0][other] = before[other]
         loss.detach().item()
         yield
 

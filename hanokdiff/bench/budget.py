@@ -117,13 +117,13 @@ def step(method: str, size: str = "sd15", batch: int = 1, checkpointing: bool = 
         sd = setup.build(size, "meta", torch.bfloat16)
         if checkpointing:
             memory.checkpoint(sd.unet)
-        learns, losses = setup.prepare(sd, method, setup.side(size))
+        trainable, losses = setup.prepare(sd, method, setup.side(size))
         count = Count()
         weights = sum(p.nbytes for part in (sd.unet, sd.text.encoder) for p in part.parameters())
-        half = sum(4 * p.numel() for p in learns.values() if p.dtype != torch.float32)
-        stays = weights + half + sum(8 * p.numel() for p in learns.values())
+        half = sum(4 * p.numel() for p in trainable.values() if p.dtype != torch.float32)
+        stays = weights + half + sum(8 * p.numel() for p in trainable.values())
         with count:
-            losses(Batch(0, 0, range(batch), batch)).mean().backward()
+            losses(Batch(0, 0, range(batch), batch, device="meta")).mean().backward()
     return count.operations, stays + max(count.peak, half), stays
 
 

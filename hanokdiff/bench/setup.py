@@ -11,7 +11,7 @@ from hanokdiff.device import DTYPES
 from hanokdiff.formats.load import TINY_MODEL, load_model
 from hanokdiff.formats.tokenizer import load_tokenizer
 from hanokdiff.methods import hypernetwork, lora, textual_inversion
-from hanokdiff.methods.losses import denoising_loss
+from hanokdiff.methods.losses import mse
 from hanokdiff.models.pipeline import StableDiffusion
 from hanokdiff.models.schedule import Schedule
 from hanokdiff.models.text_encoder import TextConfig, TextEncoder
@@ -77,24 +77,26 @@ def prepare(sd: StableDiffusion, method: str, side: int) -> tuple[dict, Callable
     sd.text.add_word("*")
     if method == "lora":
         loras = lora.insert(sd, 4, 4)
-        learns = {f"{name}.{part}": getattr(m, part) for name, m in loras.items() for part in ("down", "up")}
+        trainable = {f"{name}.{part}": getattr(m, part) for name, m in loras.items() for part in ("down", "up")}
     elif method.startswith("hypernet"):
         widths = hypernetwork.dims(sd)["all" if method == "hypernet-all" else "context"]
-        learns = dict(hypernetwork.insert(sd, hypernetwork.Hypernetwork(hypernetwork.HypernetConfig(), widths)).named_parameters())
+        trainable = dict(hypernetwork.insert(sd, hypernetwork.Hypernetwork(hypernetwork.HypernetConfig(), widths)).named_parameters())
     elif method == "ti":
-        learns = {"rows": textual_inversion.insert(sd, "*", textual_inversion.token_embedding(sd)[[400]]).rows}
+        trainable = {"rows": textual_inversion.insert(sd, "*", textual_inversion.token_embedding(sd)[[400]]).rows}
     else:
-        learns = {f"unet.{k}": p for k, p in sd.unet.named_parameters()}
-        learns |= {f"text.{k}": p for k, p in sd.text.encoder.named_parameters() if "token_embedding" not in k}
-        learns["word"] = textual_inversion.insert(sd, "*", textual_inversion.token_embedding(sd)[sd.text.words["*"]]).rows
-    for p in learns.values():
+        trainable = {f"unet.{k}": p for k, p in sd.unet.named_parameters()}
+        trainable |= {f"text.{k}": p for k, p in sd.text.encoder.named_parameters() if "token_embedding" not in k}
+        trainable["word"] = textual_inversion.insert(sd, "*", textual_inversion.token_embedding(sd)[sd.text.words["*"]]).rows
+    for p in trainable.values():
         p.requires_grad_(True)
-    shots = LatentDataset(sd.vae, images, captions, device=sd.device)
+    dataset = LatentDataset(sd.vae, images, captions, device=sd.device)
     if method not in ("ti", "dreambooth"):
-        sd.text.remember(captions)
+        sd.text.cache_prompts(captions)
 
     def losses(batch: Batch) -> Tensor:
-        latents, prompts = shots[batch]
-        return denoising_loss(sd, latents, sd.text(prompts), batch)
+        x0, prompts = dataset[batch]
+        noise, t = batch.normal(x0.shape), batch.timesteps(sd.schedule.num_train_timesteps)
+        pred = sd.unet(sd.schedule.add_noise(x0, noise, t), t, sd.text(prompts))
+        return mse(pred, sd.schedule.target(x0, noise, t))
 
-    return learns, losses
+    return trainable, losses

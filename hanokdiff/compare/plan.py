@@ -73,10 +73,10 @@ def prepare(args) -> Context:
     sd = load_model(args.model, args.device)
     resolution = check_resolution(args.resolution, sd)
     samplers.sigmas_and_timesteps(samplers.DEFAULT, sd.schedule, args.sampling_steps)  # refuses too many
-    photos, unseen = load_photos(args.data or world.photos, resolution, most, held_out)
+    photos, validation_photos = load_photos(args.data or world.photos, resolution, most, held_out)
     clip = Clip(TINY_CLIP if tiny_judge else args.clip, args.device or "cpu")
-    seen, held = (clip.images(p.image for p in some) for some in (photos, unseen))
-    return Context(args.token, sd, resolution, clip, photos, unseen, seen, held, kinds, conditions)
+    seen, held = (clip.images(p.image for p in some) for some in (photos, validation_photos))
+    return Context(args.token, sd, resolution, clip, photos, validation_photos, seen, held, kinds, conditions)
 
 
 def choices(given: str | None, usual: str, tiny: dict | None) -> dict[str, str]:

@@ -67,7 +67,7 @@ def remove(sd, word: str, rows: ExtendedEmbedding) -> None:
     setattr(holder, name, rows.base)
     if sd.text.words.get(word, [-1])[0] == rows.first:  # else another has the word by now
         del sd.text.words[word]
-    sd.text._known.clear()
+    sd.text._cache.clear()
 
 
 @contextlib.contextmanager

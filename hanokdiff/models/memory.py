@@ -93,8 +93,8 @@ class Conv2d(nn.Conv2d):
     """A convolution that keeps its input for the backward pass only if it learns."""
 
     def forward(self, x: Tensor) -> Tensor:
-        learns = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
-        if keeps_for_backward(x) and not learns:
+        trainable = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        if keeps_for_backward(x) and not trainable:
             assert (self.dilation, self.groups, self.padding_mode) == ((1, 1), 1, "zeros"), "none here has others"
             return FrozenConv.apply(x, self.weight, self.bias, self.stride, self.padding)
         return super().forward(x)

@@ -57,7 +57,7 @@ class Text:
         self.literal_tokens, self.clip_skip = literal_tokens, clip_skip
         self.length = encoder.config.max_position_embeddings
         self.words: dict[str, list[int]] = {}
-        self._told, self._known = set(), {}
+        self._told, self._cache = set(), {}
 
     def add_word(self, word: str, ids: list[int] | None = None) -> list[int]:
         """Make this a pseudo word, with ids of its own beyond the vocabulary or, by default, those it has alone."""
@@ -71,7 +71,7 @@ class Text:
                              "choose another pseudo word")  # fmt: skip
         others = {w: own for w, own in self.words.items() if same_word(w) != same_word(word)}  # the last one given has the word
         self.words = dict(sorted({**others, word: ids}.items(), key=lambda item: -len(item[0])))  # longest first
-        self._known.clear()
+        self._cache.clear()
         return ids
 
     def skip(self, clip_skip: int) -> None:
@@ -83,7 +83,7 @@ class Text:
             warnings.warn("clip skip has no effect on SD 2, whose last layer is always left out", stacklevel=2)
             clip_skip = 1
         self.clip_skip = clip_skip
-        self._known.clear()
+        self._cache.clear()
 
     # ----------------------------------------------------------------------------------------------- text to ids
 
@@ -139,8 +139,8 @@ class Text:
     # -------------------------------------------------------------------------------------------- ids to context
 
     def __call__(self, texts: list[str]) -> Tensor:
-        if all(p in self._known for p in texts):
-            return torch.stack([self._known[p] for p in texts])
+        if all(p in self._cache for p in texts):
+            return torch.stack([self._cache[p] for p in texts])
         distinct = list(dict.fromkeys(texts))  # what a batch says twice is read once
         z = self._encode([self.ids(p) for p in distinct])
         return z[memory.to_device(torch.tensor([distinct.index(p) for p in texts]), z.device)]
@@ -164,12 +164,12 @@ class Text:
         return z.unflatten(0, (len(prompts), k)).flatten(1, 2)                  # (B, 77 k, D)
 
     @torch.no_grad()
-    def remember(self, texts: list[str]) -> None:
+    def cache_prompts(self, texts: list[str]) -> None:
         """Encode these captions now and give the same context from then on: right while the encoder is frozen."""
-        distinct = sorted(set(texts) - self._known.keys())
+        distinct = sorted(set(texts) - self._cache.keys())
         for k in range(0, len(distinct), 32):
             part = distinct[k : k + 32]
-            self._known.update(zip(part, self(part), strict=True))
+            self._cache.update(zip(part, self(part), strict=True))
 
     def warn_without_word(self, prompts: list[str]) -> None:
         """Say so when a prompt does not use what was learnt."""

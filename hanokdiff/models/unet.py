@@ -273,16 +273,18 @@ class UNet(nn.Module):
 
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, chans[0], c.norm_eps)
         self.conv_out = memory.Conv2d(chans[0], c.out_channels, 3, padding=1)
-        self.listeners = [m.attn2 for m in self.modules() if isinstance(m, TransformerBlock)]  # in order of their turn
+        self.cross_attentions = [m.attn2 for m in self.modules() if isinstance(m, TransformerBlock)]  # in order of their turn
 
     def read(self, context: Tensor) -> list[tuple[Tensor, ...]]:
         """What each cross-attention hears of the words (B, T, D): the same at every step of a sampler. Keys and values,
         on a CPU with a few masked words more (lean.even)."""
-        return [memory.pad_keys(*attention.read(context)) for attention in self.listeners]
+        return [memory.pad_keys(*attention.read(context)) for attention in self.cross_attentions]
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | list) -> Tensor:
-        words = iter(self.read(context) if isinstance(context, Tensor) else context)
-        temb = timestep_embedding(t, self.config.block_out_channels[0]).to(x.dtype)
+        dtype = self.conv_norm_out.weight.dtype                  # whatever comes in, the network works in its own precision
+        x = x.to(dtype)
+        words = iter(self.read(context.to(dtype)) if isinstance(context, Tensor) else context)
+        temb = timestep_embedding(t, self.config.block_out_channels[0]).to(dtype)
         temb = F.silu(self.time_embedding(temb))                 # (B, E), as every resnet wants it
         x = self.conv_in(x)                                      # (B, C0, h, w)
         skips = [x]
@@ -304,4 +306,4 @@ class UNet(nn.Module):
                 x = attend(x, next(words)) if attend else x
             if hasattr(block, "upsamplers"):
                 x = block.upsamplers[0](x, size=skips[-1].shape[-2:])
-        return self.conv_out(memory.norm_silu(self.conv_norm_out, x))
+        return self.conv_out(memory.norm_silu(self.conv_norm_out, x)).float()

@@ -180,28 +180,32 @@ def run_folder(args: argparse.Namespace, method: str, artefact: str) -> Path:
     return out
 
 
-def trainer_options(args: argparse.Namespace, sd, shots: LatentDataset, unseen: list[Photo]) -> dict:
-    """What every method tells its Run in the same way; `unseen` are the photos held out. The last thing before it."""
+def trainer_options(args: argparse.Namespace, sd, dataset: LatentDataset, validation_photos: list[Photo]) -> dict:
+    """The Trainer's arguments that are the same for every method. Called last before it: --compile and --checkpointing
+    take the model as it is then."""
     if args.compile:
         print("--compile: each block is compiled at its first step, which takes minutes")
         memory.compile(sd.unet)
     if args.checkpointing:
         memory.checkpoint(sd.unet)
-    same = ("steps", "batch_size", "micro_batch", "lr", "seed", "save_every", "preview_every")
-    held_out = None
-    if unseen:
-        captions = prepare_captions(unseen, args.token, args.replace, args.caption, say=lambda _: None)
-        others = LatentDataset(sd.vae, [p.image for p in unseen], captions, device=sd.device)
-        held_out = functools.partial(validation_loss, sd, others)
-    about = config(args, shots) | {"held_out_photos": [p.name for p in unseen]}
-    more = {"config": about, "resume": args.resume is not None, "force": args.force, "held_out": held_out}
-    return {k: getattr(args, k) for k in same} | more
+    validate = None
+    if validation_photos:
+        captions = prepare_captions(validation_photos, args.token, args.replace, args.caption, say=lambda _: None)
+        held_out = LatentDataset(sd.vae, [p.image for p in validation_photos], captions, device=sd.device)
+        validate = functools.partial(validation_loss, sd, held_out)
+    names = ("steps", "batch_size", "micro_batch", "lr", "seed", "save_every", "preview_every", "force")
+    return {
+        **{name: getattr(args, name) for name in names},
+        "config": config(args, dataset) | {"held_out_photos": [p.name for p in validation_photos]},
+        "resume": args.resume is not None,
+        "validate": validate,
+    }
 
 
-def config(args: argparse.Namespace, shots) -> dict:
+def config(args: argparse.Namespace, dataset) -> dict:
     """The options as they go into config.json, and a hash of the photos and captions."""
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    return {**{k: v for k, v in plain.items() if k not in ("resume", "force", "out")}, "photos": shots.hash}
+    return {**{k: v for k, v in plain.items() if k not in ("resume", "force", "out")}, "photos": dataset.hash}
 
 
 def check_resolution(resolution: int | None, sd) -> int:

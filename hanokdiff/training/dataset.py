@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from hanokdiff.files import read_text
 from hanokdiff.images import SUFFIXES, crop_to_square, listed, read_photo
-from hanokdiff.models import memory
+from hanokdiff.models.memory import to_device
 from hanokdiff.models.pipeline import to_tensor
 from hanokdiff.models.tokens import contains_word, word_pattern
 
@@ -57,28 +57,28 @@ def load_photos(
     if images is not None and images < 1:
         raise ValueError(f"--images {images}: at least 1 is needed; leave it out to take them all")
     if callable(source):
-        photos, unseen = (drawn_photos(source, n, resolution, held) for n, held in ((images or 50, False), (held_out, True)))
-        say(summary(photos, "drawn photos of a hanok") + held_out_note(unseen))
-        return photos, unseen
+        photos, validation_photos = (drawn_photos(source, n, resolution, held) for n, held in ((images or 50, False), (held_out, True)))
+        say(summary(photos, "drawn photos of a hanok") + held_out_note(validation_photos))
+        return photos, validation_photos
     files = photo_files(Path(source))
-    unseen, _ = read_until(held_out, files[::-1], resolution, lambda _: None)  # what is unreadable is told below
-    aside = {photo.name for photo in unseen}
+    validation_photos, _ = read_until(held_out, files[::-1], resolution, lambda _: None)  # what is unreadable is told below
+    aside = {photo.name for photo in validation_photos}
     photos, unreadable = read_until(images, [f for f in files if f.name not in aside], resolution, say)
-    if len(photos) < (images or 1) or len(unseen) < held_out:
+    if len(photos) < (images or 1) or len(validation_photos) < held_out:
         asked = " and ".join([f"--images {images}"] * bool(images) + [f"--held-out {held_out}"] * bool(held_out))
-        less = f"lower {asked.split()[0]} or " if asked and (photos or unseen) else ""
+        less = f"lower {asked.split()[0]} or " if asked and (photos or validation_photos) else ""
         raise ValueError(
-            f"{asked + ', but ' if asked else ''}{source} has {len(photos) + len(unseen)} readable photos (and "
+            f"{asked + ', but ' if asked else ''}{source} has {len(photos) + len(validation_photos)} readable photos (and "
             f"{len(unreadable)} unreadable); {less}add photos"
             + (f", or mend these: {unreadable[0]}" if unreadable else "")
         )
     bad = f"; {len(unreadable)} unreadable" if unreadable else ""
-    say(summary(photos, f"photos from {source}") + bad + held_out_note(unseen))
-    return photos, unseen
+    say(summary(photos, f"photos from {source}") + bad + held_out_note(validation_photos))
+    return photos, validation_photos
 
 
-def held_out_note(unseen: list[Photo]) -> str:
-    return f"; {len(unseen)} held out: {', '.join(p.name for p in unseen)}" if unseen else ""
+def held_out_note(validation_photos: list[Photo]) -> str:
+    return f"; {len(validation_photos)} held out: {', '.join(p.name for p in validation_photos)}" if validation_photos else ""
 
 
 def drawn_photos(draw: Callable, n: int, resolution: int, held_out: bool) -> list[Photo]:
@@ -202,11 +202,11 @@ class LatentDataset:
         return len(self.prompts)
 
     def __getitem__(self, batch) -> tuple[Tensor, list[str]]:
-        index = batch.pick(len(self))  # (B,) the photo in each slot
-        mirrored = (batch.uniform("flip") < 0.5).long() if self.flip else torch.zeros_like(index)
-        noise = memory.to_device(batch.normal("latent", tuple(self.mean.shape[2:])), self.device)  # (B, 4, h, w)
-        at = memory.to_device(mirrored, self.device), memory.to_device(index, self.device)
-        return self.mean[at] + self.std[at] * noise, [self.prompts[i] for i in index.tolist()]
+        photos = batch.photos(len(self))
+        mirrored = batch.uniform("flip") < 0.5 if self.flip else torch.zeros(len(photos))
+        index = to_device(mirrored.long(), self.device), to_device(torch.tensor(photos), self.device)
+        mean, std = self.mean[index], self.std[index]  # (B, 4, h, w)
+        return mean + std * batch.normal(mean.shape, "latent"), [self.prompts[i] for i in photos]
 
 
 @torch.no_grad()

@@ -30,11 +30,11 @@ def join() -> None:
     atexit.register(dist.destroy_process_group)
 
 
-def shard(slots: int) -> range:
+def shard(indices: int) -> range:
     """This process's slots of a batch; they need not divide evenly."""
-    if slots < WORLD_SIZE:
-        raise ValueError(f"--batch-size {slots} is too small for {WORLD_SIZE} processes: each needs a photo of its own")
-    return range(slots * RANK // WORLD_SIZE, slots * (RANK + 1) // WORLD_SIZE)
+    if indices < WORLD_SIZE:
+        raise ValueError(f"--batch-size {indices} is too small for {WORLD_SIZE} processes: each needs a photo of its own")
+    return range(indices * RANK // WORLD_SIZE, indices * (RANK + 1) // WORLD_SIZE)
 
 
 def all_reduce(tensors: list[Tensor]) -> None:

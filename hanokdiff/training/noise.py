@@ -1,47 +1,64 @@
-"""A batch and its random numbers: functions of the seed, the step and the index."""
+"""A batch and its random numbers: functions of (seed, step, index), never of a generator that is used up.
+
+So a resumed run needs no generator state and is bit-exact, a preview cannot disturb training, any split into
+micro-batches or processes sees the same numbers, and two methods with one seed see the same photos and noise.
+"""
 
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from hanokdiff.models.memory import to_device
 from hanokdiff.seeding import seeded_generator
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some slots of one step's global batch; the source of everything random about them. B = slots times halves."""
+    """Some indices of one step's global batch. B = the number of indices times the number of subsets.
+
+    Every draw is made on the CPU, from a generator keyed by seed, step, index and the draw's name, and then copied
+    to `device` without waiting for it."""
 
     seed: int | str
     step: int
-    slots: range
+    indices: range  # positions in the global batch
     size: int  # of the global batch
-    halves: tuple[str, ...] = ("",)  # DreamBooth has a second half, with draws of its own
+    subsets: tuple[str, ...] = ("",)  # DreamBooth has a second one, "class", with draws of its own
+    device: torch.device | str = "cpu"
 
-    def half(self, *names: str) -> "Batch":
-        """The same slots of another half, or of several one after the other: half("class"), half("", "class")."""
-        return replace(self, halves=names)
+    def subset(self, *names: str) -> "Batch":
+        """The same indices of another subset, or of several one after the other: subset("", "class")."""
+        return replace(self, subsets=names)
 
-    def _streams(self, what: str) -> list[torch.Generator]:
-        return [seeded_generator(self.seed, self.step, s, half + what) for half in self.halves for s in self.slots]
+    def _generators(self, name: str) -> list[torch.Generator]:
+        keys = [(subset + name, i) for subset in self.subsets for i in self.indices]
+        return [seeded_generator(self.seed, self.step, i, name) for name, i in keys]
 
-    def pick(self, n: int) -> Tensor:
-        """Which of n photos lies in each slot (B,): every epoch a new permutation, every photo once."""
+    def photos(self, n: int) -> list[int]:
+        """Which of n photos each index holds [B]: every epoch is a new permutation, with every photo once."""
         out = []
-        for half in self.halves:
-            for slot in self.slots:
-                epoch, place = divmod(self.step * self.size + slot, n)
-                out.append(torch.randperm(n, generator=seeded_generator(self.seed, half + "epoch", epoch, n))[place])
-        return torch.stack(out)
+        for subset in self.subsets:
+            for i in self.indices:
+                epoch, place = divmod(self.step * self.size + i, n)
+                order = torch.randperm(n, generator=seeded_generator(self.seed, subset + "epoch", epoch, n))
+                out.append(order[place].item())
+        return out
 
-    def uniform(self, what: str) -> Tensor:
-        """One number in [0, 1) per slot (B,)."""
-        return torch.cat([torch.rand(1, generator=g) for g in self._streams(what)])
+    def normal(self, shape, name: str = "noise") -> Tensor:
+        """Standard normal numbers in the shape (B, ...)."""
+        assert shape[0] == len(self.indices) * len(self.subsets), f"{tuple(shape)} for {self}"
+        draws = [torch.randn(*shape[1:], generator=g) for g in self._generators(name)]
+        return to_device(torch.stack(draws), self.device)
 
-    def integers(self, what: str, high: int) -> Tensor:
-        """One whole number below `high` per slot (B,)."""
-        return torch.cat([torch.randint(high, (1,), generator=g) for g in self._streams(what)])
+    def timesteps(self, count: int) -> Tensor:
+        """One timestep from 0 to count - 1 per index (B,)."""
+        return to_device(self.integers(count, "timestep"), self.device)
 
-    def normal(self, what: str, shape) -> Tensor:
-        """Standard normal numbers (B, *shape)."""
-        return torch.stack([torch.randn(*shape, generator=g) for g in self._streams(what)])
+    def integers(self, count: int, name: str) -> Tensor:
+        """One whole number from 0 to count - 1 per index (B,), on the CPU."""
+        return torch.cat([torch.randint(count, (1,), generator=g) for g in self._generators(name)])
+
+    def uniform(self, name: str) -> Tensor:
+        """One number in [0, 1) per index (B,), on the CPU."""
+        return torch.cat([torch.rand(1, generator=g) for g in self._generators(name)])

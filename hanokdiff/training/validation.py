@@ -2,17 +2,19 @@
 
 import torch
 
-from hanokdiff.methods.losses import denoising_loss
 from hanokdiff.training.noise import Batch
 
 
 @torch.no_grad()
 def validation_loss(sd, dataset, at_once: int = 8) -> float:
-    """The mean loss of photos that are not learnt from, unweighted, each at a timestep and a noise that are the same
-    every time: what falls and then rises again as a model goes over from learning to learning by heart."""
+    """The mean denoising loss of a data set, unweighted, every photo at a timestep and a noise that are the same each
+    time: it falls while a model learns and rises again when it overfits."""
     n, losses = len(dataset), []
     for first in range(0, n, at_once):
-        batch = Batch("held out", 0, range(first, min(first + at_once, n)), n)
-        latents, prompts = dataset[batch]
-        losses.append(denoising_loss(sd, latents, sd.text(prompts), batch))
+        indices = range(first, min(first + at_once, n))
+        batch = Batch("held out", 0, indices, n, device=dataset.device)
+        x0, prompts = dataset[batch]
+        noise, t = batch.normal(x0.shape), batch.timesteps(sd.schedule.num_train_timesteps)
+        pred = sd.unet(sd.schedule.add_noise(x0, noise, t), t, sd.text(prompts))
+        losses.append((pred - sd.schedule.target(x0, noise, t)).square().mean((1, 2, 3)))
     return torch.cat(losses).mean().item()
