@@ -44,24 +44,47 @@ from hanokdiff.options import Options
 from hanokdiff.scoring.clip import EXAMPLE, LIKENESS, SCALES, TINY_CLIP, Clip, likeness, presence, scores
 from hanokdiff.scoring.stats import mean_interval, paired_interval, share_interval
 
-INTERVAL = "95 %, Student's t for means and differences, Wilson's for shares; pictures only, no other training"
+INTERVAL = (
+    "95 %, Student's t for means and differences, Wilson's for shares; pictures only, no other training"
+)
 
 
 def options() -> Options:
     p = Options(description=__doc__)
-    p.add_argument("paths", nargs="+", metavar="IMAGE_OR_FOLDER", help="folders are reported apart, not recursive")
+    p.add_argument(
+        "paths", nargs="+", metavar="IMAGE_OR_FOLDER", help="folders are reported apart, not recursive"
+    )
     what, scorer, out = (p.add_argument_group(g) for g in ("what is asked", "the scorer", "output"))
     what.add_argument("--prompt", metavar="TEXT", help="one text for all (default: the prompt in each PNG)")
-    what.add_argument("--replace-token", nargs=2, action="append", default=[], metavar=("TOKEN", "WORDS"),
-                      help='e.g. "*" "a hanok"; repeatable')  # fmt: skip
-    what.add_argument("--presence", metavar="A|B|...", help="what share of pictures is recognised as A, as B ...")
-    what.add_argument("--reference", metavar="FOLDER", help="real pictures, held-out photos for example, to resemble")
-    what.add_argument("--paired", action="store_true",
-                      help="also the first of two folders minus the second, matched by prompt and seed")  # fmt: skip
-    scorer.add_argument("--clip", metavar="FOLDER|HUB_ID", help="default: tiny, for pictures of at most 64 px only")
-    scorer.add_argument("--device", default="cpu", help="cpu, cuda ... (default: %(default)s, the same everywhere)")
+    what.add_argument(
+        "--replace-token",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("TOKEN", "WORDS"),
+        help='e.g. "*" "a hanok"; repeatable',
+    )
+    what.add_argument(
+        "--presence", metavar="A|B|...", help="what share of pictures is recognised as A, as B ..."
+    )
+    what.add_argument(
+        "--reference", metavar="FOLDER", help="real pictures, held-out photos for example, to resemble"
+    )
+    what.add_argument(
+        "--paired",
+        action="store_true",
+        help="also the first of two folders minus the second, matched by prompt and seed",
+    )
+    scorer.add_argument(
+        "--clip", metavar="FOLDER|HUB_ID", help="default: tiny, for pictures of at most 64 px only"
+    )
+    scorer.add_argument(
+        "--device", default="cpu", help="cpu, cuda ... (default: %(default)s, the same everywhere)"
+    )
     out.add_argument("--per-image", action="store_true", help="print a line for every picture")
-    out.add_argument("--json", type=Path, metavar="FILE", help="everything: scorer, formulas, every picture, summary")
+    out.add_argument(
+        "--json", type=Path, metavar="FILE", help="everything: scorer, formulas, every picture, summary"
+    )
     out.add_argument("--csv", type=Path, metavar="FILE", help="a line for every picture")
     return p
 
@@ -76,8 +99,10 @@ def pictures_in(folder: Path) -> list[Path]:
     if sheets:
         print(f"note: {folder}: {len(sheets)} contact sheets skipped ({sheets[0].name})", file=sys.stderr)
     if len(files) == len(sheets):
-        raise ValueError(f"{folder} holds no pictures ({' '.join(sorted(SUFFIXES))}); folders inside are not "
-                         "searched, so give the one that holds them")  # fmt: skip
+        raise ValueError(
+            f"{folder} holds no pictures ({' '.join(sorted(SUFFIXES))}); folders inside are not "
+            "searched, so give the one that holds them"
+        )
     return [f for f in files if f not in sheets]
 
 
@@ -113,7 +138,9 @@ def look(files) -> tuple[dict[str, dict], list[str]]:
             image.load()  # a PNG's text may also stand at its end
             seen[file] = {"side": side, **origin(str(image.info.get("parameters", "")))}
     if not seen:
-        raise ValueError(f"none of the {len(broken)} pictures can be read, {broken[0]} first; give some that can")
+        raise ValueError(
+            f"none of the {len(broken)} pictures can be read, {broken[0]} first; give some that can"
+        )
     return seen, broken
 
 
@@ -128,7 +155,9 @@ def set_texts(rows: list[dict], prompt: str | None, replace: list[tuple[str, str
             raise ValueError('--replace-token has an empty TOKEN; give the pseudo word, e.g. "*"')
         n = sum(contains_word(row["text"], token) for row in rows)
         if not n:
-            raise ValueError(f'none of the {len(rows)} prompts holds "{token}"; see --replace-token, or leave it away')
+            raise ValueError(
+                f'none of the {len(rows)} prompts holds "{token}"; see --replace-token, or leave it away'
+            )
         for row in rows:
             row["text"] = word_pattern(token).sub(lambda _, words=words: words, row["text"])
         print(f'"{token}" replaced by "{words}" in {n} of {len(rows)} prompts')
@@ -137,15 +166,19 @@ def set_texts(rows: list[dict], prompt: str | None, replace: list[tuple[str, str
 def labels_of(presence: str | None) -> list[str]:
     labels = [x.strip() for x in (presence or "").split("|") if x.strip()]
     if presence is not None and len(set(labels)) < max(2, len(labels)):
-        raise ValueError(f'--presence "{presence}" must name at least 2 different things, as in "a hanok|a barn"')
+        raise ValueError(
+            f'--presence "{presence}" must name at least 2 different things, as in "a hanok|a barn"'
+        )
     return labels
 
 
 def choose_clip(seen: dict[str, dict], clip: str | None):
     largest = max(seen, key=lambda file: seen[file]["side"])
     if clip is None and seen[largest]["side"] > 64:
-        raise ValueError(f"{largest} is {seen[largest]['side']} px on its short side, but the embedded CLIP knows only "
-                         f"the tiny world's 64; name another: --clip {EXAMPLE}")  # fmt: skip
+        raise ValueError(
+            f"{largest} is {seen[largest]['side']} px on its short side, but the embedded CLIP knows only "
+            f"the tiny world's 64; name another: --clip {EXAMPLE}"
+        )
     return TINY_CLIP if clip in (None, "tiny") else clip
 
 
@@ -157,7 +190,9 @@ def add_scores(clip, rows: list[dict], labels: list[str], references: list[str])
     images = clip.images(read_photo(row["file"])[0] for row in rows)  # (N, d)
     columns = scores(clip, images, [row["text"] for row in rows])
     if references:
-        files, paths = ([Path(f).resolve() for f in some] for some in ([row["file"] for row in rows], references))
+        files, paths = (
+            [Path(f).resolve() for f in some] for some in ([row["file"] for row in rows], references)
+        )
         own = torch.tensor([[file == path for path in paths] for file in files])  # (N, M)
         real = clip.images(read_photo(f)[0] for f in references)  # (M, d)
         columns |= likeness(images, real, columns["clipscore"], own)
@@ -197,21 +232,30 @@ def match(rows: list[dict], paths: list[str], prompt: str | None) -> dict:
     """The pairs (row of A, row of B), by prompt and seed where every picture tells them, else by the file's name
     without its ending, and the files that have no partner."""
     drawn = all(row["prompt"] and row["seed"] is not None for row in rows)
-    asked = "text" if prompt is None else "prompt"  # of the texts: there --replace-token made "*" and "a hanok" equal
+    asked = (
+        "text" if prompt is None else "prompt"
+    )  # of the texts: there --replace-token made "*" and "a hanok" equal
     a, b = {}, {}
     for row in rows:
         key = f'"{row[asked]}" with seed {row["seed"]}' if drawn else Path(row["file"]).stem
         other = (a if Path(row["folder"]) == Path(paths[0]) else b).setdefault(key, row)
         if other is not row:
-            raise ValueError(f"{other['file']} and {row['file']} are both {key}, so it is uncertain which makes the "
-                             "pair; take one of them out of its folder")  # fmt: skip
+            raise ValueError(
+                f"{other['file']} and {row['file']} are both {key}, so it is uncertain which makes the "
+                "pair; take one of them out of its folder"
+            )
     by = "prompt and seed" if drawn else "file name"
     if not a.keys() & b.keys():
         first, second = (next(iter(side), "nothing readable") for side in (a, b))
-        raise ValueError(f"no picture of {paths[0]} matches one of {paths[1]} by {by} (the first ones: {first}; "
-                         f"{second}); draw both from the same prompts and seeds")  # fmt: skip
-    return {"by": by, "pairs": [(a[k], b[k]) for k in a if k in b],
-            "unmatched": [row["file"] for k, row in [*a.items(), *b.items()] if k not in a or k not in b]}  # fmt: skip
+        raise ValueError(
+            f"no picture of {paths[0]} matches one of {paths[1]} by {by} (the first ones: {first}; "
+            f"{second}); draw both from the same prompts and seeds"
+        )
+    return {
+        "by": by,
+        "pairs": [(a[k], b[k]) for k in a if k in b],
+        "unmatched": [row["file"] for k, row in [*a.items(), *b.items()] if k not in a or k not in b],
+    }
 
 
 def differences(pairs: list[tuple[dict, dict]], names: list[str], labels: list[str]) -> dict:
@@ -219,8 +263,10 @@ def differences(pairs: list[tuple[dict, dict]], names: list[str], labels: list[s
     sides = list(zip(*pairs, strict=True))
     values = {n: [[row[n] for row in side] for side in sides] for n in names}
     values |= {f"is {x}": [[float(row["presence"] == x) for row in side] for side in sides] for x in labels}
-    return {n: {"a": fmean(a), "b": fmean(b), "difference": known(paired_interval(a, b))}
-            for n, (a, b) in values.items()}  # fmt: skip
+    return {
+        n: {"a": fmean(a), "b": fmean(b), "difference": known(paired_interval(a, b))}
+        for n, (a, b) in values.items()
+    }
 
 
 # --------------------------------------------------------------------------------------------------- 4. output
@@ -245,17 +291,32 @@ def show(report: dict, per_image: bool) -> None:
     print(*(f'{n:>13} x "{text}"' for text, n in texts[:5]), sep="\n")
     if per_image:
         names = [k for k in images[0] if k not in ("folder", "side", "prompt", "seed")]
-        print(table(names, *([f"{r[k]:.4f}" if isinstance(r[k], float) else r[k] for k in names] for r in images)))
+        print(
+            table(
+                names, *([f"{r[k]:.4f}" if isinstance(r[k], float) else r[k] for k in names] for r in images)
+            )
+        )
 
     def means(head, names, of=lambda r: r):
         if names:
-            print(table([head, "n", *names], *([r["folder"], str(r["n"]), *(interval(of(r)[k]) for k in names)]
-                                               for r in report["summary"])))  # fmt: skip
+            print(
+                table(
+                    [head, "n", *names],
+                    *(
+                        [r["folder"], str(r["n"]), *(interval(of(r)[k]) for k in names)]
+                        for r in report["summary"]
+                    ),
+                )
+            )
 
     means("folder", list(SCALES))
     means(f"like {report['reference']}", [name for name in formulas if name not in SCALES])
     if report["reference"]:
-        print("closest: {file} to {nearest_file}, {nearest:.4f}".format(**max(images, key=lambda r: r["nearest"])))
+        print(
+            "closest: {file} to {nearest_file}, {nearest:.4f}".format(
+                **max(images, key=lambda r: r["nearest"])
+            )
+        )
     means("recognised as", report["labels"], lambda r: r["presence"])
     if report["paired"]:
         show_paired(**report["paired"])
@@ -263,7 +324,9 @@ def show(report: dict, per_image: bool) -> None:
 
 
 def show_paired(a: str, b: str, by: str, pairs: int, unmatched: list[str], scores: dict) -> None:
-    lines = [[name, f"{v['a']:.4f}", f"{v['b']:.4f}", interval(v["difference"])] for name, v in scores.items()]
+    lines = [
+        [name, f"{v['a']:.4f}", f"{v['b']:.4f}", interval(v["difference"])] for name, v in scores.items()
+    ]
     print(table([f"{pairs} pairs", a, b, "first - second"], *lines))
     names = ", ".join(unmatched[:5]) + (", ..." if len(unmatched) > 5 else "")
     print(f"matched by {by}; {len(unmatched)} unmatched" + (f" ({names})" if unmatched else ""))
@@ -290,15 +353,21 @@ def check(o) -> None:
         if path.is_dir():
             raise ValueError(f"{option} {path} is a folder; name a file in it")
         if path.exists() and path.suffix.lower() not in (".json", ".csv"):
-            raise ValueError(f"{option} {path} is there and would be replaced; name one that ends in .json or .csv")
+            raise ValueError(
+                f"{option} {path} is there and would be replaced; name one that ends in .json or .csv"
+            )
         if not (path.absolute().parent.is_dir() and os.access(path.absolute().parent, os.W_OK)):
-            raise ValueError(f"{option} {path} cannot be written; name a file in a folder that exists and is yours")
+            raise ValueError(
+                f"{option} {path} cannot be written; name a file in a folder that exists and is yours"
+            )
     if o.json and o.csv and o.json.absolute() == o.csv.absolute():
         raise ValueError(f"--json and --csv are both {o.json}; name two files")
     folders = {Path(p).resolve() for p in o.paths if Path(p).is_dir()}
     if o.paired and not len(o.paths) == len(folders) == 2:
-        raise ValueError(f"--paired compares 2 different folders, but of the {len(o.paths)} paths {len(folders)} are; "
-                         "give two: clipscore.py A B --paired")  # fmt: skip
+        raise ValueError(
+            f"--paired compares 2 different folders, but of the {len(o.paths)} paths {len(folders)} are; "
+            "give two: clipscore.py A B --paired"
+        )
 
 
 @report_errors
@@ -317,15 +386,30 @@ def main(argv=None):
     formulas = {name: s.formula for name, s in SCALES.items()} | (LIKENESS if real else {})
     if paired:
         pairs = paired["pairs"]
-        paired |= {"a": o.paths[0], "b": o.paths[1], "pairs": len(pairs),
-                   "scores": differences(pairs, list(formulas), labels)}  # fmt: skip
+        paired |= {
+            "a": o.paths[0],
+            "b": o.paths[1],
+            "pairs": len(pairs),
+            "scores": differences(pairs, list(formulas), labels),
+        }
     report = {
-        "scorer": {"model": "tiny" if clip.name == str(TINY_CLIP) else clip.name,
-                   "image_size": clip.size, "device": str(clip.device)},
-        "formulas": formulas, "interval": INTERVAL, "inputs": o.paths, "unreadable": broken, "labels": labels,
-        "replaced": o.replace_token, "reference": o.reference, "references": list(real), "paired": paired,
-        "summary": summarise(rows, list(formulas), labels), "images": rows,
-    }  # fmt: skip
+        "scorer": {
+            "model": "tiny" if clip.name == str(TINY_CLIP) else clip.name,
+            "image_size": clip.size,
+            "device": str(clip.device),
+        },
+        "formulas": formulas,
+        "interval": INTERVAL,
+        "inputs": o.paths,
+        "unreadable": broken,
+        "labels": labels,
+        "replaced": o.replace_token,
+        "reference": o.reference,
+        "references": list(real),
+        "paired": paired,
+        "summary": summarise(rows, list(formulas), labels),
+        "images": rows,
+    }
     show(report, o.per_image)
     if o.json:
         write(o.json, json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

@@ -37,17 +37,25 @@ MOST = 10_000  # pictures of a prompt in one go
 
 def options():
     p = Options(description=__doc__)
-    p.add_argument("prompt", nargs="*", help="(word:1.2) (word) [word] weigh, \\( is a bracket, BREAK starts a chunk")
-    p.add_argument("--alert", metavar="TEXT", help="instead: a Korean disaster alert, which becomes the prompt")
+    p.add_argument(
+        "prompt", nargs="*", help="(word:1.2) (word) [word] weigh, \\( is a bracket, BREAK starts a chunk"
+    )
+    p.add_argument(
+        "--alert", metavar="TEXT", help="instead: a Korean disaster alert, which becomes the prompt"
+    )
     what, how, out = (p.add_argument_group(g) for g in ("model", "sampling", "output"))
-    what.add_argument("--model", default="tiny", help='"tiny", a folder, a .safetensors or .ckpt file or a hub id')
+    what.add_argument(
+        "--model", default="tiny", help='"tiny", a folder, a .safetensors or .ckpt file or a hub id'
+    )
     what.add_argument("--embedding", action="append", default=[], metavar="FILE[:WORD]", help="repeatable")
     what.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="repeatable")
     what.add_argument("--hypernet", action="append", default=[], metavar="FILE[:SCALE]", help="repeatable")
     what.add_argument("--token", help="the pseudo word (default: the one stored with the artefact)")
     what.add_argument("--literal-tokens", action="store_true", help="leave the pseudo word to the tokenizer")
     what.add_argument("--tokenizer", help="of a single-file model: a folder or hub id")
-    what.add_argument("--prediction", choices=("epsilon", "v_prediction"), help="if the model is wrong about it")
+    what.add_argument(
+        "--prediction", choices=("epsilon", "v_prediction"), help="if the model is wrong about it"
+    )
     what.add_argument("--device", help="default: the first GPU, else the CPU")
     what.add_argument("--dtype", default="auto", help="auto, fp32, bf16 or fp16 (default: auto)")
     how.add_argument("--negative", default="", help="what to move away from")
@@ -55,14 +63,22 @@ def options():
     how.add_argument("--sampler", default=samplers.DEFAULT, help=f"{names} (default: %(default)s)")
     how.add_argument("--steps", type=int, default=20, help="default: 20")
     how.add_argument("--cfg", type=float, help="guidance; 1 is none (default: 7.5, tiny 4)")
-    how.add_argument("--size", help="WIDTHxHEIGHT in pixels (default: the model's own, in the initial picture's shape)")
-    how.add_argument("--seed", type=int, default=0, help="picture i of each prompt starts from seed + i (default: 0)")
+    how.add_argument(
+        "--size", help="WIDTHxHEIGHT in pixels (default: the model's own, in the initial picture's shape)"
+    )
+    how.add_argument(
+        "--seed", type=int, default=0, help="picture i of each prompt starts from seed + i (default: 0)"
+    )
     how.add_argument("--n", type=int, default=1, help="pictures per prompt (default: 1)")
     how.add_argument("--batch-size", type=int, help="pictures at once (default: 4, tiny 32)")
-    how.add_argument("--clip-skip", type=int, default=1, help="2 leaves the text encoder's last layer out (default: 1)")
+    how.add_argument(
+        "--clip-skip", type=int, default=1, help="2 leaves the text encoder's last layer out (default: 1)"
+    )
     how.add_argument("--init-image", type=Path, metavar="FILE", help="a picture to begin with")
     how.add_argument("--strength", type=float, help="how far from it to go, up to 1 (default: 0.75)")
-    how.add_argument("--compile", action="store_true", help="torch.compile: minutes at first, for many pictures")
+    how.add_argument(
+        "--compile", action="store_true", help="torch.compile: minutes at first, for many pictures"
+    )
     out.add_argument("--grid", action="store_true", help="also grid.png, a row per prompt")
     out.add_argument("--out", type=Path, help="folder (default: runs/samples, numbered if taken)")
     return p
@@ -105,7 +121,11 @@ def check(args) -> None:
         samplers.sigmas_and_timesteps(args.sampler, None, args.steps)  # which refuses it
     if not 0 <= args.seed < 2**63:
         raise ValueError(f"--seed is {args.seed}, but must be between 0 and {2**63 - 1}")
-    scales = [(f"--{kind} {p}", s) for kind in ("lora", "hypernet") for p, s in map(parse_scale, getattr(args, kind))]
+    scales = [
+        (f"--{kind} {p}", s)
+        for kind in ("lora", "hypernet")
+        for p, s in map(parse_scale, getattr(args, kind))
+    ]
     for name, value in [("--cfg", args.cfg or 0.0), *scales]:
         if not math.isfinite(value):
             raise ValueError(f"{name} is {value}, but must be a finite number")
@@ -129,7 +149,9 @@ def check_file(path: Path, option: str) -> None:
     if before and not path.exists() and Path(before).is_file():
         raise ValueError(f"{option}: the strength is {strength!r}, but must be a number, as in {before}:0.8")
     if not path.is_file():
-        raise ValueError(f"{option}: {'a folder' if path.is_dir() else 'no such file'}; name a file that is there")
+        raise ValueError(
+            f"{option}: {'a folder' if path.is_dir() else 'no such file'}; name a file that is there"
+        )
 
 
 def apply(sd, args) -> None:
@@ -177,13 +199,19 @@ def parameters(prompt: str, seed: int, size: tuple[int, int], args, cfg: float) 
     """How the picture was made, in the WebUI's words, so that any tool can read it."""
     negative = f"\nNegative prompt: {args.negative}" if args.negative else ""
     more = f", Clip skip: {args.clip_skip}" if args.clip_skip > 1 else ""
-    more += f", Denoising strength: {args.strength:g}, Init image: {args.init_image.name}" if args.init_image else ""
+    more += (
+        f", Denoising strength: {args.strength:g}, Init image: {args.init_image.name}"
+        if args.init_image
+        else ""
+    )
     embeddings = ((path.name, f":{word}" if word else "") for path, word in map(parse_word, args.embedding))
     more += "".join(f", Embedding: {name}{word}" for name, word in embeddings)
     more += "".join(f", LoRA: {path.name}:{scale:g}" for path, scale in map(parse_scale, args.lora))
     more += "".join(f", Hypernet: {path.name}:{scale:g}" for path, scale in map(parse_scale, args.hypernet))
-    return (f"{prompt}{negative}\nSteps: {args.steps}, Sampler: {args.sampler}, CFG scale: {cfg:g}, Seed: {seed}, "
-            f"Size: {size[0]}x{size[1]}, Model: {args.model}{more}")  # fmt: skip
+    return (
+        f"{prompt}{negative}\nSteps: {args.steps}, Sampler: {args.sampler}, CFG scale: {cfg:g}, Seed: {seed}, "
+        f"Size: {size[0]}x{size[1]}, Model: {args.model}{more}"
+    )
 
 
 @report_errors
@@ -198,7 +226,9 @@ def main(argv=None):
     sd = load_model(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)
     first, size = first_picture(args, sd, size)
     latent_size(size, sd.vae.config.factor)
-    samplers.sigmas_and_timesteps(args.sampler, sd.schedule, args.steps)  # refuses what cannot be, before anything is written
+    samplers.sigmas_and_timesteps(
+        args.sampler, sd.schedule, args.steps
+    )  # refuses what cannot be, before anything is written
     cfg = sd.cfg if args.cfg is None else args.cfg
     sd.text.literal_tokens = args.literal_tokens
     sd.text.skip(args.clip_skip)
@@ -219,10 +249,13 @@ def main(argv=None):
     if first:
         how |= dict(first=sd.latents(first), strength=args.strength)
     total, drawn = samplers.img2img_steps(args.steps, args.strength) if first else args.steps, {}
-    for part in sd.batches([prompt for prompt, _ in jobs], args.batch_size or (32 if sd.resolution <= 64 else 4)):
+    for part in sd.batches(
+        [prompt for prompt, _ in jobs], args.batch_size or (32 if sd.resolution <= 64 else 4)
+    ):
         prompts, seeds = map(list, zip(*(jobs[i] for i in part), strict=True))
-        for latents in tqdm(sd.sample(prompts, seeds, **how), f"{len(drawn) + len(part)} of {len(jobs)}", total,
-                            unit="step"):  # fmt: skip
+        for latents in tqdm(
+            sd.sample(prompts, seeds, **how), f"{len(drawn) + len(part)} of {len(jobs)}", total, unit="step"
+        ):
             pass
         for i, picture in zip(part, sd.pictures(latents), strict=True):
             prompt, seed = jobs[i]

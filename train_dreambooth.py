@@ -28,7 +28,13 @@ from hanokdiff.methods import textual_inversion
 from hanokdiff.methods.losses import min_snr_weight, mse
 from hanokdiff.tiny import world
 from hanokdiff.training import distributed, prior
-from hanokdiff.training.args import check_resolution, check_training, run_folder, trainer_options, training_parser
+from hanokdiff.training.args import (
+    check_resolution,
+    check_training,
+    run_folder,
+    trainer_options,
+    training_parser,
+)
 from hanokdiff.training.dataset import LatentDataset, load_photos, prepare_captions
 from hanokdiff.training.trainer import Trainer
 
@@ -45,13 +51,20 @@ def options():
     parser, method = training_parser(__doc__, DEFAULTS)
     method("--class-phrase", "what the subject is one of, in the class prompts (default: --replace's)")
     method("--class-images", "pictures of the class, drawn by the untouched model; 0 for none", type=int)
-    method("--class-prompts", "more prompts for class pictures, one a line: what must not be forgotten "
-           "(default: none, tiny hanokdiff/tiny/class_prompts.txt)", type=Path)  # fmt: skip
+    method(
+        "--class-prompts",
+        "more prompts for class pictures, one a line: what must not be forgotten "
+        "(default: none, tiny hanokdiff/tiny/class_prompts.txt)",
+        type=Path,
+    )
     method("--prior-weight", "w, the weight of the class's loss", type=float, default=1.0)
     method("--freeze-text", "only the UNet learns", action="store_true")
     method("--text-lr", "learning rate of the text encoder", type=float)
-    method("--word-lr", "learning rate of the pseudo word's own rows in the table of words; no other row moves",
-           type=float)  # fmt: skip
+    method(
+        "--word-lr",
+        "learning rate of the pseudo word's own rows in the table of words; no other row moves",
+        type=float,
+    )
     method("--text-steps", "steps after which the text encoder stands still (default: never)", type=int)
     return parser
 
@@ -64,9 +77,13 @@ def main(argv=None):
     asked = args.class_prompts or (world.CLASS_PROMPTS if args.model == "tiny" else None)
     check_training(args)
     if given.freeze_text and {given.text_lr, given.word_lr, given.text_steps} != {None}:
-        raise ValueError("--freeze-text leaves nothing to do for --text-lr, --word-lr and --text-steps; leave them out")
+        raise ValueError(
+            "--freeze-text leaves nothing to do for --text-lr, --word-lr and --text-steps; leave them out"
+        )
     if args.class_prompts and not args.class_images:
-        raise ValueError("--class-prompts are for class pictures, but --class-images is 0; leave one of them out")
+        raise ValueError(
+            "--class-prompts are for class pictures, but --class-images is 0; leave one of them out"
+        )
     if args.class_prompts:
         prior.read_prompts(Path(args.class_prompts), args.token)  # refuses before the model is opened
     if args.class_images and not args.class_phrase.strip():
@@ -74,8 +91,14 @@ def main(argv=None):
     out = run_folder(args, "dreambooth", "model")
 
     # 1. The base model
-    sd = load_model(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction,
-                    masters=True)  # fmt: skip
+    sd = load_model(
+        args.model,
+        args.device,
+        args.dtype,
+        tokenizer=args.tokenizer,
+        prediction=args.prediction,
+        masters=True,
+    )
     sd.text.literal_tokens = args.literal_tokens
     sd.text.add_word(args.token)
     args.resolution = check_resolution(args.resolution, sd)
@@ -83,24 +106,37 @@ def main(argv=None):
     # 2. What learns: everything, and of the table of words the pseudo word's own rows
     trainable, rates = {f"unet.{name}": p for name, p in sd.unet.named_parameters()}, {"unet": args.lr}
     if not args.freeze_text:
-        trainable |= {f"text.{n}": p for n, p in sd.text.encoder.named_parameters() if "token_embedding" not in n}
+        trainable |= {
+            f"text.{n}": p for n, p in sd.text.encoder.named_parameters() if "token_embedding" not in n
+        }
         ids = sd.text.words[args.token]
         rows = textual_inversion.insert(sd, args.token, textual_inversion.token_embedding(sd)[ids])
-        trainable, rates = trainable | {"word": rows.rows}, rates | {"text": args.text_lr, "word": args.word_lr}
+        trainable, rates = (
+            trainable | {"word": rows.rows},
+            rates | {"text": args.text_lr, "word": args.word_lr},
+        )
     for p in trainable.values():
         p.requires_grad_(True)
-    print(f"learns: {'UNet' if args.freeze_text else 'UNet and text encoder'}, "
-          f"{sum(p.numel() for p in trainable.values()):,} numbers")  # fmt: skip
+    print(
+        f"learns: {'UNet' if args.freeze_text else 'UNet and text encoder'}, "
+        f"{sum(p.numel() for p in trainable.values()):,} numbers"
+    )
 
     # 3. The data, the class's half drawn by the model that has not learnt yet
-    photos, validation_photos = load_photos(args.data or world.photos, args.resolution, args.images, args.held_out)
+    photos, validation_photos = load_photos(
+        args.data or world.photos, args.resolution, args.images, args.held_out
+    )
     args.images = len(photos)
     captions = prepare_captions(photos, args.token, args.replace, args.caption)
     dataset = LatentDataset(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
     if args.class_images:
-        if not (given.class_phrase or any(args.class_phrase in (p.caption or "") for p in photos) or args.resume):
-            raise ValueError(f'no caption contains "{args.class_phrase}", so what the subject is one of is not known; '
-                             'name it: --class-phrase "a house"')  # fmt: skip
+        if not (
+            given.class_phrase or any(args.class_phrase in (p.caption or "") for p in photos) or args.resume
+        ):
+            raise ValueError(
+                f'no caption contains "{args.class_phrase}", so what the subject is one of is not known; '
+                'name it: --class-phrase "a house"'
+            )
         words = prior.prompts(captions, args.token, args.class_phrase, asked)
         drawn, words, seconds = prior.pictures(sd, words, args.class_images, args.resolution, args.seed)
         class_dataset = LatentDataset(sd.vae, drawn, words, args.flip, sd.device)
@@ -114,7 +150,11 @@ def main(argv=None):
         dtype = torch.float32 if sd.dtype == torch.float32 else torch.float16
         aside = path.with_name(path.name + ".part")
         shutil.rmtree(aside, ignore_errors=True)  # what a kill has left of it
-        with contextlib.nullcontext() if args.freeze_text else textual_inversion.folded_into_table(sd, rows, ids):
+        with (
+            contextlib.nullcontext()
+            if args.freeze_text
+            else textual_inversion.folded_into_table(sd, rows, ids)
+        ):
             save_folder(aside, sd.unet, sd.vae, sd.text.encoder, sd.text.tokenizer, sd.schedule, dtype)
         write_json(aside / "hanokdiff.json", {"token": args.token})
         shutil.rmtree(path, ignore_errors=True)  # of the same step, before a run was resumed
@@ -124,7 +164,9 @@ def main(argv=None):
         return sd.preview(args.token, args.resolution)
 
     chores = trainer_options(args, sd, dataset, validation_photos) | {"lr": rates}
-    chores["config"]["class_pictures"] = class_dataset and class_dataset.hash  # to notice, on resume, that one was edited
+    chores["config"]["class_pictures"] = (
+        class_dataset and class_dataset.hash
+    )  # to notice, on resume, that one was edited
     trainer = Trainer(out, trainable, artefact="model", save=save, preview=preview, **chores)
     if distributed.RANK == 0 and not (out / "class.json").exists():  # a resumed run has drawn nothing itself
         write_json(out / "class.json", {"pictures": args.class_images, "seconds": round(seconds, 3)})
@@ -141,7 +183,9 @@ def main(argv=None):
         with torch.set_grad_enabled(args.text_steps is None or batch.step < args.text_steps):
             context = sd.text(prompts)  # (2B, 77, D)
         pred = sd.unet(x_t, t, context)  # (2B, 4, h, w)
-        loss = mse(pred, sd.schedule.target(x0, noise, t)) * min_snr_weight(sd.schedule, t, args.min_snr)  # (2B,)
+        loss = mse(pred, sd.schedule.target(x0, noise, t)) * min_snr_weight(
+            sd.schedule, t, args.min_snr
+        )  # (2B,)
         own, class_loss = loss.chunk(2) if class_dataset else (loss, loss.new_zeros(1))
         trainer.backward(own.mean() + args.prior_weight * class_loss.mean())
 

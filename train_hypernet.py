@@ -23,7 +23,13 @@ from hanokdiff.methods import hypernetwork
 from hanokdiff.methods.losses import min_snr_weight, mse
 from hanokdiff.seeding import seeded_generator
 from hanokdiff.tiny import world
-from hanokdiff.training.args import check_resolution, check_training, run_folder, trainer_options, training_parser
+from hanokdiff.training.args import (
+    check_resolution,
+    check_training,
+    run_folder,
+    trainer_options,
+    training_parser,
+)
 from hanokdiff.training.dataset import LatentDataset, load_photos, prepare_captions
 from hanokdiff.training.trainer import Trainer
 
@@ -37,10 +43,15 @@ DEFAULTS = {  # the tiny UNet listens to the words at one level only, so there i
 
 def options():
     parser, method = training_parser(__doc__, DEFAULTS)
-    method("--widths", "what is rewritten: the words' context, or the picture's own tokens too, as in the WebUI",
-           choices=("context", "all"))  # fmt: skip
+    method(
+        "--widths",
+        "what is rewritten: the words' context, or the picture's own tokens too, as in the WebUI",
+        choices=("context", "all"),
+    )
     method("--layers", "of each network, as multiples of the width", type=float, nargs="+")
-    method("--activation", "between the layers: linear, relu, leakyrelu, elu, swish, tanh, sigmoid, mish, ...")
+    method(
+        "--activation", "between the layers: linear, relu, leakyrelu, elu, swish, tanh, sigmoid, mish, ..."
+    )
     method("--dropout", "share of the inner layers that is left out at random", type=float, default=0.0)
     method("--layer-norm", "a LayerNorm after every layer", action="store_true")
     return parser
@@ -51,7 +62,9 @@ def main(argv=None):
     args = options().parse(argv)
     check_training(args)
     if "softm" in args.activation:
-        raise ValueError(f"--activation {args.activation} mixes the pictures of a batch; take another, such as relu")
+        raise ValueError(
+            f"--activation {args.activation} mixes the pictures of a batch; take another, such as relu"
+        )
     if not 0 <= args.dropout < 1:
         raise ValueError(f"--dropout is {args.dropout:g}, but must be a number from 0 to below 1")
     if args.dropout and len(args.layers) == 2:
@@ -73,10 +86,14 @@ def main(argv=None):
             f.start((args.seed, "hypernet", name, side))
     hypernet.eval()  # dropout while it learns, not while one looks at it
     trainable = dict(hypernet.named_parameters())
-    print(f"learns: networks for widths {', '.join(hypernet.pairs)}, {sum(p.numel() for p in trainable.values()):,} numbers")
+    print(
+        f"learns: networks for widths {', '.join(hypernet.pairs)}, {sum(p.numel() for p in trainable.values()):,} numbers"
+    )
 
     # 3. The data
-    photos, validation_photos = load_photos(args.data or world.photos, args.resolution, args.images, args.held_out)
+    photos, validation_photos = load_photos(
+        args.data or world.photos, args.resolution, args.images, args.held_out
+    )
     args.images = len(photos)
     captions = prepare_captions(photos, args.token, args.replace, args.caption)
     dataset = LatentDataset(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
@@ -84,15 +101,27 @@ def main(argv=None):
 
     # 4. The run
     def save(path):
-        about = {"step": trainer.step, "name": path.stem, "model": sd.name, "info": hypernet_file.TOKEN + args.token}
+        about = {
+            "step": trainer.step,
+            "name": path.stem,
+            "model": sd.name,
+            "info": hypernet_file.TOKEN + args.token,
+        }
         hypernet_file.save_file(path, spec, hypernet_file.state(hypernet), about)
 
     def preview():
         return sd.preview(args.token, args.resolution)
 
     context = sd.text(captions[:8])
-    trainer = Trainer(out, trainable, artefact="hypernet.pt", save=save, preview=preview,
-              metrics=lambda: {"ratio": hypernet.ratio(context)}, **trainer_options(args, sd, dataset, validation_photos))
+    trainer = Trainer(
+        out,
+        trainable,
+        artefact="hypernet.pt",
+        save=save,
+        preview=preview,
+        metrics=lambda: {"ratio": hypernet.ratio(context)},
+        **trainer_options(args, sd, dataset, validation_photos),
+    )
 
     # 5. The method
     for batch in trainer:  # one micro-batch; goes on where a resumed run stopped

@@ -20,7 +20,13 @@ from hanokdiff.formats.load import load_model
 from hanokdiff.methods import lora
 from hanokdiff.methods.losses import min_snr_weight, mse
 from hanokdiff.tiny import world
-from hanokdiff.training.args import check_resolution, check_training, run_folder, trainer_options, training_parser
+from hanokdiff.training.args import (
+    check_resolution,
+    check_training,
+    run_folder,
+    trainer_options,
+    training_parser,
+)
 from hanokdiff.training.dataset import LatentDataset, load_photos, prepare_captions
 from hanokdiff.training.trainer import Trainer
 
@@ -36,8 +42,9 @@ def options():
     parser, method = training_parser(__doc__, DEFAULTS)
     method("--rank", "rank of the change", type=int)
     method("--alpha", "strength: the change is scaled by alpha / rank (default: the rank)", type=float)
-    method("--targets", "what is changed in the UNet",
-           choices=("attention", "attention+ff", "attention+ff+conv"))  # fmt: skip
+    method(
+        "--targets", "what is changed in the UNet", choices=("attention", "attention+ff", "attention+ff+conv")
+    )
     method("--text-rank", "rank of the change of the text encoder, 0 for none", type=int, default=0)
     return parser
 
@@ -58,10 +65,14 @@ def main(argv=None):
     # 2. What learns
     loras = lora.insert(sd, args.rank, args.alpha, args.targets, args.text_rank, args.seed)
     trainable = {f"{name}.{part}": getattr(m, part) for name, m in loras.items() for part in ("down", "up")}
-    print(f"learns: {len(loras)} LoRAs of rank {args.rank}, {sum(p.numel() for p in trainable.values()):,} numbers")
+    print(
+        f"learns: {len(loras)} LoRAs of rank {args.rank}, {sum(p.numel() for p in trainable.values()):,} numbers"
+    )
 
     # 3. The data
-    photos, validation_photos = load_photos(args.data or world.photos, args.resolution, args.images, args.held_out)
+    photos, validation_photos = load_photos(
+        args.data or world.photos, args.resolution, args.images, args.held_out
+    )
     args.images = len(photos)
     captions = prepare_captions(photos, args.token, args.replace, args.caption)
     dataset = LatentDataset(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
@@ -75,8 +86,14 @@ def main(argv=None):
     def preview():
         return sd.preview(args.token, args.resolution)
 
-    trainer = Trainer(out, trainable, artefact="lora.safetensors", save=save, preview=preview,
-              **trainer_options(args, sd, dataset, validation_photos))  # fmt: skip
+    trainer = Trainer(
+        out,
+        trainable,
+        artefact="lora.safetensors",
+        save=save,
+        preview=preview,
+        **trainer_options(args, sd, dataset, validation_photos),
+    )
 
     # 5. The method
     for batch in trainer:  # one micro-batch; goes on where a resumed run stopped

@@ -21,7 +21,13 @@ from hanokdiff.formats.load import load_model
 from hanokdiff.methods import textual_inversion
 from hanokdiff.methods.losses import min_snr_weight, mse
 from hanokdiff.tiny import world
-from hanokdiff.training.args import check_resolution, check_training, run_folder, trainer_options, training_parser
+from hanokdiff.training.args import (
+    check_resolution,
+    check_training,
+    run_folder,
+    trainer_options,
+    training_parser,
+)
 from hanokdiff.training.dataset import LatentDataset, load_photos, prepare_captions
 from hanokdiff.training.trainer import Trainer
 
@@ -34,7 +40,14 @@ DEFAULTS = {
 # A word seen in one sentence only does not learn to stand in others. (The tiny world has no word for "photo".)
 TEMPLATES = {
     "tiny": ("{}", "a picture of {}"),
-    "sd": ("{}", "a photo of {}", "a picture of {}", "a good photo of {}", "a rendering of {}", "a close-up of {}"),
+    "sd": (
+        "{}",
+        "a photo of {}",
+        "a picture of {}",
+        "a good photo of {}",
+        "a rendering of {}",
+        "a close-up of {}",
+    ),
 }
 
 
@@ -42,7 +55,9 @@ def options():
     parser, method = training_parser(__doc__, DEFAULTS)
     method("--vectors", "how many vectors the word is made of", type=int)
     method("--init", "words that name the kind of thing; the vectors start as theirs")
-    method("--hold-norm", "keep the vectors' length: one that grows drowns the other words", action="store_true")
+    method(
+        "--hold-norm", "keep the vectors' length: one that grows drowns the other words", action="store_true"
+    )
     return parser
 
 
@@ -58,12 +73,18 @@ def main(argv=None):
     args.resolution = check_resolution(args.resolution, sd)
 
     # 2. What learns
-    rows = textual_inversion.insert(sd, args.token, textual_inversion.initial_vectors(sd, args.init, args.vectors))
+    rows = textual_inversion.insert(
+        sd, args.token, textual_inversion.initial_vectors(sd, args.init, args.vectors)
+    )
     rows.hold_norm = args.hold_norm
-    print(f'learns: {args.vectors} vector{"s" * (args.vectors > 1)} of "{args.init}", {rows.rows.numel():,} numbers')
+    print(
+        f'learns: {args.vectors} vector{"s" * (args.vectors > 1)} of "{args.init}", {rows.rows.numel():,} numbers'
+    )
 
     # 3. The data
-    photos, validation_photos = load_photos(args.data or world.photos, args.resolution, args.images, args.held_out)
+    photos, validation_photos = load_photos(
+        args.data or world.photos, args.resolution, args.images, args.held_out
+    )
     args.images = len(photos)
     captions = prepare_captions(photos, args.token, args.replace, args.caption)
     dataset = LatentDataset(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
@@ -77,9 +98,16 @@ def main(argv=None):
         return sd.preview(args.token, args.resolution)
 
     usual = textual_inversion.token_embedding(sd).float().norm(dim=1).mean().item()
-    trainer = Trainer(out, {"rows": rows.rows}, artefact="embedding.safetensors", save=save, preview=preview, weight_decay=0.0,
-              metrics=lambda: {"norm": rows.vectors().norm(dim=1).mean().item() / usual},
-              **trainer_options(args, sd, dataset, validation_photos))  # fmt: skip
+    trainer = Trainer(
+        out,
+        {"rows": rows.rows},
+        artefact="embedding.safetensors",
+        save=save,
+        preview=preview,
+        weight_decay=0.0,
+        metrics=lambda: {"norm": rows.vectors().norm(dim=1).mean().item() / usual},
+        **trainer_options(args, sd, dataset, validation_photos),
+    )
 
     # 5. The method
     for batch in trainer:  # one micro-batch; goes on where a resumed run stopped

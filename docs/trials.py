@@ -1,10 +1,10 @@
 """The trials behind single figures of docs/LOG.md, section 13: two sides of one thing in turns, as in hanokdiff.bench.
 
-    python docs/trials.py lean      a frozen network's training step with lean.py's functions, over torch's own
-    python docs/trials.py packed    a sampler's step with convolution weights re-ordered once for oneDNN, over ours
-    python docs/trials.py inside    a sampler's step, over the network alone in it
-    python docs/trials.py shared    a guided step that draws what both texts share twice, over one that draws it once
-    python docs/trials.py even      a guided step that attends to 77 words, over one to 80, three of them masked
+python docs/trials.py lean      a frozen network's training step with lean.py's functions, over torch's own
+python docs/trials.py packed    a sampler's step with convolution weights re-ordered once for oneDNN, over ours
+python docs/trials.py inside    a sampler's step, over the network alone in it
+python docs/trials.py shared    a guided step that draws what both texts share twice, over one that draws it once
+python docs/trials.py even      a guided step that attends to 77 words, over one to 80, three of them masked
 """
 
 import sys
@@ -35,7 +35,9 @@ def network(sd, side: int, batch: int, twice: bool = False, steps: int = 1, odd:
     x, words = torch.randn(batch, 4, h, h), torch.randn(2 * batch, 77, sd.unet.config.cross_attention_dim)
     with torch.inference_mode():
         x = torch.cat([x, x]) if twice else x
-        words = [listener.read(words) for listener in sd.unet.cross_attentions] if odd else sd.unet.read(words)
+        words = (
+            [listener.read(words) for listener in sd.unet.cross_attentions] if odd else sd.unet.read(words)
+        )
     while True:
         with torch.inference_mode():
             for _ in range(steps):
@@ -62,8 +64,10 @@ def sides(trial: str, size: str, folder: Path) -> dict:
 
     side, batch = setup.side(size), 8 if size == "tiny" else setup.SIZES[size].batch
     if trial == "lean":
-        return {name: with_flag(bench.train(fresh(), "lora", side, batch, folder / name), name == "lean")
-                for name in ("torch", "lean")}  # fmt: skip
+        return {
+            name: with_flag(bench.train(fresh(), "lora", side, batch, folder / name), name == "lean")
+            for name in ("torch", "lean")
+        }
     if trial == "packed":
         packed = fresh()
         pack(packed.unet)

@@ -66,14 +66,21 @@ DISASTERS = {
     "sinkhole": ("a sinkhole in {place}", r"싱크홀 (?:지반|도로)_침하 땅_꺼짐"),
     "crash": ("a car crash at {place}", r"교통사고 추돌"),
 }  # fmt: skip
-ABSORBS = {"wildfire": {"fire", "smoke"}, "fire": {"smoke"}, "explosion": {"smoke"}, "tsunami": {"earthquake"}}
+ABSORBS = {
+    "wildfire": {"fire", "smoke"},
+    "fire": {"smoke"},
+    "explosion": {"smoke"},
+    "tsunami": {"earthquake"},
+}
 AT_SEA = ("high waves", "tsunami")  # where else
 
 # ----------------------------------------------------------------------------------------------- where, and when
 
 MOUNTAINS = """설악 지리 한라 북한 도봉 관악 인왕 북악 수락 불암 청계 감악 마니 치악 오대 태백 소백 함백 월악 속리 계룡
     대둔 덕유 내장 모악 무등 월출 조계 팔공 비슬 가야 주왕 토함 신불 금정 황령 운문 화왕 천성 두타 명지 화악"""
-RIVERS = "한강 낙동강 금강 영산강 섬진강 임진강 북한강 남한강 형산강 태화강 만경강 남강 한탄강 내성천 청계천 탄천"
+RIVERS = (
+    "한강 낙동강 금강 영산강 섬진강 임진강 북한강 남한강 형산강 태화강 만경강 남강 한탄강 내성천 청계천 탄천"
+)
 TOWNS = "부천 인천 순천 춘천 제천 이천 포천 과천 김천 사천 영천 홍천 연천 화천 옥천 진천 서천 합천 예천"
 TEMPLES = "불국 해인 낙산 통도 송광 화엄 법주 부석 수덕 월정 직지 고운 운람 조계 봉정 범어 마곡"
 PLACES = {
@@ -109,14 +116,29 @@ PLACES = {
     "building": ("a building", r"건물 상가 빌딩 호텔 모텔 고시원"),
     "village": ("a village", r"마을(?!_(?:회관|주민))"),
 }  # fmt: skip
-GENERIC = ("house", "building", "village")  # give way to a special place named just before: "한옥마을 내 주택"
+GENERIC = (
+    "house",
+    "building",
+    "village",
+)  # give way to a special place named just before: "한옥마을 내 주택"
 ANYWHERE = "a building"  # where no kind of place is named: a word that both models know
 
 NIGHT, MORNING, DAY, EVENING = "night", "morning", "day", "evening"
 TIMES = {NIGHT: "at night", MORNING: "in the morning", DAY: "in the daytime", EVENING: "in the evening"}
 HOURS = [NIGHT] * 6 + [MORNING] * 5 + [DAY] * 6 + [EVENING] * 3 + [NIGHT] * 5  # 0 to 24 o'clock
-PARTS = {"새벽": NIGHT, "심야": NIGHT, "야간": NIGHT, "자정": NIGHT, "밤": NIGHT, "아침": MORNING, "오전": MORNING,
-         "정오": DAY, "낮": DAY, "오후": DAY, "저녁": EVENING}  # fmt: skip
+PARTS = {
+    "새벽": NIGHT,
+    "심야": NIGHT,
+    "야간": NIGHT,
+    "자정": NIGHT,
+    "밤": NIGHT,
+    "아침": MORNING,
+    "오전": MORNING,
+    "정오": DAY,
+    "낮": DAY,
+    "오후": DAY,
+    "저녁": EVENING,
+}
 PART = either("""
     새벽 심야 야간(?!_(?:관람|경기|개장)) 자정 (?<!군)밤(?![나골섬송]) 아침 오전 정오 낮(?![은아게추춰습]) 오후 저녁""")
 CLOCK = either(r"(?<![\d:.])(?:[01]?\d|2[0-4])(?=:[0-5]\d(?!\d)|_시(?![간장청민내외설작점]))")
@@ -193,8 +215,11 @@ def first_match(table: dict[str, str], text: str) -> str | None:
 
 def mentions(table: dict, text: str) -> list[tuple[int, int, str]]:
     """(start, end, name) of every word of the table, in the order of the text; where two overlap, the first counts."""
-    found = sorted((m.start(), i, m.end(), name) for i, (name, (_, korean)) in enumerate(table.items())
-                   for m in re.finditer(either(korean), text))  # fmt: skip
+    found = sorted(
+        (m.start(), i, m.end(), name)
+        for i, (name, (_, korean)) in enumerate(table.items())
+        for m in re.finditer(either(korean), text)
+    )
     out: list[tuple[int, int, str]] = []
     for start, _, end, name in found:
         if not out or start >= out[-1][1]:
@@ -216,7 +241,9 @@ def judge(tail: str) -> str | None:
 def disasters(text: str) -> list[tuple[int, str, str | None]]:
     """(start, name, what is said of it) of every disaster word."""
     found, out, said = mentions(DISASTERS, text), [], None
-    for (start, end, name), following in zip(reversed(found), [len(text), *(s for s, _, _ in reversed(found))]):
+    for (start, end, name), following in zip(
+        reversed(found), [len(text), *(s for s, _, _ in reversed(found))]
+    ):
         tail = text[end:following]
         if following == len(text) or not re.search(LIST, tail):
             said = judge(tail)
@@ -239,8 +266,11 @@ def happening(text: str, found: list) -> list[tuple[int, str]]:
 def place_of(text: str, events: list[tuple[int, str]]) -> str | None:
     """Where it happens: rule 5."""
     stops = [s for s, *_ in mentions(DISASTERS, text)] + [len(text)]
-    found = [(s, e, name) for s, e, name in mentions(PLACES, text)
-             if not re.search(ELSEWHERE, text[e : min(x for x in stops if x >= e)])]  # fmt: skip
+    found = [
+        (s, e, name)
+        for s, e, name in mentions(PLACES, text)
+        if not re.search(ELSEWHERE, text[e : min(x for x in stops if x >= e)])
+    ]
     for start, _ in events:
         before = [p for p in found if p[0] <= start]
         while len(before) > 1 and before[-1][2] in GENERIC and not re.search(NEAR, text[before[-2][1] :]):
@@ -251,7 +281,9 @@ def place_of(text: str, events: list[tuple[int, str]]) -> str | None:
         return "coast"
     start = events[0][0]
     reach = [m.start() for m in re.finditer(SENTENCE, text[start:])][1:2]
-    return next((name for s, _, name in found if start < s < start + (reach[0] if reach else len(text))), None)
+    return next(
+        (name for s, _, name in found if start < s < start + (reach[0] if reach else len(text))), None
+    )
 
 
 def time_of(text: str) -> str | None:
@@ -284,13 +316,19 @@ def read(text: str) -> Reading:
     events = [] if re.search(ALL_OVER, text) else happening(plain, found)
     if events:
         place, time = place_of(plain, events), time_of(plain)
-        why = [f"no {what} found" for what, value in (("kind of place", place), ("time of day", time)) if not value]
+        why = [
+            f"no {what} found"
+            for what, value in (("kind of place", place), ("time of day", time))
+            if not value
+        ]
         return Reading(text, "alert", tuple(name for _, name in events), place, time, tuple(why))
     named = " and ".join(dict.fromkeys(name for _, name, _ in found))
     if re.search(ALL_OVER, text) or any(said == "over" for *_, said in found):
         return Reading(text, "all-clear", why=(f"{named or 'it'} is said to be over, or not so",))
     if named:
-        return Reading(text, "unknown", why=(f"{named} named, but nothing says that it is happening or coming",))
+        return Reading(
+            text, "unknown", why=(f"{named} named, but nothing says that it is happening or coming",)
+        )
     return Reading(text, "unknown", why=("no disaster found",))
 
 
@@ -340,15 +378,24 @@ def prompt(reading: Reading, word: str | None = "*", known: set[str] | None = No
         raise ValueError(f"the tiny world cannot draw {' and '.join(reading.disaster)}; use another --model")
     time = TIMES.get(reading.time, "")
     rest = [name for name in reading.disaster if name != lead]
-    notes += [f'the tiny world does not know "{x}", which is left out' for x in (*rest, time) if unknown(x, known)]
+    notes += [
+        f'the tiny world does not know "{x}", which is left out' for x in (*rest, time) if unknown(x, known)
+    ]
     said = [DISASTERS[lead][0].format(place=place), *rest, time]
     return ", ".join(x for x in said if x and not unknown(x.replace(place, ""), known)), notes
 
 
 def line(reading: Reading, prompt: str | None, notes: list[str]) -> str:
     """The reading as one line of JSON."""
-    row = dict(kind=reading.kind, disaster=list(reading.disaster), place=reading.place, time=reading.time,
-               prompt=prompt, notes=[*reading.why, *notes], alert=reading.text)  # fmt: skip
+    row = dict(
+        kind=reading.kind,
+        disaster=list(reading.disaster),
+        place=reading.place,
+        time=reading.time,
+        prompt=prompt,
+        notes=[*reading.why, *notes],
+        alert=reading.text,
+    )
     return json.dumps(row, ensure_ascii=False)
 
 
@@ -363,7 +410,9 @@ def show(line: str) -> None:
 def main(argv=None) -> int:
     p = Options(prog="python -m hanokdiff.alert", description=__doc__)
     p.add_argument("text", help="the message")
-    p.add_argument("--token", default="*", help='the pseudo word of the hanok; "" if none was learnt (default: *)')
+    p.add_argument(
+        "--token", default="*", help='the pseudo word of the hanok; "" if none was learnt (default: *)'
+    )
     try:  # not by cli.polite: torch would have to be there
         args = p.parse_args(argv)
         if not args.text.strip():

@@ -40,15 +40,52 @@ from hanokdiff.training.dataset import photo_files, read_caption
 
 BLIP = "Salesforce/blip-image-captioning-base"
 PROMPT = "a picture of"
-LOOP = re.compile(r"\b(\w+(?:\W+\w+){2,}?)\W+(?:\w+\W+)?\1\b"  # three words or more twice, at most one between,
-                  r"|\b(\w+(?:\W+\w+)?)(\W+)\2\3\2\b", re.IGNORECASE)  # one or two words three times  # fmt: skip
+LOOP = re.compile(
+    r"\b(\w+(?:\W+\w+){2,}?)\W+(?:\w+\W+)?\1\b"  # three words or more twice, at most one between,
+    r"|\b(\w+(?:\W+\w+)?)(\W+)\2\3\2\b",
+    re.IGNORECASE,
+)  # one or two words three times
 ARTICLES = ("a", "an", "the")
 BUILDINGS = ("building", "house", "home", "structure")
-STAY = (*ARTICLES, "and", "or", "of", "in", "on", "at", "by", "to", "from", "with", "for", "near", "under", "over",
-        "is", "are", "covered", "snowy", "burnt", "burned", "flooded", "wet", "lit", "dark", r"\w+ing")  # fmt: skip
-OUTCOMES = ("captioned", "looped and captioned again", "to be captioned", "captioned before", "unreadable",
-            "with an unreadable caption", "about which BLIP said nothing", "sharing the caption of one before",
-            "not reached yet")  # fmt: skip
+STAY = (
+    *ARTICLES,
+    "and",
+    "or",
+    "of",
+    "in",
+    "on",
+    "at",
+    "by",
+    "to",
+    "from",
+    "with",
+    "for",
+    "near",
+    "under",
+    "over",
+    "is",
+    "are",
+    "covered",
+    "snowy",
+    "burnt",
+    "burned",
+    "flooded",
+    "wet",
+    "lit",
+    "dark",
+    r"\w+ing",
+)
+OUTCOMES = (
+    "captioned",
+    "looped and captioned again",
+    "to be captioned",
+    "captioned before",
+    "unreadable",
+    "with an unreadable caption",
+    "about which BLIP said nothing",
+    "sharing the caption of one before",
+    "not reached yet",
+)
 Seen = dict[str, list[Path]]  # outcome -> photos; every photo has one
 
 
@@ -58,18 +95,32 @@ Seen = dict[str, list[Path]]  # outcome -> photos; every photo has one
 class Blip:
     """Pictures in, captions out. A folder (config.json, weights, tokenizer) or a hub id."""
 
-    def __init__(self, name: str, device: str | None, dtype: str, min_length: int, max_length: int, beams: int):
+    def __init__(
+        self, name: str, device: str | None, dtype: str, min_length: int, max_length: int, beams: int
+    ):
         self.device, self.dtype, reason = choose_device(device, dtype)
-        self.min_length, self.fixed = min_length, dict(max_length=max_length, num_beams=beams, do_sample=False)
+        self.min_length, self.fixed = (
+            min_length,
+            dict(max_length=max_length, num_beams=beams, do_sample=False),
+        )
         network, self.tokenizer = open_blip(name)
         self.model = network.to(self.device, self.dtype).eval().requires_grad_(False)
         self.size = network.config.vision_config.image_size
-        self.prompt = self.tokenizer(PROMPT, return_tensors="pt").input_ids  # (1, T): start, a picture of, end
-        if self.tokenizer.unk_token_id in self.prompt or len(self.tokenizer) > network.config.text_config.vocab_size:
-            raise ValueError(f'the tokenizer of {name} does not fit it: it has {len(self.tokenizer)} tokens and reads '
-                             f'"{PROMPT}" as {self.prompt[0].tolist()}; give a complete BLIP model')  # fmt: skip
+        self.prompt = self.tokenizer(
+            PROMPT, return_tensors="pt"
+        ).input_ids  # (1, T): start, a picture of, end
+        if (
+            self.tokenizer.unk_token_id in self.prompt
+            or len(self.tokenizer) > network.config.text_config.vocab_size
+        ):
+            raise ValueError(
+                f"the tokenizer of {name} does not fit it: it has {len(self.tokenizer)} tokens and reads "
+                f'"{PROMPT}" as {self.prompt[0].tolist()}; give a complete BLIP model'
+            )
         if max_length > (most := network.config.text_config.max_position_embeddings):
-            raise ValueError(f"--max-length {max_length} is more than the {most} tokens that {name} knows; lower it")
+            raise ValueError(
+                f"--max-length {max_length} is more than the {most} tokens that {name} knows; lower it"
+            )
         tqdm.write(f"BLIP {name} on {reason}")
 
     def pixels(self, image: Image.Image) -> Tensor:
@@ -102,8 +153,13 @@ def open_blip(name: str):
     folder = Path(name).expanduser()
     if not folder.is_dir() and (folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~"))):
         what = "not a folder" if folder.exists() else "no such folder"
-        raise ValueError(f"--blip {name}: {what}; give one that holds a BLIP model, or a hub id such as {BLIP}")
-    from transformers import AutoTokenizer, BlipForConditionalGeneration  # here, because the import takes seconds
+        raise ValueError(
+            f"--blip {name}: {what}; give one that holds a BLIP model, or a hub id such as {BLIP}"
+        )
+    from transformers import (
+        AutoTokenizer,
+        BlipForConditionalGeneration,
+    )  # here, because the import takes seconds
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # else a table of loaded keys
@@ -113,18 +169,27 @@ def open_blip(name: str):
     try:
         if only:
             check_pretrained(folder, BlipForConditionalGeneration)
-        network, info = BlipForConditionalGeneration.from_pretrained(source, output_loading_info=True,
-                                                                     ignore_mismatched_sizes=True, **only)  # fmt: skip
+        network, info = BlipForConditionalGeneration.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **only
+        )
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **only)
         tokenizer(PROMPT)  # of a damaged one this may fail, too
     except Exception as e:  # offline, unknown id, no JSON, damaged weights: there is a class for each
         reason = (str(e).strip() or type(e).__name__).splitlines()[0].rstrip(".")
-        where = "the folder cannot be opened" if folder.is_dir() else "no folder here, nor a model from the hub"
-        raise ValueError(f"--blip {name}: {where} ({reason}); name a folder with a whole BLIP model"
-                         f"{'' if folder.is_dir() else ', or go online once'}") from None  # fmt: skip
-    if bad := sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]):  # these would be random
-        raise ValueError(f"--blip {name} is no whole BLIP captioner: {len(bad)} tensors missing or misshapen, such as "
-                         f"{bad[0]}; give a complete one, such as {BLIP}")  # fmt: skip
+        where = (
+            "the folder cannot be opened" if folder.is_dir() else "no folder here, nor a model from the hub"
+        )
+        raise ValueError(
+            f"--blip {name}: {where} ({reason}); name a folder with a whole BLIP model"
+            f"{'' if folder.is_dir() else ', or go online once'}"
+        ) from None
+    if bad := sorted(
+        [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
+    ):  # these would be random
+        raise ValueError(
+            f"--blip {name} is no whole BLIP captioner: {len(bad)} tensors missing or misshapen, such as "
+            f"{bad[0]}; give a complete one, such as {BLIP}"
+        )
     return network, tokenizer
 
 
@@ -226,11 +291,15 @@ def replace(texts: dict[Path, str], phrase: str, word: str, exact: bool, dry: bo
         print(f"{count:5} x {hit!r} {'is to become' if dry else 'became'} {word!r}")
     for path in missed:
         print(f"not matched: {path.name!r}, {texts[path]!r}")
-    print(f"{phrase!r}: {changed} captions {'to be ' if dry else ''}replaced; {len(texts) - len(todo)} had {word!r} "
-          f"already; {len(missed)} not matched")  # fmt: skip
+    print(
+        f"{phrase!r}: {changed} captions {'to be ' if dry else ''}replaced; {len(texts) - len(todo)} had {word!r} "
+        f"already; {len(missed)} not matched"
+    )
     if texts and len(missed) == len(texts):
-        raise ValueError(f"no caption contains {phrase!r}{'' if exact else ' or a variant of it'}, for example "
-                         f"{texts[missed[0]]!r}; give the phrase that means your subject")  # fmt: skip
+        raise ValueError(
+            f"no caption contains {phrase!r}{'' if exact else ' or a variant of it'}, for example "
+            f"{texts[missed[0]]!r}; give the phrase that means your subject"
+        )
 
 
 # ----------------------------------------------------------------------------------------- the command line
@@ -238,13 +307,23 @@ def replace(texts: dict[Path, str], phrase: str, word: str, exact: bool, dry: bo
 
 def options() -> Options:
     p = Options("hanokdiff.caption", description=__doc__)
-    p.add_argument("folder", metavar="FOLDER", type=Path, help="photos; their captions are NAME.txt beside them")
-    p.add_argument("--replace", nargs=2, metavar=("PHRASE", "WORD"), help="put WORD in PHRASE's place in all captions")
+    p.add_argument(
+        "folder", metavar="FOLDER", type=Path, help="photos; their captions are NAME.txt beside them"
+    )
+    p.add_argument(
+        "--replace", nargs=2, metavar=("PHRASE", "WORD"), help="put WORD in PHRASE's place in all captions"
+    )
     p.add_argument("--exact", action="store_true", help="with --replace: the phrase itself, no variants")
-    p.add_argument("--overwrite", action="store_true", help="caption all photos anew; stopped, it starts over")
-    p.add_argument("--dry-run", action="store_true", help="say what is to be done; write nothing, open no BLIP")
+    p.add_argument(
+        "--overwrite", action="store_true", help="caption all photos anew; stopped, it starts over"
+    )
+    p.add_argument(
+        "--dry-run", action="store_true", help="say what is to be done; write nothing, open no BLIP"
+    )
     p.add_argument("--blip", metavar="MODEL", default=BLIP, help=f"a folder or a hub id (default: {BLIP})")
-    p.add_argument("--min-length", type=int, default=24, help="tokens, those of the prompt included (default: 24)")
+    p.add_argument(
+        "--min-length", type=int, default=24, help="tokens, those of the prompt included (default: 24)"
+    )
     p.add_argument("--max-length", type=int, default=48, help="tokens at most (default: 48)")
     p.add_argument("--beams", type=int, default=1, help="captions followed up at once (default: 1)")
     p.add_argument("--batch-size", type=int, default=16, help="photos at once (default: 16)")
@@ -257,11 +336,17 @@ def check(args) -> None:
     """Refuse what makes no sense, before anything is read."""
     for name, least in (("batch_size", 1), ("beams", 1), ("min_length", 0), ("max_length", 8)):
         if getattr(args, name) < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be {least} or more")
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be {least} or more"
+            )
     if args.min_length > args.max_length:
-        raise ValueError(f"--min-length {args.min_length} is more than --max-length {args.max_length}; lower it")
+        raise ValueError(
+            f"--min-length {args.min_length} is more than --max-length {args.max_length}; lower it"
+        )
     if args.replace and not all(part.strip() for part in args.replace):
-        raise ValueError('--replace needs a phrase and a word, such as "a building with a roof" "*"; one is empty')
+        raise ValueError(
+            '--replace needs a phrase and a word, such as "a building with a roof" "*"; one is empty'
+        )
     if args.exact and not args.replace:
         raise ValueError("--exact is about --replace, which is not there; leave it out")
 
@@ -276,7 +361,9 @@ def main(argv=None) -> None:
     check(args)
     seen: Seen = {what: [] for what in OUTCOMES}
     todo, texts = look(args.folder, args.overwrite, seen)
-    blip = cache(lambda: Blip(args.blip, args.device, args.dtype, args.min_length, args.max_length, args.beams))
+    blip = cache(
+        lambda: Blip(args.blip, args.device, args.dtype, args.min_length, args.max_length, args.beams)
+    )
     try:
         if args.dry_run:
             seen["to be captioned"] = [photo for photo, _ in readable(todo, seen)]
@@ -287,13 +374,18 @@ def main(argv=None) -> None:
     finally:  # stopped or not: what is done is done, and the same command goes on from here
         done = set().union(*seen.values())
         seen["not reached yet"] = [photo for photo in todo if photo not in done]
-        total, parts = sum(map(len, seen.values())), [counted(photos, what) for what, photos in seen.items() if photos]
+        total, parts = (
+            sum(map(len, seen.values())),
+            [counted(photos, what) for what, photos in seen.items() if photos],
+        )
         dry = "dry run, nothing written: " if args.dry_run else ""
         print(f"{dry}{total} photos in {args.folder}: {'; '.join(parts)}")
     bad = seen["unreadable"] + seen["with an unreadable caption"]
     if len(bad) == total:
-        raise ValueError(f"none of the {total} photos in {args.folder} can be used, {bad[0].name!r} first; what is "
-                         "wrong with each is told above")  # fmt: skip
+        raise ValueError(
+            f"none of the {total} photos in {args.folder} can be used, {bad[0].name!r} first; what is "
+            "wrong with each is told above"
+        )
 
 
 if __name__ == "__main__":

@@ -53,14 +53,19 @@ def recognise(path: Path, keys: list) -> str:
     if any("lora" in k for k in keys):
         return "LoRA"
     held = f"{keys[0]} ..." if keys else "nothing by name"
-    raise ValueError(f"{path} is no model, LoRA, embedding or hypernetwork that hanokdiff knows: it holds {held}; of a "
-                     "model in several files, give the folder")  # fmt: skip
+    raise ValueError(
+        f"{path} is no model, LoRA, embedding or hypernetwork that hanokdiff knows: it holds {held}; of a "
+        "model in several files, give the folder"
+    )
 
 
 def precision(args, tensors: Iterable[Tensor]) -> torch.dtype:
     """--dtype, else the narrowest that keeps every weight as it is."""
-    own = reduce(torch.promote_types, (t.dtype for t in tensors if t.is_floating_point() and t.itemsize > 1),
-                 torch.float16)
+    own = reduce(
+        torch.promote_types,
+        (t.dtype for t in tensors if t.is_floating_point() and t.itemsize > 1),
+        torch.float16,
+    )
     return DTYPES.get(args.dtype, own)
 
 
@@ -97,7 +102,10 @@ def convert_model(args, keys: list) -> tuple[str, int]:
         single_file.write(out, unet, vae, encoder, schedule, dtype)
         if token.is_file():
             word = read_json(token).get("token")
-            print(f'note: a single file has no place for the pseudo word "{word}": keep it in mind', file=sys.stderr)
+            print(
+                f'note: a single file has no place for the pseudo word "{word}": keep it in mind',
+                file=sys.stderr,
+            )
     return f"model {'folder' if source.is_dir() else 'file'}, {schedule.prediction_type}", len(tensors)
 
 
@@ -105,8 +113,11 @@ def convert_lora(args, keys: list) -> tuple[str, int]:
     loras, metadata = lora_file.read_file(args.input)
     kohya = keys[0].startswith("lora_")
     to = args.to or ("diffusers" if kohya else "kohya")
-    tidy = all(k.startswith((lora_names.UNET, lora_names.TEXT)) for k in keys) if kohya else \
-        "lora_adapter_metadata" not in metadata and all(lora_names.is_written(k) for k in keys)  # fmt: skip
+    tidy = (
+        all(k.startswith((lora_names.UNET, lora_names.TEXT)) for k in keys)
+        if kohya
+        else "lora_adapter_metadata" not in metadata and all(lora_names.is_written(k) for k in keys)
+    )
     if args.dtype is None and (to == "kohya") == kohya and tidy:
         raise same(args, f"a LoRA in the {to} layout")
     dtype = precision(args, (t[side] for t in loras.values() for side in ("down", "up")))
@@ -123,11 +134,21 @@ def kohya_metadata(loras: dict[str, dict[str, Tensor]]) -> dict[str, str]:
     """What the WebUI wants to see of a LoRA that has no metadata yet; it lists one for SD 2 only if told."""
     ranks = {len(t["down"]) for t in loras.values()}
     alphas = {float(t.get("alpha", len(t["down"]))) for t in loras.values()}
-    listens = ("attn2_to_k", "attn2_to_v", "q_proj", "k_proj", "v_proj", "fc1")  # these take in the words' width
+    listens = (
+        "attn2_to_k",
+        "attn2_to_v",
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "fc1",
+    )  # these take in the words' width
     v2 = any(t["down"].shape[1] == 1024 for n, t in loras.items() if n.endswith(listens))
     one = {"ss_network_dim": ranks, "ss_network_alpha": alphas}
-    return {"ss_network_module": "networks.lora", "ss_v2": str(v2),
-            **{k: str(*v) if len(v) == 1 else "Dynamic" for k, v in one.items()}}  # fmt: skip
+    return {
+        "ss_network_module": "networks.lora",
+        "ss_v2": str(v2),
+        **{k: str(*v) if len(v) == 1 else "Dynamic" for k, v in one.items()},
+    }
 
 
 def convert_embedding(args, keys: list) -> tuple[str, int]:
@@ -145,13 +166,19 @@ def convert_hypernetwork(args, keys: list) -> tuple[str, int]:
     if {"activate_output", "dropout_structure"} <= set(keys) and not zipfile.is_zipfile(args.input):
         raise same(args, "a hypernetwork in the current WebUI layout")
     ours = {"step": "step", "name": "name", "info": "optional_info", "model": "sd_checkpoint_name"}
-    hypernet_file.save_file(args.output, spec, nets, {k: held[v] for k, v in ours.items() if held.get(v) is not None})
+    hypernet_file.save_file(
+        args.output, spec, nets, {k: held[v] for k, v in ours.items() if held.get(v) is not None}
+    )
     count = sum(len(tensors) for pair in nets.values() for tensors in pair)
     return f"hypernetwork for widths {', '.join(str(d) for d in sorted(nets))}", count
 
 
-CONVERT = {"model": convert_model, "LoRA": convert_lora, "embedding": convert_embedding,
-           "hypernetwork": convert_hypernetwork}  # fmt: skip
+CONVERT = {
+    "model": convert_model,
+    "LoRA": convert_lora,
+    "embedding": convert_embedding,
+    "hypernetwork": convert_hypernetwork,
+}
 
 
 def options() -> Options:
@@ -181,10 +208,14 @@ def main(argv=None) -> None:
     folder = kind == "model" and is_folder(out)
     endings = ENDINGS.get(kind, (".safetensors",))
     if not folder and out.suffix not in endings:
-        raise ValueError(f"{out} does not end in {' or '.join(endings)}, which is what "
-                         f"a{'n' * (kind == 'embedding')} {kind} is written as")  # fmt: skip
+        raise ValueError(
+            f"{out} does not end in {' or '.join(endings)}, which is what "
+            f"a{'n' * (kind == 'embedding')} {kind} is written as"
+        )
     if out.exists() and (source.resolve() == out.resolve() or not args.overwrite or out.is_dir() != folder):
-        raise ValueError(f"{out} is there already; name another OUT{'' if args.overwrite else ', or add --overwrite'}")
+        raise ValueError(
+            f"{out} is there already; name another OUT{'' if args.overwrite else ', or add --overwrite'}"
+        )
     if folder and out.is_dir() and not (out / "model_index.json").is_file() and any(out.iterdir()):
         raise ValueError(f"{out} is there already and holds other things than a model; name another OUT")
     make_folder(out.parent, f"OUT {out}:")

@@ -9,7 +9,9 @@ import torch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-WORLD_SIZE, LOCAL_RANK = (int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # torchrun's
+WORLD_SIZE, LOCAL_RANK = (
+    int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+)  # torchrun's
 
 
 def choose_device(device: str | None = None, dtype: str = "auto") -> tuple[torch.device, torch.dtype, str]:

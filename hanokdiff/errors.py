@@ -13,8 +13,14 @@ import torch
 
 from hanokdiff.options import Options
 
-SMALLER = ("--micro-batch 1", "--checkpointing", "a lower --batch-size", "a lower --resolution", "a smaller --size",
-           "a lower --beams")  # what takes less memory
+SMALLER = (
+    "--micro-batch 1",
+    "--checkpointing",
+    "a lower --batch-size",
+    "a lower --resolution",
+    "a smaller --size",
+    "a lower --beams",
+)  # what takes less memory
 made: list[Path] = []  # folders that this command may have made, the outermost first
 
 
@@ -25,7 +31,9 @@ def report_errors(main: Callable) -> Callable:
     @functools.wraps(main)
     def politely(argv=None) -> int:
         warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
-        if hasattr(sys.stdout, "reconfigure"):  # piped on Korean Windows it is cp949, which lacks most of Unicode
+        if hasattr(
+            sys.stdout, "reconfigure"
+        ):  # piped on Korean Windows it is cp949, which lacks most of Unicode
             sys.stdout.reconfigure(errors="backslashreplace")
         made.clear()
         Options.names = []
@@ -34,7 +42,9 @@ def report_errors(main: Callable) -> Callable:
                 return main(argv) or 0
         except (ValueError, OSError, MemoryError, RuntimeError) as e:
             remove_empty_folders()
-            if os.environ.get("HANOKDIFF_DEBUG") or not (isinstance(e, ValueError | OSError) or out_of_memory(e)):
+            if os.environ.get("HANOKDIFF_DEBUG") or not (
+                isinstance(e, ValueError | OSError) or out_of_memory(e)
+            ):
                 raise
             print(f"error: {one_line(ValueError(no_memory(e)) if out_of_memory(e) else e)}", file=sys.stderr)
             return 2
@@ -48,7 +58,8 @@ def report_errors(main: Callable) -> Callable:
 def out_of_memory(e: Exception) -> bool:
     """On a CPU torch says it in a RuntimeError of no kind of its own."""
     return isinstance(e, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(e, RuntimeError) and "can't allocate memory" in str(e))  # fmt: skip
+        isinstance(e, RuntimeError) and "can't allocate memory" in str(e)
+    )
 
 
 def no_memory(e: Exception) -> str:
@@ -71,11 +82,16 @@ def check_folder(folder: Path, option: str = "--out") -> None:
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
     there = next(p for p in (folder, *folder.parents) if p.exists())
     if not there.is_dir():
-        raise ValueError(f"{option} {folder} cannot be made: {there} is a file; name a folder" if missing else
-                         f"{option} {folder} is a file; name a folder")  # fmt: skip
+        raise ValueError(
+            f"{option} {folder} cannot be made: {there} is a file; name a folder"
+            if missing
+            else f"{option} {folder} is a file; name a folder"
+        )
     if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"{option} {folder} cannot be written: {there.absolute()} is read-only for you; name another "
-                         "folder")  # fmt: skip
+        raise ValueError(
+            f"{option} {folder} cannot be written: {there.absolute()} is read-only for you; name another "
+            "folder"
+        )
     made.extend(reversed(missing))
 
 

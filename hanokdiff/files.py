@@ -19,7 +19,9 @@ def read_json(path: Path, most: int = 16 << 20) -> dict:
 
 def check_file_size(path: Path, most: int) -> None:
     if (size := path.stat().st_size) > most:
-        raise ValueError(f"{path} has {size:,} bytes, more than the {most:,} that are read; it is no such file")
+        raise ValueError(
+            f"{path} has {size:,} bytes, more than the {most:,} that are read; it is no such file"
+        )
 
 
 def parse_json(text: bytes | str, source) -> dict:
@@ -28,7 +30,9 @@ def parse_json(text: bytes | str, source) -> dict:
     except (ValueError, RecursionError) as e:  # a number of 5000 digits is a ValueError too
         raise ValueError(f"{source} is not valid JSON ({e}); download it again") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{source} holds a {type(content).__name__}, not a table of names; download it again")
+        raise ValueError(
+            f"{source} holds a {type(content).__name__}, not a table of names; download it again"
+        )
     return content
 
 
@@ -44,7 +48,11 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield aside
         sync_rename(aside, path)
-    except (OSError, RuntimeError, SafetensorError) as e:  # of a full disk each library says it in its own way
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as e:  # of a full disk each library says it in its own way
         with contextlib.suppress(OSError):
             aside.unlink()
         raise OSError(f"{path} cannot be written ({reason(e)}); what was there before is unchanged") from None
@@ -73,6 +81,8 @@ def free_folder(wanted: Path) -> Path:
         n += 1
         out = wanted.with_name(f"{wanted.name}-{n}")
     return out
+
+
 MOST_TEXT = 1 << 20  # bytes of a caption or a list at most
 
 

@@ -16,9 +16,33 @@ def grid(pictures: list[Image.Image], columns: int, zoom: int = 1, gap: int = 2)
         p = p.resize((w, h), Image.Resampling.NEAREST) if zoom > 1 else p
         out.paste(p, (i % columns * (w + gap), i // columns * (h + gap)))
     return out
-SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif",
-            ".heic", ".heif"}  # an iPhone's, which Pillow cannot read: so that they are named, not passed over
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF")  # not EPS: Pillow hands it to Ghostscript
+
+
+SUFFIXES = {
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".gif",
+    ".avif",
+    ".heic",
+    ".heif",
+}  # an iPhone's, which Pillow cannot read: so that they are named, not passed over
+FORMATS = (
+    "JPEG",
+    "MPO",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "DIB",
+    "TIFF",
+    "GIF",
+    "AVIF",
+)  # not EPS: Pillow hands it to Ghostscript
 ORIENTATION = 0x0112  # EXIF tag: 1 is upright, 2 to 8 are the other ways to hold a camera
 
 
@@ -28,14 +52,18 @@ def read_photo(path: str | Path) -> tuple[Image.Image, str]:
     try:
         if path.exists() and not path.is_file():
             raise OSError(f"{path} is not a file")  # a pipe would be waited for
-        with Image.open(path, formats=readable_formats()) as image:  # more than 179 million pixels Pillow refuses itself
+        with Image.open(
+            path, formats=readable_formats()
+        ) as image:  # more than 179 million pixels Pillow refuses itself
             turned = image.getexif().get(ORIENTATION) in range(2, 9)
             image.load()  # after asking: a TIFF turns itself as it loads
             ImageOps.exif_transpose(image, in_place=True)
             image, note = to_rgb(image)
     except UnidentifiedImageError:
-        raise ValueError(f"{path.name!r} cannot be read: not a picture, or broken at its beginning; if other programs "
-                         "show it, save it as JPEG") from None  # fmt: skip
+        raise ValueError(
+            f"{path.name!r} cannot be read: not a picture, or broken at its beginning; if other programs "
+            "show it, save it as JPEG"
+        ) from None
     except Exception as e:  # by format, Pillow raises OSError, SyntaxError, struct.error, EOFError...
         raise ValueError(f"{path.name!r} cannot be read: {str(e) or type(e).__name__}") from e
     return image, listed("rotated by EXIF" if turned else "", note)

@@ -13,7 +13,9 @@ class Options(argparse.ArgumentParser):
     names: list[str] = []  # of this command's options: what a message may propose
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(
+            *args, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs
+        )
 
     def parse_args(self, args=None, namespace=None):
         Options.names = Options.names or list(self._option_string_actions)
@@ -22,7 +24,9 @@ class Options(argparse.ArgumentParser):
     def error(self, message: str):
         if m := re.fullmatch(r"argument (\S+): invalid (int|float) value: '(.*)'", message, re.DOTALL):
             message = f"{m[1]} is {m[3]}, but must be {KINDS[m[2]]}"
-        elif m := re.fullmatch(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message, re.DOTALL):
+        elif m := re.fullmatch(
+            r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message, re.DOTALL
+        ):
             message = f"{m[1]} is {m[2]}, but must be one of {m[3].replace(chr(39), '')}"
         elif m := re.fullmatch(r"unrecognized arguments: (\S+).*", message, re.DOTALL):
             near = difflib.get_close_matches(m[1].split("=")[0], self._option_string_actions, 1, 0.75)

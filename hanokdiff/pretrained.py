@@ -10,10 +10,14 @@ from hanokdiff.files import read_json
 def check_pretrained(folder: Path, kind: type) -> None:
     """Before transformers opens a folder: no name in it leads elsewhere, and its weights can fill what it describes."""
     if (folder / "adapter_config.json").is_file():
-        raise ValueError(f"{folder / 'adapter_config.json'} names another model; give a folder with the whole one")
+        raise ValueError(
+            f"{folder / 'adapter_config.json'} names another model; give a folder with the whole one"
+        )
     for index in folder.glob("*.index.json"):
         names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
+        if not isinstance(names, dict) or not all(
+            isinstance(n, str) and Path(n).name == n for n in names.values()
+        ):
             raise ValueError(f"{index} names files that are not in its folder; fetch it again")
     config = read_json(folder / "config.json")
     todo = [*config.items()]

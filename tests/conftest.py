@@ -8,7 +8,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import that reads it: tests never touch the network
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-if "PYTEST_XDIST_WORKER" in os.environ:  # pytest -n 2: a core for each, also for the processes that tests start
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # pytest -n 2: a core for each, also for the processes that tests start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
@@ -21,8 +23,15 @@ import torch
 from hanokdiff.formats.load import load_model
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-SCHEDULE = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
-                steps_offset=1, set_alpha_to_one=False, clip_sample=False)  # fmt: skip
+SCHEDULE = dict(
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    num_train_timesteps=1000,
+    steps_offset=1,
+    set_alpha_to_one=False,
+    clip_sample=False,
+)
 COMMON = dict(
     sample_size=8, in_channels=4, out_channels=4, layers_per_block=2, cross_attention_dim=48,
     down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
@@ -45,8 +54,19 @@ PAIRS = {  # ours -> diffusers' class and what it is told beyond the published s
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
     "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
 }
-MERGES = [("f", "i"), ("r", "e</w>"), ("fi", "re</w>"), ("r", "n</w>"), ("b", "a"), ("ba", "rn</w>"),
-          ("k", "s</w>"), ("s", "ks</w>"), ("*", ",</w>"), ("*", ".</w>"), ("*", ")</w>")]  # fmt: skip
+MERGES = [
+    ("f", "i"),
+    ("r", "e</w>"),
+    ("fi", "re</w>"),
+    ("r", "n</w>"),
+    ("b", "a"),
+    ("ba", "rn</w>"),
+    ("k", "s</w>"),
+    ("s", "ks</w>"),
+    ("*", ",</w>"),
+    ("*", ".</w>"),
+    ("*", ")</w>"),
+]
 
 
 def pytest_configure(config):
@@ -93,18 +113,26 @@ def make(folder: Path, flavour: str) -> SimpleNamespace:
     tokenizer = CLIPTokenizer.from_pretrained(folder.parent / f"{flavour}-tokenizer")
     n, prediction = len(tokenizer), "epsilon" if flavour == "sd1" else "v_prediction"
     text = CLIPTextConfig(
-        vocab_size=n, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-        hidden_act="quick_gelu" if flavour == "sd1" else "gelu", bos_token_id=n - 2, eos_token_id=n - 1,
+        vocab_size=n,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        hidden_act="quick_gelu" if flavour == "sd1" else "gelu",
+        bos_token_id=n - 2,
+        eos_token_id=n - 1,
         pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    )
     pipeline = StableDiffusionPipeline(
         vae=randomise(AutoencoderKL(**VAE), 1),
         text_encoder=randomise(CLIPTextModel(text), 2),
         tokenizer=tokenizer,
         unet=randomise(UNet2DConditionModel(**UNETS[flavour]), 3),
         scheduler=DDIMScheduler(**SCHEDULE, prediction_type=prediction),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder)
     return SimpleNamespace(folder=folder, pipeline=pipeline, flavour=flavour)

@@ -34,8 +34,22 @@ from hanokdiff.formats.tensors import read_safetensors  # noqa: E402
 from hanokdiff.training import prior  # noqa: E402
 from hanokdiff.training.trainer import Trainer  # noqa: E402
 
-COMMON = ["--images", "5", "--held-out", "2", "--batch-size", "2", "--steps", "24", "--save-every", "5",
-          "--preview-every", "10", "--device", "cpu"]  # fmt: skip
+COMMON = [
+    "--images",
+    "5",
+    "--held-out",
+    "2",
+    "--batch-size",
+    "2",
+    "--steps",
+    "24",
+    "--save-every",
+    "5",
+    "--preview-every",
+    "10",
+    "--device",
+    "cpu",
+]
 RUNS = {  # name -> module and options
     "textual inversion": ("train_ti", COMMON),
     "DreamBooth": ("train_dreambooth", [*COMMON, "--class-images", "5"]),
@@ -79,7 +93,10 @@ def child(module: str, argv: list[str], home: Path) -> None:
         @functools.wraps(f)
         def wrapped(*args, **kwargs):
             before = now[0]
-            tell(what if before != "finishing" else "final file", getattr(args[0], "step", now[1]) if args else now[1])
+            tell(
+                what if before != "finishing" else "final file",
+                getattr(args[0], "step", now[1]) if args else now[1],
+            )
             try:
                 return f(*args, **kwargs)
             finally:
@@ -109,7 +126,11 @@ def doing(home: Path) -> tuple[str, int]:
 def plain(x):
     """Anything that torch or json reads, comparable with ==."""
     if isinstance(x, torch.Tensor):
-        return str(x.dtype), tuple(x.shape), x.contiguous().view(torch.uint8).numpy().tobytes() if x.dim() else x.item()
+        return (
+            str(x.dtype),
+            tuple(x.shape),
+            x.contiguous().view(torch.uint8).numpy().tobytes() if x.dim() else x.item(),
+        )
     if isinstance(x, dict):
         return {k: plain(v) for k, v in x.items()}
     return [plain(v) for v in x] if isinstance(x, list | tuple) else x
@@ -136,8 +157,14 @@ def content(file: Path):
 def left(home: Path, comparison: bool) -> dict:
     """All that a finished run leaves, by name. Of a comparison, its figures: the report tells times."""
     out = home / "out"
-    files = [out / "results.json", out / "images.csv"] if comparison else [f for f in out.rglob("*") if f.is_file()]
-    return {str(f.relative_to(out)): content(f) for f in files if f.name != "class.json"}  # seconds of drawing
+    files = (
+        [out / "results.json", out / "images.csv"]
+        if comparison
+        else [f for f in out.rglob("*") if f.is_file()]
+    )
+    return {
+        str(f.relative_to(out)): content(f) for f in files if f.name != "class.json"
+    }  # seconds of drawing
 
 
 # ------------------------------------------------------------------------------------------------------ the killer
@@ -156,18 +183,27 @@ class Tally:
 def server():
     """Forks children from a process that has imported everything, and has computed nothing."""
     fork = multiprocessing.get_context("forkserver")
-    fork.set_forkserver_preload([*(m for m, _ in RUNS.values()), "transformers.models.clip.tokenization_clip"])
+    fork.set_forkserver_preload(
+        [*(m for m, _ in RUNS.values()), "transformers.models.clip.tokenization_clip"]
+    )
     return fork
 
 
 def killed(name: str, kills: int, folder: Path, seed: int = 0, options=(), each: int = 6) -> Tally:
     """Kill a kind of run so many times, each run up to `each` times, and compare all of them with one in peace."""
     module, argv = RUNS[name]
-    argv, comparison, dice, tally = [*argv, *options], name == "comparison", random.Random(f"{name} {seed}"), Tally()
+    argv, comparison, dice, tally = (
+        [*argv, *options],
+        name == "comparison",
+        random.Random(f"{name} {seed}"),
+        Tally(),
+    )
     fork = server()
 
     def start(home: Path):
-        begun = (home / "out" / "config.json").exists() and not comparison  # a comparison's own command goes on
+        begun = (
+            home / "out" / "config.json"
+        ).exists() and not comparison  # a comparison's own command goes on
         go_on = ["--resume", "out", "--device", "cpu"] if begun else [*argv, "--out", "out"]
         (home / "doing").write_text("")
         process = fork.Process(target=child, args=(module, go_on, home))
@@ -177,7 +213,9 @@ def killed(name: str, kills: int, folder: Path, seed: int = 0, options=(), each:
     def end(process, home: Path) -> bool:
         process.join()
         said = (home / "said.txt").read_text().strip().splitlines()[-1:]
-        good = process.exitcode == 0 or "there is nothing to resume" in str(said)  # killed after the file was there
+        good = process.exitcode == 0 or "there is nothing to resume" in str(
+            said
+        )  # killed after the file was there
         if not good:
             tally.lost.append(f"{name}, run {tally.runs}, exit {process.exitcode}: {said}")
         return good
@@ -225,24 +263,32 @@ def table(tallies: dict[str, Tally]) -> str:
     for name, t in tallies.items():
         during = ", ".join(f"{what} {n}" for what, n in t.moments.most_common())
         steps = f"{min(t.steps)} to {max(t.steps)}" if t.steps and max(t.steps) else ""
-        rows.append(f"| {name} | {t.kills} | {t.runs} | {steps} | {during} | {len(t.lost)} | {len(t.different)} |")
+        rows.append(
+            f"| {name} | {t.kills} | {t.runs} | {steps} | {during} | {len(t.lost)} | {len(t.different)} |"
+        )
     return "\n".join(rows)
 
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--kills", type=int, default=100, help="in all, one in nine for the comparison (default: 100)")
+    p.add_argument(
+        "--kills", type=int, default=100, help="in all, one in nine for the comparison (default: 100)"
+    )
     p.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="default: all")
     p.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     args = p.parse_args()
-    shares = {name: 0.5 if name == "comparison" else 1.0 for name in args.only}  # a start of it takes many seconds
+    shares = {
+        name: 0.5 if name == "comparison" else 1.0 for name in args.only
+    }  # a start of it takes many seconds
     kills = {name: round(args.kills * s / sum(shares.values())) for name, s in shares.items()}
     kills[args.only[0]] += args.kills - sum(kills.values())
     tallies, start = {}, time.perf_counter()
     for name in args.only:
         with tempfile.TemporaryDirectory() as folder:
             tallies[name] = killed(name, kills[name], Path(folder), args.seed)
-        print(f"{time.perf_counter() - start:6.0f} s  {name}: {kills[name]} kills", file=sys.stderr, flush=True)
+        print(
+            f"{time.perf_counter() - start:6.0f} s  {name}: {kills[name]} kills", file=sys.stderr, flush=True
+        )
     print(table(tallies))
     wrong = [w for t in tallies.values() for w in t.lost + t.different]
     print("\n".join(wrong) or f"{sum(t.kills for t in tallies.values())} kills: none lost, none different")

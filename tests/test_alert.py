@@ -33,7 +33,9 @@ def messages(name: str) -> list[tuple[str, tuple]]:
     with open(HERE / name, encoding="utf-8", newline="") as f:
         rows = list(csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE))
     assert len({row["text"] for row in rows}) == len(rows)
-    return [(r["text"], (r["kind"], set(r["disaster"].split("+")) - {"-"}, r["place"], r["time"])) for r in rows]
+    return [
+        (r["text"], (r["kind"], set(r["disaster"].split("+")) - {"-"}, r["place"], r["time"])) for r in rows
+    ]
 
 
 def understood(text: str) -> tuple:
@@ -151,11 +153,39 @@ def test_time_of_day(when, time):
 
 
 def test_korean_in_parts_reads_the_same():
-    assert understood(unicodedata.normalize("NFD", FIRE)) == understood(FIRE) == ("alert", {"fire"}, "hanok", "day")
+    assert (
+        understood(unicodedata.normalize("NFD", FIRE))
+        == understood(FIRE)
+        == ("alert", {"fire"}, "hanok", "day")
+    )
 
 
-WORDS = ["화재", "발생", "진화", "완료", "훈련", "해제", "산불", "침수", "태풍", "한옥마을", "14:20", "오후", "낮",
-         "없음", "우려", "대피", ",", ".", "(", ")", "[", "]", "☎", "\n"]  # fmt: skip
+WORDS = [
+    "화재",
+    "발생",
+    "진화",
+    "완료",
+    "훈련",
+    "해제",
+    "산불",
+    "침수",
+    "태풍",
+    "한옥마을",
+    "14:20",
+    "오후",
+    "낮",
+    "없음",
+    "우려",
+    "대피",
+    ",",
+    ".",
+    "(",
+    ")",
+    "[",
+    "]",
+    "☎",
+    "\n",
+]
 
 
 @given(st.one_of(st.text(max_size=80), st.lists(st.sampled_from(WORDS), max_size=15).map(" ".join)))
@@ -246,7 +276,9 @@ def test_an_alert_is_drawn_and_its_reading_kept(tmp_path, capsys):
     assert draw("--alert", FIRE, "--n", 2, "--embedding", tmp_path / "gate.safetensors") == 0
     out = capsys.readouterr().out
     texts = pictures()
-    assert len(texts) == 2 and all(t["parameters"].startswith("Gate on fire, in the daytime\n") for t in texts)
+    assert len(texts) == 2 and all(
+        t["parameters"].startswith("Gate on fire, in the daytime\n") for t in texts
+    )
     row = json.loads(texts[0]["alert"])
     assert texts[0]["alert"] in out.splitlines() and texts[0]["alert"] == texts[1]["alert"]
     assert (row["kind"], row["disaster"], row["place"], row["time"]) == ("alert", ["fire"], "hanok", "day")

@@ -26,7 +26,9 @@ def test_both_sides_have_the_same_weights():
         assert (sd.unet(x, t, words) - pipe.unet(x, t, words).sample).abs().max() < 1e-5
         ids = pipe.tokenizer("a house", padding="max_length", max_length=77, return_tensors="pt").input_ids
         assert (pipe.text_encoder(ids)[0] - words).abs().max() < 1e-5
-        assert (pipe.vae.decode(x).sample - sd.vae.decode(x * sd.vae.config.scaling_factor)).abs().max() < 1e-4
+        assert (
+            pipe.vae.decode(x).sample - sd.vae.decode(x * sd.vae.config.scaling_factor)
+        ).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("method", setup.TRAINED)
@@ -56,19 +58,38 @@ def test_their_side_learns(method, kind):
     assert bool(moved) == (method == "dreambooth")
     rows = pipe.text_encoder.get_input_embeddings().weight
     if method == "ti":
-        assert [i for i in range(len(words)) if not torch.equal(rows[i], words[i])] == [717]  # beyond the tokenizer's
+        assert [i for i in range(len(words)) if not torch.equal(rows[i], words[i])] == [
+            717
+        ]  # beyond the tokenizer's
     lora = [p for k, p in pipe.unet.named_parameters() if "lora_B" in k]
     assert len(lora) == (128 if method == "lora" else 0) and all(p.abs().max() > 0 for p in lora)
 
 
 def test_the_command(tmp_path, capsys):
     """A row for each side; the JSON has the table's figures; a ratio is theirs over ours."""
-    argv = ["--size", "overhead", "--batch-size", "1", "--rounds", "1", "--turn", "1", "--vs", "diffusers", "--share"]
+    argv = [
+        "--size",
+        "overhead",
+        "--batch-size",
+        "1",
+        "--rounds",
+        "1",
+        "--turn",
+        "1",
+        "--vs",
+        "diffusers",
+        "--share",
+    ]
     assert bench.main(["lora", "sample", *argv, "--json", str(tmp_path / "a.json")]) == 0
     out, content = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
     sides = [(r["work"], r["side"]) for r in content["rows"]]
-    assert sides == [("lora", "ours"), ("lora", "diffusers default"), ("lora", "diffusers best"), ("sample", "ours"),
-                     ("sample", "diffusers")]  # fmt: skip
+    assert sides == [
+        ("lora", "ours"),
+        ("lora", "diffusers default"),
+        ("lora", "diffusers best"),
+        ("sample", "ours"),
+        ("sample", "diffusers"),
+    ]
     for row in content["rows"]:
         ours = next(r for r in content["rows"] if r["work"] == row["work"] and r["side"] == "ours")
         assert row["ratio_min"] == pytest.approx(row["seconds_min"] / ours["seconds_min"])
@@ -147,8 +168,10 @@ def test_without_diffusers(monkeypatch, capsys):
 
 
 def test_nobody_else_imports_the_peers():
-    code = ("import sys, hanokdiff.bench, hanokdiff.bench.budget, hanokdiff.compare, sample, train_lora\n"
-            "assert not {'diffusers', 'peft', 'hanokdiff.bench.baseline'} & sys.modules.keys()")  # fmt: skip
+    code = (
+        "import sys, hanokdiff.bench, hanokdiff.bench.budget, hanokdiff.compare, sample, train_lora\n"
+        "assert not {'diffusers', 'peft', 'hanokdiff.bench.baseline'} & sys.modules.keys()"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
@@ -160,6 +183,8 @@ def test_the_first_step_of_both(tmp_path):
 
 def test_a_start_imports_no_compiler():
     """torch._dynamo takes most of a second, and something on the meta device may ask for it."""
-    code = ("import sys; from hanokdiff.formats.load import load_model; next(load_model(say=None).sample(['a house'], [0]))\n"
-            "assert 'torch._dynamo' not in sys.modules")  # fmt: skip
+    code = (
+        "import sys; from hanokdiff.formats.load import load_model; next(load_model(say=None).sample(['a house'], [0]))\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -78,7 +78,11 @@ def sd15(tmp_path_factory):
     """A model folder of SD 1.5's size, whose weights are meta tensors; two photos in it."""
     folder = tmp_path_factory.mktemp("models") / "sd15"
     with torch.device("meta"):
-        parts = {"unet": UNet(UNetConfig()), "vae": VAE(VAEConfig()), "text_encoder": TextEncoder(TextConfig())}
+        parts = {
+            "unet": UNet(UNetConfig()),
+            "vae": VAE(VAEConfig()),
+            "text_encoder": TextEncoder(TextConfig()),
+        }
     for part, network in parts.items():
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_text(json.dumps(network.config.to_json()))
@@ -91,7 +95,9 @@ def sd15(tmp_path_factory):
         (folder / f"{i}.txt").write_text(f"* in {i}")  # two prompts: the same one would be read once
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layout, "read_tensors", lambda path: parts[path.parent.name].state_dict())
-        patch.setattr(torch.Tensor, "item", lambda _: 0.0)  # asked for by train_ti's log, of a tensor without numbers
+        patch.setattr(
+            torch.Tensor, "item", lambda _: 0.0
+        )  # asked for by train_ti's log, of a tensor without numbers
         with budget.fused():
             yield folder
 
@@ -110,8 +116,14 @@ def step(sd15, out, script: str, photos: int = 1, disturb=lambda sd: None) -> Co
 
         def __iter__(self):
             disturb(seen["sd"])
-            seen["sd"].schedule.snr(torch.zeros(1, dtype=torch.long, device="meta"))  # its table goes over once
-            own = [*self.trainable.values(), *seen["sd"].unet.parameters(), *seen["sd"].text.encoder.parameters()]
+            seen["sd"].schedule.snr(
+                torch.zeros(1, dtype=torch.long, device="meta")
+            )  # its table goes over once
+            own = [
+                *self.trainable.values(),
+                *seen["sd"].unet.parameters(),
+                *seen["sd"].text.encoder.parameters(),
+            ]
             with Count(own) as seen["count"]:
                 yield Batch(0, 0, range(photos), photos, device="meta")
 
@@ -149,7 +161,9 @@ def test_a_step_costs_what_it_must(sd15, tmp_path, script):
     check(script, one)
     if kept := BUDGET[script][3]:
         two = step(sd15, tmp_path / "2", script, photos=2)
-        print(f"a photo more: {two.operations - one.operations:.4e} operations, {two.kept - one.kept:.4f}e9 bytes")
+        print(
+            f"a photo more: {two.operations - one.operations:.4e} operations, {two.kept - one.kept:.4f}e9 bytes"
+        )
         assert two.operations == pytest.approx(2 * one.operations, rel=0.001)
         assert two.kept == pytest.approx(kept, rel=0.005)
 
@@ -169,7 +183,9 @@ def test_photos_encoded_in_the_step_are_noticed(sd15, tmp_path, monkeypatch):
         monkeypatch.setattr(LatentDataset, "__getitem__", lambda *a: (encode(sd.vae, [photo]), get(*a))[1])
 
     count = step(sd15, tmp_path / "out", "lora --rank 4", disturb=disturb)
-    assert count.operations / 1e12 == pytest.approx(BUDGET["lora --rank 4"][0] + 1.117, rel=0.01)  # an encoding
+    assert count.operations / 1e12 == pytest.approx(
+        BUDGET["lora --rank 4"][0] + 1.117, rel=0.01
+    )  # an encoding
 
 
 def autocast(sd, patch) -> None:
@@ -213,8 +229,14 @@ def test_the_most_alive_at_once():
 def test_waiting_is_noticed():
     x, at = torch.empty(3, 3, device="meta"), torch.tensor([1, 2])
     waiting = [lambda: x[at], lambda: torch.ones(3).to("meta"), lambda: x.copy_(torch.ones(3, 3))]
-    quick = [lambda: x * 2.0, lambda: torch.ones(3).to("meta", non_blocking=True), lambda: x[0], lambda: at + 1,
-             lambda: torch.full((1,), 3.0, device="meta"), lambda: x * torch.tensor(2.0)]  # fmt: skip
+    quick = [
+        lambda: x * 2.0,
+        lambda: torch.ones(3).to("meta", non_blocking=True),
+        lambda: x[0],
+        lambda: at + 1,
+        lambda: torch.full((1,), 3.0, device="meta"),
+        lambda: x * torch.tensor(2.0),
+    ]
     for do in [*waiting, *quick]:
         with budget.Count() as count:
             do()
@@ -228,13 +250,19 @@ def test_no_step_of_a_sampler_waits(sd15):
         denoise = sd.denoiser(words, words, 7.5)
         with budget.Count() as count:
             denoise(torch.empty(2, 4, 64, 64, device="meta"), 3.0, 500.0)
-    assert count.waits == []  # for two pictures: two texts each, but for what they share until they meet the words
+    assert (
+        count.waits == []
+    )  # for two pictures: two texts each, but for what they share until they meet the words
     assert count.operations == pytest.approx((2 * 2 * 0.8003 - 2 * 0.041) * 1e12, rel=0.002)
 
 
 # bytes at 32 photos a step: what was asked for (docs/LOG.md, section 13), and what it is now
-LARGE = {"dreambooth": (40 * 2**30, 40.4e9), "lora": (29e9, 21.1e9), "ti": (28e9, 19.5e9),
-         "hypernet-all": (32e9, 23.5e9)}  # fmt: skip
+LARGE = {
+    "dreambooth": (40 * 2**30, 40.4e9),
+    "lora": (29e9, 21.1e9),
+    "ti": (28e9, 19.5e9),
+    "hypernet-all": (32e9, 23.5e9),
+}
 
 
 @pytest.mark.parametrize("method", LARGE)
@@ -248,7 +276,9 @@ def test_checkpointing_costs_a_third_and_saves_more_than_half():
     operations, peak, resident = budget.step("lora", batch=32)
     again, low, same = budget.step("lora", batch=32, checkpointing=True)
     assert resident == same and low - resident < 0.35 * (peak - resident)
-    extra = (again - operations) / 32e12  # a forward, without the last product of a block, for which nobody asks
+    extra = (
+        again - operations
+    ) / 32e12  # a forward, without the last product of a block, for which nobody asks
     assert extra == pytest.approx(0.71, abs=0.01)
 
 
@@ -276,5 +306,7 @@ def test_limits(monkeypatch, capsys):
 
 def test_the_two_ways_to_a_step_agree(sd15, tmp_path):
     """bench.prepare is what bench and budget run; the script's own step is the other."""
-    assert budget.step("lora")[0] == pytest.approx(step(sd15, tmp_path / "out", "lora --rank 4").operations, rel=1e-3)
+    assert budget.step("lora")[0] == pytest.approx(
+        step(sd15, tmp_path / "out", "lora --rank 4").operations, rel=1e-3
+    )
     assert set(setup.TRAINED) == {"ti", "dreambooth", "lora", "hypernet", "hypernet-all"}

@@ -16,26 +16,70 @@ from hanokdiff import caption
 from hanokdiff.models.tokens import contains_word
 from hanokdiff.training.dataset import Photo, load_photo, prepare_captions, read_caption
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "picture", "of", "building", "house", "with", "roof",
-         "tiled", "in", "the", "snow", "at", "night", "and", "trees", ",", "on", "top", "hat", "man", "near",
-         "hills"]  # fmt: skip
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "a",
+    "picture",
+    "of",
+    "building",
+    "house",
+    "with",
+    "roof",
+    "tiled",
+    "in",
+    "the",
+    "snow",
+    "at",
+    "night",
+    "and",
+    "trees",
+    ",",
+    "on",
+    "top",
+    "hat",
+    "man",
+    "near",
+    "hills",
+]
 PHRASE = "a building with a roof"
 
 
 @pytest.fixture(scope="session")
 def blip(tmp_path_factory):
     """A folder with a BLIP as transformers saves it: 32 pixels, 1 layer, 27 words and, as in the real one, 2 more."""
-    from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipImageProcessor, BlipProcessor
+    from transformers import (
+        BertTokenizer,
+        BlipConfig,
+        BlipForConditionalGeneration,
+        BlipImageProcessor,
+        BlipProcessor,
+    )
 
     folder = tmp_path_factory.mktemp("models") / "blip"
     folder.mkdir()
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    small = dict(hidden_size=32, intermediate_size=32, projection_dim=16, num_hidden_layers=1, num_attention_heads=2)
-    text = dict(small, vocab_size=len(WORDS) + 2, encoder_hidden_size=32, max_position_embeddings=64,
-                bos_token_id=len(WORDS), eos_token_id=2, sep_token_id=3, pad_token_id=0)  # fmt: skip
+    small = dict(
+        hidden_size=32, intermediate_size=32, projection_dim=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    text = dict(
+        small,
+        vocab_size=len(WORDS) + 2,
+        encoder_hidden_size=32,
+        max_position_embeddings=64,
+        bos_token_id=len(WORDS),
+        eos_token_id=2,
+        sep_token_id=3,
+        pad_token_id=0,
+    )
     config = BlipConfig(text_config=text, vision_config=dict(small, image_size=32, patch_size=16))
     network = randomise(BlipForConditionalGeneration(config), 1)
-    network.text_decoder.cls.predictions.bias[[0, 1, 2, 4, -2, -1]] = -99  # like a trained one, it says only words
+    network.text_decoder.cls.predictions.bias[
+        [0, 1, 2, 4, -2, -1]
+    ] = -99  # like a trained one, it says only words
     network.save_pretrained(folder)
     try:
         images = BlipImageProcessor(size={"height": 32, "width": 32})
@@ -137,15 +181,22 @@ def test_published_checkpoints_of_2022(blip, tmp_path):
     """A pickle, the tied tensors stored twice, position ids among them; a vocabulary and no tokenizer.json."""
     tensors, bert = load_file(blip / "model.safetensors"), "text_decoder.bert.embeddings."
     tensors[bert + "position_ids"] = torch.arange(64)[None]
-    for name, tied in (("weight", bert + "word_embeddings.weight"), ("bias", "text_decoder.cls.predictions.bias")):
+    for name, tied in (
+        ("weight", bert + "word_embeddings.weight"),
+        ("bias", "text_decoder.cls.predictions.bias"),
+    ):
         tensors["text_decoder.cls.predictions.decoder." + name] = tensors[tied].clone()
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     for name in ("config.json", "vocab.txt"):
         shutil.copy(blip / name, tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": true, "tokenizer_class": "BertTokenizer"}')
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"do_lower_case": true, "tokenizer_class": "BertTokenizer"}'
+    )
     image = plain(1)[0]
     old, new = open_tiny(tmp_path), open_tiny(blip)
-    assert old.generate([old.pixels(image)], min_length=24) == new.generate([new.pixels(image)], min_length=24)
+    assert old.generate([old.pixels(image)], min_length=24) == new.generate(
+        [new.pixels(image)], min_length=24
+    )
 
 
 LOOPS = [
@@ -218,11 +269,16 @@ def test_a_phrase_of_any_characters():
 def odd_folder(folder):
     """Nine photos, and what people have beside them."""
     names = ["기와집 1.jpg", "b c.png", "a.jpg", "a.png", "bom.webp", "cp949.png", "empty.png", "utf16.png"]
-    fill(folder, names, {
-        "bom.txt": "\ufeffa house with a tiled roof\r\nat night\r\n",
-        "cp949.txt": "기와집, a building with a roof".encode("cp949"),
-        "empty.txt": " \r\n", "utf16.txt": PHRASE.encode("utf-16"),
-    })  # fmt: skip
+    fill(
+        folder,
+        names,
+        {
+            "bom.txt": "\ufeffa house with a tiled roof\r\nat night\r\n",
+            "cp949.txt": "기와집, a building with a roof".encode("cp949"),
+            "empty.txt": " \r\n",
+            "utf16.txt": PHRASE.encode("utf-16"),
+        },
+    )
     (folder / "broken.jpg").write_bytes(b"no picture")
     return folder
 
@@ -242,20 +298,30 @@ def test_an_odd_folder(tmp_path, run, blip):
     code, out, _ = run(folder, blip=blip)
     assert code == 0
     after = files(folder)
-    assert before.items() - {("empty.txt", before["empty.txt"])} <= after.items()  # nothing that was there has changed
+    assert (
+        before.items() - {("empty.txt", before["empty.txt"])} <= after.items()
+    )  # nothing that was there has changed
     assert after.keys() - before.keys() == {"기와집 1.txt", "b c.txt", "a.txt"}
     for name in ("기와집 1.txt", "b c.txt", "a.txt", "empty.txt"):
         text, note = read_caption(folder / name)
         assert len(text.split()) > 3 and note == "" and after[name] == f"{text}\n".encode()
     got = counts(out)
     assert got.pop("captioned", 0) + got.pop("looped and captioned again", 0) == 4
-    assert got == {"captioned before": 2, "unreadable": 1, "with an unreadable caption": 1,
-                   "sharing the caption of one before": 1}  # fmt: skip
-    assert "skipped: 'broken.jpg' cannot be read" in out and "sharing the caption of one before ('a.png')" in out
+    assert got == {
+        "captioned before": 2,
+        "unreadable": 1,
+        "with an unreadable caption": 1,
+        "sharing the caption of one before": 1,
+    }
+    assert (
+        "skipped: 'broken.jpg' cannot be read" in out and "sharing the caption of one before ('a.png')" in out
+    )
     assert "note: 1 captions in cp949 instead of UTF-8 ('cp949.txt')" in out
     assert "left alone: 'utf16.txt' is neither UTF-8 nor cp949" in out
     for name in ("기와집 1.jpg", "a.png", "bom.webp", "cp949.png"):  # and training reads them
-        assert load_photo(folder / name, 8).caption == read_caption((folder / name).with_suffix(".txt"))[0] != ""
+        assert (
+            load_photo(folder / name, 8).caption == read_caption((folder / name).with_suffix(".txt"))[0] != ""
+        )
 
 
 def test_the_caption_is_of_its_photo(tmp_path, run, blip):
@@ -282,7 +348,9 @@ def test_overwrite(tmp_path, run, blip):
     fill(tmp_path, ["a.png", "b.png"], {"a.txt": "mine", "b.txt": PHRASE.encode("utf-16")})
     code, out, _ = run(tmp_path, "--overwrite", blip=blip)
     assert code == 0 and "captioned before" not in out
-    assert len(texts(tmp_path)) == 2 and all("mine" not in t and len(t.split()) > 3 for t in texts(tmp_path).values())
+    assert len(texts(tmp_path)) == 2 and all(
+        "mine" not in t and len(t.split()) > 3 for t in texts(tmp_path).values()
+    )
 
 
 @pytest.mark.parametrize("args", [(), ("--replace", PHRASE, "*"), ("--overwrite",)])
@@ -291,9 +359,14 @@ def test_dry_run(tmp_path, run, args):
     before = files(folder)
     code, out, _ = run(folder, "--dry-run", *args)  # where there is no model
     assert code == 0 and files(folder) == before and "dry run, nothing written" in out
-    assert counts(out)["to be captioned"] == (7 if "--overwrite" in args else 4) and counts(out)["unreadable"] == 1
+    assert (
+        counts(out)["to be captioned"] == (7 if "--overwrite" in args else 4)
+        and counts(out)["unreadable"] == 1
+    )
     if "--replace" in args:
-        assert "1 x 'a house with a tiled roof' is to become '*'" in out and "2 captions to be replaced" in out
+        assert (
+            "1 x 'a house with a tiled roof' is to become '*'" in out and "2 captions to be replaced" in out
+        )
 
 
 def test_interrupted_and_resumed_is_undisturbed(tmp_path, run, blip, monkeypatch):
@@ -364,11 +437,18 @@ def test_replace_needs_no_model_and_reports(tmp_path, run):
     assert [after[f"{i}.txt"] for i in (1, 2)] == [b"* in the snow\n", b"*\n"]
     assert after["3.txt"] == "기와집, *\n".encode()  # in UTF-8 now
     assert all(after[name] == before[name] for name in ("4.txt", "5.txt", "1.png"))
-    assert "2 x 'a building with a roof' became '*'" in out and "1 x 'a house with a tiled roof' became '*'" in out
+    assert (
+        "2 x 'a building with a roof' became '*'" in out
+        and "1 x 'a house with a tiled roof' became '*'" in out
+    )
     assert "not matched: '4.txt', 'a tree in the rain'" in out
     assert "3 captions replaced; 1 had '*' already; 1 not matched" in out
     code, out, _ = run(tmp_path, "--replace", PHRASE, "*")  # again
-    assert code == 0 and files(tmp_path) == after and "0 captions replaced; 4 had '*' already; 1 not matched" in out
+    assert (
+        code == 0
+        and files(tmp_path) == after
+        and "0 captions replaced; 4 had '*' already; 1 not matched" in out
+    )
 
 
 def test_a_word_that_holds_the_phrase_goes_in_once(tmp_path, run):
@@ -387,7 +467,9 @@ def test_exact_replacing_is_what_training_does(tmp_path, run):
     assert code == 0 and "2 captions replaced; 0 had '*' already; 2 not matched" in out
     assert [read_caption(tmp_path / n.replace("png", "txt"))[0] for n in names] == expected
     again = [Photo(n, None, text, "") for n, text in zip(names, expected)]
-    assert prepare_captions(again, "*", PHRASE, "", lambda _: None) == expected  # and training takes them as they are
+    assert (
+        prepare_captions(again, "*", PHRASE, "", lambda _: None) == expected
+    )  # and training takes them as they are
 
 
 def test_captions_just_made_are_replaced_too(tmp_path, run, blip):

@@ -28,8 +28,20 @@ from hanokdiff.models.pipeline import StableDiffusion
 from hanokdiff.scoring.stats import mean_interval, share_interval, t_quantile
 from hanokdiff.tiny import world
 
-SMALL = ["--sizes", "5", "--steps", "2", "--n", "2", "--sampling-steps", "3", "--device", "cpu",
-         "--with", "dreambooth --class-images 2"]  # fmt: skip
+SMALL = [
+    "--sizes",
+    "5",
+    "--steps",
+    "2",
+    "--n",
+    "2",
+    "--sampling-steps",
+    "3",
+    "--device",
+    "cpu",
+    "--with",
+    "dreambooth --class-images 2",
+]
 ONE = ["--prompts", "{token}, fire", "--n", "1", "--steps", "1", "--with", "all --batch-size 2"]
 
 
@@ -135,13 +147,18 @@ def test_the_whole_matrix(study):
     cells = manifest["cells"]
     assert len(cells) == 3 + 12 and len(set(names(manifest).values())) == 15
     assert [c["ask"] for c in cells[:3]] == ["*", "hanok", "a Korean traditional house"]
-    assert {(c["method"], c["photos"]) for c in cells[3:]} == {(m, n) for m in plan.METHODS for n in (5, 50, 100)}
+    assert {(c["method"], c["photos"]) for c in cells[3:]} == {
+        (m, n) for m in plan.METHODS for n in (5, 50, 100)
+    }
     assert all(c["steps"] == plan.script(c["method"]).DEFAULTS["tiny"]["steps"] for c in cells[3:])
     asked = {q["key"]: q for q in manifest["settings"]["questions"]}
     assert list(asked) == ["A", "A literal", "B", "C", "word"]
     assert asked["A"]["tokens"] == ["*", ",", "fire"] and asked["A literal"]["tokens"] == ["*,", "fire"]
-    assert asked["C"]["texts"] == {"literal": "A fire broke out in *", "words": "A fire broke out in a hanok",
-                                   "context": "fire"}  # fmt: skip
+    assert asked["C"]["texts"] == {
+        "literal": "A fire broke out in *",
+        "words": "A fire broke out in a hanok",
+        "context": "fire",
+    }
     assert asked["A"]["noise"] == asked["A literal"]["noise"] != asked["B"]["noise"]
     known = manifest["references"]
     assert known["held_out"] == 30 and known["recognised"] >= 27
@@ -152,16 +169,20 @@ def test_only_what_changed_is_done_again(study):
     base = plan.plan(arguments(), study)
     Path("a.png").touch()
     for more, part, changed in (
-        (("--sizes", 5, 50), "scores", set()), (("--seeds", 0, 1), "scores", set()),
+        (("--sizes", 5, 50), "scores", set()),
+        (("--seeds", 0, 1), "scores", set()),
         (("--methods", "lora"), "scores", set()),
         (("--data", "."), "scores", set()),  # where the photos lie does not matter, what they are does
-        (("--n", 3), "pictures", set()), (("--n", 3), "scores", set(names(base))),
-        (("--sampling-steps", 4), "folder", set()), (("--sampling-steps", 4), "pictures", set(names(base))),
+        (("--n", 3), "pictures", set()),
+        (("--n", 3), "scores", set(names(base))),
+        (("--sampling-steps", 4), "folder", set()),
+        (("--sampling-steps", 4), "pictures", set(names(base))),
         (("--with", "lora --rank 4"), "folder", {"lora-5-0"}),
         (("--steps", 3), "folder", set(names(base)) - UNTOUCHED),
         (("--prompts", "{token} in the fire"), "pictures", set(names(base))),
-        (("--subject", "a house"), "pictures", set()), (("--subject", "a house"), "scores", set(names(base))),
-    ):  # fmt: skip
+        (("--subject", "a house"), "pictures", set()),
+        (("--subject", "a house"), "scores", set(names(base))),
+    ):
         other, before = names(plan.plan(arguments(*more), study), part), names(base, part)
         assert {n for n in other if n in before and other[n] != before[n]} == changed, more
 
@@ -209,7 +230,9 @@ def test_miniature(done):
     assert not found["missing"] and [c["name"] for c in found["cells"]][3:] == ["lora-5-0", "dreambooth-5-0"]
     for c in found["cells"][3:]:
         t = c["times"]
-        assert t["wall"] > t["training"] > 0 and t["other"] > 0 and t["sampling"] > 0 and t["file_bytes"] > 1e5
+        assert (
+            t["wall"] > t["training"] > 0 and t["other"] > 0 and t["sampling"] > 0 and t["file_bytes"] > 1e5
+        )
         assert t["pictures"] == 10 and (t["class"] > 0) == (c["method"] == "dreambooth")
         assert c["method"] != "lora" or sys.platform != "linux" or 1e8 < t["peak_bytes"] < 4e9
     rows = list(csv.DictReader((done / "images.csv").read_text("utf-8").splitlines()))
@@ -237,9 +260,17 @@ def test_the_pages(done):
     assert len(files) == 6 + 6 and all((done / f).is_file() for f in files)
     assert all(ElementTree.parse(done / f).getroot().get("color") for f in files if f.endswith("svg"))
     said = "".join(page.itertext())
-    for text in ('as asked: "*, fire"', 'subject\'s words: "a hanok, fire"', "one training, pictures only", "Ceiling",
-                 "our inference", "DreamBooth", "Variety", "How many steps?",
-                 "with the captions shuffled"):  # fmt: skip
+    for text in (
+        'as asked: "*, fire"',
+        'subject\'s words: "a hanok, fire"',
+        "one training, pictures only",
+        "Ceiling",
+        "our inference",
+        "DreamBooth",
+        "Variety",
+        "How many steps?",
+        "with the captions shuffled",
+    ):
         assert text in said and text in words.replace("\\*", "*"), text
     assert "A QUICK LOOK" not in said and "UNFINISHED" not in said
 
@@ -340,7 +371,9 @@ def test_a_disk_that_fills(here, tmp_path, monkeypatch, capsys):
         refused([*argv, "a"], ["No space left on device"], capsys)
     with monkeypatch.context() as patch:
         patch.setattr(run, "process", fails)
-        refused([*argv, "a"], ["ti-5-0 could not be trained", "No space left", "finished cells are kept"], capsys)
+        refused(
+            [*argv, "a"], ["ti-5-0 could not be trained", "No space left", "finished cells are kept"], capsys
+        )
     assert len(results("a")["cells"]) == 3
     assert compare.main([*argv, "a"]) == 0
     assert results("a") == results("whole")
@@ -366,7 +399,12 @@ def test_ctrl_c_reaches_the_child_once(tmp_path):
     (tmp_path / "log.txt").touch()
     threading.Thread(target=press, daemon=True).start()
     code, seconds, peak, stopped = run.process([sys.executable, "-c", child], tmp_path)
-    assert code == 130 and stopped and 0.2 < seconds < 25 and (tmp_path / "log.txt").read_text().count("stopped") == 1
+    assert (
+        code == 130
+        and stopped
+        and 0.2 < seconds < 25
+        and (tmp_path / "log.txt").read_text().count("stopped") == 1
+    )
     assert sys.platform != "linux" or 1e6 < peak < 1e8  # the child's own, not this process's
 
 
@@ -376,9 +414,36 @@ def test_any_model_and_photos(sd1, here, tmp_path):
     for i, (image, text) in enumerate(world.photos(6)):  # captions that name the pseudo word already
         image.resize((80, 64)).save(tmp_path / "photos" / f"{i}.jpg")
         (tmp_path / "photos" / f"{i}.txt").write_text(text.replace("a building with a roof", "sks"))
-    argv = ["--model", sd1.folder, "--data", "photos", "--clip", "tiny", "--methods", "lora", "--sizes", "3",
-            "--steps", "1", "--n", "1", "--sampling-steps", "2", "--token", "sks", "--kinds", "a barn|a castle",
-            "--with", "all --batch-size 1 --rank 2", "--device", "cpu", "--resolution", "32", "--out", "a"]  # fmt: skip
+    argv = [
+        "--model",
+        sd1.folder,
+        "--data",
+        "photos",
+        "--clip",
+        "tiny",
+        "--methods",
+        "lora",
+        "--sizes",
+        "3",
+        "--steps",
+        "1",
+        "--n",
+        "1",
+        "--sampling-steps",
+        "2",
+        "--token",
+        "sks",
+        "--kinds",
+        "a barn|a castle",
+        "--with",
+        "all --batch-size 1 --rank 2",
+        "--device",
+        "cpu",
+        "--resolution",
+        "32",
+        "--out",
+        "a",
+    ]
     assert compare.main([str(a) for a in argv]) == 0
     found = results("a")
     with Image.open(next(Path("a").glob("cells/lora*/pictures*/*.png"))) as image:
@@ -396,8 +461,10 @@ def test_several_trainings_are_compared(done):
     cells = [c for c in found["cells"] if c["method"] == "untouched"]
     for trained in found["cells"][3:]:
         for seed in range(5):
-            images = [{**r, "seed": seed, "both": int(trained["method"] == "lora" and (r["index"] + seed) % 5 < 4)}
-                      for r in trained["images"]]  # fmt: skip
+            images = [
+                {**r, "seed": seed, "both": int(trained["method"] == "lora" and (r["index"] + seed) % 5 < 4)}
+                for r in trained["images"]
+            ]
             cells.append({**trained, "seed": seed, "images": images})
     told = summarise({**found, "cells": cells})
     row = find(told, "lora", 5)
@@ -451,12 +518,17 @@ def test_bad_options(argv, words, capsys, tmp_path):
 
 def test_a_training_that_fails_says_why(monkeypatch, capsys, tmp_path):
     """And what was finished before is kept, with a page."""
+
     def process(argv, home):
         (home / "log.txt").write_text("model tiny\nerror: the disk is full\n")
         return 2, 0.1, None, False
 
     monkeypatch.setattr(run, "process", process)
-    refused([*SMALL, "--methods", "ti", "--out", "a"], ["ti-5-0", "the disk is full", "log.txt", "are kept"], capsys)
+    refused(
+        [*SMALL, "--methods", "ti", "--out", "a"],
+        ["ti-5-0", "the disk is full", "log.txt", "are kept"],
+        capsys,
+    )
     assert len(results("a")["cells"]) == 3 and results("a")["missing"] == ["ti-5-0"]
 
 

@@ -24,11 +24,29 @@ from hanokdiff.models.text_encoder import TextConfig, TextEncoder
 from hanokdiff.models.unet import UNet, UNetConfig
 
 # Ranks and alphas differ between the networks and within them: nothing can be right by chance.
-UNET_LORA = dict(r=4, lora_alpha=6, target_modules=["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "proj_in",
-                 "conv1", "time_emb_proj", "downsamplers.0.conv"], rank_pattern={"conv1": 2, "to_v": 8},
-                 alpha_pattern={"conv1": 3, "mid_block.attentions.0.proj_in": 1})  # fmt: skip
-TEXT_LORA = dict(r=3, lora_alpha=6, target_modules=["q_proj", "k_proj", "v_proj", "out_proj", "fc1"],
-                 alpha_pattern={"fc1": 5})  # fmt: skip
+UNET_LORA = dict(
+    r=4,
+    lora_alpha=6,
+    target_modules=[
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "ff.net.0.proj",
+        "proj_in",
+        "conv1",
+        "time_emb_proj",
+        "downsamplers.0.conv",
+    ],
+    rank_pattern={"conv1": 2, "to_v": 8},
+    alpha_pattern={"conv1": 3, "mid_block.attentions.0.proj_in": 1},
+)
+TEXT_LORA = dict(
+    r=3,
+    lora_alpha=6,
+    target_modules=["q_proj", "k_proj", "v_proj", "out_proj", "fc1"],
+    alpha_pattern={"fc1": 5},
+)
 
 
 @torch.no_grad()
@@ -85,21 +103,34 @@ def save_peft(adapted, folder, names=dict):
     """As diffusers' training scripts do; alpha is in the header's metadata."""
     more = _collate_lora_metadata({"unet": adapted.unet, "text_encoder": adapted.encoder})
     unet, text = (names(get_peft_model_state_dict(m)) for m in (adapted.unet, adapted.encoder))
-    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=unet, text_encoder_lora_layers=text, **more)
+    StableDiffusionPipeline.save_lora_weights(
+        folder, unet_lora_layers=unet, text_encoder_lora_layers=text, **more
+    )
     return folder / "pytorch_lora_weights.safetensors"
 
 
 def old(adapted) -> dict[str, torch.Tensor]:
     """2023, before peft: LoRAs were attention processors, and the text encoder's had the UNet's names."""
     tensors = prefixed(adapted)
-    for part, theirs_ in (("to_q", "q_proj"), ("to_k", "k_proj"), ("to_v", "v_proj"), ("to_out.0", "out_proj")):
+    for part, theirs_ in (
+        ("to_q", "q_proj"),
+        ("to_k", "k_proj"),
+        ("to_v", "v_proj"),
+        ("to_out.0", "out_proj"),
+    ):
         name = part.removesuffix(".0")
         for ab, way in (("A", "down"), ("B", "up")):
             for n in (1, 2):
-                tensors = replaced(tensors, (f"attn{n}.{part}.lora_{ab}", f"attn{n}.processor.{name}_lora.{way}"))
+                tensors = replaced(
+                    tensors, (f"attn{n}.{part}.lora_{ab}", f"attn{n}.processor.{name}_lora.{way}")
+                )
             tensors = replaced(tensors, (f"self_attn.{theirs_}.lora_{ab}", f"self_attn.{name}_lora.{way}"))
-    return replaced(tensors, ("text_encoder.encoder", "text_encoder.text_model.encoder"),
-                    ("lora_A", "lora_linear_layer.down"), ("lora_B", "lora_linear_layer.up"))  # fmt: skip
+    return replaced(
+        tensors,
+        ("text_encoder.encoder", "text_encoder.text_model.encoder"),
+        ("lora_A", "lora_linear_layer.down"),
+        ("lora_B", "lora_linear_layer.up"),
+    )
 
 
 def saved(tensors: dict, path, metadata=None):
@@ -151,15 +182,21 @@ def test_peft_alone(sd, reference, tmp_path):  # noqa: F811
     """A folder per network, alpha in adapter_config.json, rank-stabilised: the scale is alpha / sqrt(rank)."""
     p, files = reference.pipeline, []
     for part, settings in (("unet", UNET_LORA), ("text_encoder", TEXT_LORA)):
-        network = peft.get_peft_model(copy.deepcopy(getattr(p, part)), LoraConfig(**settings, use_rslora=True))
+        network = peft.get_peft_model(
+            copy.deepcopy(getattr(p, part)), LoraConfig(**settings, use_rslora=True)
+        )
         randomise_loras(network, 4, 0.1)  # the scale is larger here, and the tiny UNet soon chaotic
         network.save_pretrained(tmp_path / part)
         files.append((network.base_model.model, tmp_path / part / "adapter_model.safetensors"))
     (unet, unet_file), (encoder, text_file) = files
     assert next(iter(load_file(text_file))).startswith("base_model.model.")
     before, expected = outputs(sd), theirs(unet, encoder)
-    loras = lora_file.apply_file(sd, unet_file, say=None)[0] | lora_file.apply_file(sd, text_file, say=None)[0]
-    scales = {m.rank: m.alpha / m.rank for n, m in loras.items() if n.endswith(("to_q", "to_v", "self_attn_q_proj"))}
+    loras = (
+        lora_file.apply_file(sd, unet_file, say=None)[0] | lora_file.apply_file(sd, text_file, say=None)[0]
+    )
+    scales = {
+        m.rank: m.alpha / m.rank for n, m in loras.items() if n.endswith(("to_q", "to_v", "self_attn_q_proj"))
+    }
     assert scales == pytest.approx({4: 6 / 4**0.5, 8: 6 / 8**0.5, 3: 6 / 3**0.5}, rel=1e-6)
     for ours, other, base in zip(outputs(sd), expected, before, strict=True):
         assert difference(ours, base) > 1e-2 and difference(ours, other) <= 1e-5
@@ -188,7 +225,9 @@ def test_our_native_file_there(sd, reference, tmp_path):  # noqa: F811
     before, path = outputs(sd), tmp_path / "a.safetensors"
     loras = lora.insert(sd, 4, 6.0, "attention+ff+conv", 3)
     trained(loras)
-    lora_file.save_diffusers_file(path, loras, {"ss_v2": "False", "ss_network_alpha": "6.0", "hanokdiff_token": "*"})
+    lora_file.save_diffusers_file(
+        path, loras, {"ss_v2": "False", "ss_network_alpha": "6.0", "hanokdiff_token": "*"}
+    )
     assert lora_file.read_file(path)[1] == {"format": "pt", "ss_v2": "False", "hanokdiff_token": "*"}
     ours = outputs(sd)
     lora.remove(sd, loras)
@@ -270,11 +309,21 @@ def test_every_name_of_stable_diffusion(sd):  # noqa: F811
         assert lora_names.parse(f"{name}.lora_up.weight") == (name, "up", "")
 
 
-@pytest.mark.parametrize("name", ["lora_unet_mud_block_attentions_0_proj_in", "lora_te2_text_model_encoder_layers_0",
-                                  "lora_unet_", "lora_unet_conv12", "lora_unet_input_blocks_1_1_proj_in"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora_unet_mud_block_attentions_0_proj_in",
+        "lora_te2_text_model_encoder_layers_0",
+        "lora_unet_",
+        "lora_unet_conv12",
+        "lora_unet_input_blocks_1_1_proj_in",
+    ],
+)
 def test_names_without_a_native_spelling(tmp_path, name):
     with pytest.raises(ValueError, match=f"{name} is no layer of .* leave the file in kohya's layout"):
-        lora_file.save_diffusers_file(tmp_path / "a.safetensors", {name: {"down": torch.ones(1, 2), "up": torch.ones(2, 1)}}, {})
+        lora_file.save_diffusers_file(
+            tmp_path / "a.safetensors", {name: {"down": torch.ones(1, 2), "up": torch.ones(2, 1)}}, {}
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -367,7 +416,10 @@ def test_model_to_file_and_back(run, reference, load):
     assert a.keys() == b.keys() and all(torch.equal(b[k], t) for k, t in a.items())
     assert now.schedule == then.schedule and now.text.tokenizer.get_vocab() == then.text.tokenizer.get_vocab()
     assert (now.unet.config, now.vae.config, now.text.encoder.config) == (
-        then.unet.config, then.vae.config, then.text.encoder.config)  # fmt: skip
+        then.unet.config,
+        then.vae.config,
+        then.text.encoder.config,
+    )
     assert now.text.tokenizer.pad_token == then.text.tokenizer.pad_token
 
 
@@ -394,7 +446,9 @@ def test_ckpt_to_safetensors(run, sd1, load, monkeypatch):
         m.setattr(single_file, "read", lambda path, prediction, say: parts)
         code, said = run("a.ckpt", "b.safetensors")
     assert code == 0 and "a.ckpt: model file, epsilon; all 980 tensors matched; wrote b.safetensors" in said
-    assert {p.dtype for part in single_file.read("b.safetensors")[:3] for p in part.parameters()} == {torch.float32}
+    assert {p.dtype for part in single_file.read("b.safetensors")[:3] for p in part.parameters()} == {
+        torch.float32
+    }
 
 
 @pytest.mark.parametrize("reference", ["sd1"], indirect=True)
@@ -402,7 +456,10 @@ def test_lora_both_ways(run, sd, adapted, tmp_path):  # noqa: F811
     """diffusers' file with alpha in its header -> kohya's -> diffusers' without -> kohya's: one picture."""
     save_peft(adapted, tmp_path)
     code, said = run("pytorch_lora_weights.safetensors", "k.safetensors")
-    assert code == 0 and "LoRA in the diffusers layout, 222 modules, 15 of them text; all 444 tensors matched" in said
+    assert (
+        code == 0
+        and "LoRA in the diffusers layout, 222 modules, 15 of them text; all 444 tensors matched" in said
+    )
     metadata = lora_file.read_file("k.safetensors")[1]
     assert (metadata["ss_network_module"], metadata["ss_v2"]) == ("networks.lora", "False")
     assert metadata["ss_network_dim"] == "Dynamic"
@@ -411,7 +468,9 @@ def test_lora_both_ways(run, sd, adapted, tmp_path):  # noqa: F811
     assert code == 0 and "LoRA in the kohya layout, 222 modules" in said and "all 666 tensors" in said
     assert run("d.safetensors", "k2.safetensors", "--to", "kohya", "--dtype", "fp16")[0] == 0
     assert {t.dtype for t in load_file("k2.safetensors").values()} == {torch.float16}
-    assert run("pytorch_lora_weights.safetensors", "d2.safetensors", "--to", "diffusers")[0] == 0  # alpha goes inside
+    assert (
+        run("pytorch_lora_weights.safetensors", "d2.safetensors", "--to", "diffusers")[0] == 0
+    )  # alpha goes inside
     for file in ("k.safetensors", "d.safetensors", "d2.safetensors"):
         loras, _ = lora_file.apply_file(sd, file, say=None)
         assert all(difference(x, y) <= 1e-5 for x, y in zip(outputs(sd), adapted.outputs, strict=True)), file
@@ -428,8 +487,12 @@ def test_kohya_metadata():
         module = {"down": torch.ones(4, width), "up": torch.ones(8, 4)}
         return convert.kohya_metadata({KOHYA: {**module, "alpha": torch.tensor(alpha)}})
 
-    assert of(1024, 2.0) == {"ss_network_module": "networks.lora", "ss_v2": "True", "ss_network_dim": "4",
-                             "ss_network_alpha": "2.0"}  # fmt: skip
+    assert of(1024, 2.0) == {
+        "ss_network_module": "networks.lora",
+        "ss_v2": "True",
+        "ss_network_dim": "4",
+        "ss_network_alpha": "2.0",
+    }
     assert of(768, 2.0)["ss_v2"] == "False"
 
 
@@ -443,10 +506,15 @@ def test_embedding_both_ways(run, tmp_path):
     assert run("a.pt", "b.safetensors")[0] == 0
     assert torch.equal(load_file("b.safetensors")["<hanok>"], vectors)
     torch.save({"<old>": vectors}, "learned_embeds.bin")
-    assert run("learned_embeds.bin", "c.safetensors")[0] == 0 and list(load_file("c.safetensors")) == ["<old>"]
+    assert run("learned_embeds.bin", "c.safetensors")[0] == 0 and list(load_file("c.safetensors")) == [
+        "<old>"
+    ]
     save_file({"emb_params": vectors}, "kohya.safetensors")
     assert run("kohya.safetensors", "d.safetensors")[0] == 0 and list(load_file("d.safetensors")) == ["kohya"]
-    assert run("a.pt", "e.pt") == (2, "error: nothing to do: a.pt is an embedding in the WebUI layout already\n")
+    assert run("a.pt", "e.pt") == (
+        2,
+        "error: nothing to do: a.pt is an embedding in the WebUI layout already\n",
+    )
     assert run("c.safetensors", "e.safetensors")[0] == 2
     torch.save(webui, "zip.pt")  # the container that the WebUI refuses
     assert run("zip.pt", "legacy.pt")[0] == 0 and not zipfile.is_zipfile("legacy.pt")
@@ -457,8 +525,12 @@ def test_old_hypernetwork(run):
     g = torch.Generator().manual_seed(0)
 
     def net(d: int) -> dict:
-        shapes = {"linear1.weight": (2 * d, d), "linear1.bias": (2 * d,),
-                  "linear2.weight": (d, 2 * d), "linear2.bias": (d,)}  # fmt: skip
+        shapes = {
+            "linear1.weight": (2 * d, d),
+            "linear1.bias": (2 * d,),
+            "linear2.weight": (d, 2 * d),
+            "linear2.bias": (d,),
+        }
         return {k: torch.randn(shape, generator=g) for k, shape in shapes.items()}
 
     old_ = {d: (net(d), net(d)) for d in (32, 48)}
@@ -466,7 +538,11 @@ def test_old_hypernetwork(run):
     code, said = run("old.pt", "new.pt")
     assert code == 0 and "hypernetwork for widths 32, 48; all 16 tensors matched; wrote new.pt" in said
     new = torch.load("new.pt", weights_only=True)
-    assert new["layer_structure"] == [1, 2, 1] and new["activate_output"] is True and not zipfile.is_zipfile("new.pt")
+    assert (
+        new["layer_structure"] == [1, 2, 1]
+        and new["activate_output"] is True
+        and not zipfile.is_zipfile("new.pt")
+    )
     assert torch.equal(new[48][1]["linear.1.weight"], old_[48][1]["linear2.weight"])
     spec, nets, _ = hypernet_file.read_file("new.pt")
     assert nets.keys() == {32, 48} and spec.activation == "linear"
@@ -493,29 +569,47 @@ def test_what_the_command_refuses(run, sd1, tmp_path):
         ("empty", "a.safetensors"): "model_index.json is missing",
         ("text.safetensors", "a"): "text.safetensors cannot be read",
         ("text.pt", "a"): "text.pt cannot be read",
-        ("list.pt", "a.pt"): "no model, LoRA, embedding or hypernetwork that hanokdiff knows: it holds nothing",
+        (
+            "list.pt",
+            "a.pt",
+        ): "no model, LoRA, embedding or hypernetwork that hanokdiff knows: it holds nothing",
         (unet, "a"): "it holds conv_in.bias ...; of a model in several files, give the folder",
         (folder, "a"): f"nothing to do: {folder} is a model folder already",
         (folder, "a.ckpt"): "a.ckpt does not end in .safetensors, which is what a model is written as",
         (folder, "a.safetensors", "--to", "kohya"): "--to means nothing for",
-        (folder, "lora.safetensors"): "lora.safetensors is there already; name another OUT, or add --overwrite",
+        (
+            folder,
+            "lora.safetensors",
+        ): "lora.safetensors is there already; name another OUT, or add --overwrite",
         (folder, "empty"): "empty is there already",
         (folder, folder, "--overwrite"): "is there already; name another OUT\n",
         (folder, "lora.safetensors/a.safetensors"): "lora.safetensors",
         (lora_file, "empty", "--overwrite"): "empty does not end in .safetensors",
-        (lora_file, "lora.safetensors", "--overwrite"): "lora.safetensors is there already; name another OUT\n",
+        (
+            lora_file,
+            "lora.safetensors",
+            "--overwrite",
+        ): "lora.safetensors is there already; name another OUT\n",
         (lora_file, "a.pt"): "a.pt does not end in .safetensors, which is what a LoRA is written as",
         (lora_file, "a.safetensors", "--tokenizer", "x"): "--tokenizer means nothing for",
         (lora_file, "a.safetensors", "--to", "diffusers"): "is a LoRA in the diffusers layout already",
-        ("word.safetensors", "a.pt", "--dtype", "fp16"): "nothing for word.safetensors, a file of kind embedding",
+        (
+            "word.safetensors",
+            "a.pt",
+            "--dtype",
+            "fp16",
+        ): "nothing for word.safetensors, a file of kind embedding",
         ("word.safetensors", "a.pt"): "SDXL",
         (): "the following arguments are required: IN, OUT",
         ("a",): "the following arguments are required: OUT",
         ("a", "b", "--dtype", "fp8"): "--dtype is fp8, but must be one of fp32, bf16, fp16",
-    }  # fmt: skip
+    }
     for argv, words in cases.items():
         code, said = run(*argv)
-        assert code == 2 and said.startswith("error: ") and said.count("\n") == 1 and words in said, (argv, said)
+        assert code == 2 and said.startswith("error: ") and said.count("\n") == 1 and words in said, (
+            argv,
+            said,
+        )
     assert sorted(tmp_path.iterdir()) == before
     with pytest.raises(SystemExit):
         run("--help")

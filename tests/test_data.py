@@ -149,7 +149,11 @@ def test_fit_crops_and_never_squashes():
     tall = Image.new("RGB", (200, 1000), RED)
     tall.paste(WHITE, (0, 400, 200, 600))
     ImageDraw.Draw(tall).ellipse((20, 420, 180, 580), fill=BLUE)
-    for image in (crop_to_square(tall, 64), crop_to_square(tall.rotate(90, expand=True), 64), crop_to_square(tall, 400)):
+    for image in (
+        crop_to_square(tall, 64),
+        crop_to_square(tall.rotate(90, expand=True), 64),
+        crop_to_square(tall, 400),
+    ):
         pixels = np.asarray(image).astype(int)
         assert image.size in {(64, 64), (400, 400)}
         assert (pixels[..., 2] > 200).all()  # no red: blue and white both have a full blue channel
@@ -275,14 +279,17 @@ def test_held_out_photos_are_the_last_ones(tmp_path):
         load_photos(tmp_path, 8, 6, 3, quiet)
     photos, validation_photos = load_photos(world.photos, 64, 5, 30, quiet)
     assert (len(photos), len(validation_photos)) == (5, 30) and not {p.image.tobytes() for p in photos} & {
-        p.image.tobytes() for p in validation_photos}  # fmt: skip
+        p.image.tobytes() for p in validation_photos
+    }
 
 
 def test_photo_with_an_unreadable_caption_is_left_out(tmp_path):
     fill(tmp_path, ["a.png", "b.png"])
     (tmp_path / "a.txt").write_bytes("집".encode("utf-16"))
     said = []
-    assert [p.name for p in load_photos(tmp_path, 8, None, say=said.append)[0]] == ["b.png"] and "'a.txt'" in said[0]
+    assert [p.name for p in load_photos(tmp_path, 8, None, say=said.append)[0]] == [
+        "b.png"
+    ] and "'a.txt'" in said[0]
 
 
 def test_refusals(tmp_path):

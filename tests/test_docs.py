@@ -27,13 +27,29 @@ from hanokdiff.tiny import world
 ROOT = Path(__file__).resolve().parent.parent
 READ = sorted([*ROOT.glob("README*.md"), *ROOT.glob("docs/**/*.md")])  # their links are followed
 RUN = [doc for doc in READ if doc.parent in (ROOT, ROOT / "docs")]  # their commands are run
-SKIPPED = ("pip ", "git ", "cd ", ". ", "torchrun ", "python -m venv ", "python -m pip ", "python -m pytest ",
-           "python -m hanokdiff.tiny.build ")  # the last trains the tiny world itself, for an hour  # fmt: skip
+SKIPPED = (
+    "pip ",
+    "git ",
+    "cd ",
+    ". ",
+    "torchrun ",
+    "python -m venv ",
+    "python -m pip ",
+    "python -m pytest ",
+    "python -m hanokdiff.tiny.build ",
+)  # the last trains the tiny world itself, for an hour
 SHORT = {"--steps": "2", "--class-images": "2", "--n": "1", "--preview-every": "0", "--save-every": "0"}
-PLACEHOLDERS = {"MODEL": str(TINY_MODEL), "openai/clip-vit-base-patch32": "tiny"}  # PHOTOS is a folder of that name
-FILES = {"--lora": "runs/lora/lora.safetensors", "--hypernet": "runs/hypernet/hypernet.pt",
-         "--embedding": "runs/ti/embedding.safetensors", "--init-image": "FILE.png",
-         "--class-prompts": str(world.CLASS_PROMPTS)}  # what FILE is after this option  # fmt: skip
+PLACEHOLDERS = {
+    "MODEL": str(TINY_MODEL),
+    "openai/clip-vit-base-patch32": "tiny",
+}  # PHOTOS is a folder of that name
+FILES = {
+    "--lora": "runs/lora/lora.safetensors",
+    "--hypernet": "runs/hypernet/hypernet.pt",
+    "--embedding": "runs/ti/embedding.safetensors",
+    "--init-image": "FILE.png",
+    "--class-prompts": str(world.CLASS_PROMPTS),
+}  # what FILE is after this option
 
 
 def name(doc: Path) -> str:
@@ -50,7 +66,9 @@ def prose(doc: Path) -> str:
 
 def anchors(doc: Path) -> set[str]:
     """GitHub's names of the headings: in lower case, only letters, digits, - and _, a - for each space."""
-    titles = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", t) for t in re.findall(r"^#+ +(.*)$", prose(doc), re.MULTILINE)]
+    titles = [
+        re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", t) for t in re.findall(r"^#+ +(.*)$", prose(doc), re.MULTILINE)
+    ]
     plain = [re.sub(r"[^\w\- ]", "", t.strip().lower()).replace(" ", "-") for t in titles]
     return {f"{a}-{plain[:i].count(a)}".removesuffix("-0") for i, a in enumerate(plain)}
 
@@ -76,7 +94,10 @@ def defined(path: Path) -> set[str]:
     for node in ast.parse(path.read_text("utf-8")).body:
         out |= {t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)}
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            out |= {node.name, *(f"{node.name}.{m.name}" for m in node.body if isinstance(m, ast.FunctionDef))}
+            out |= {
+                node.name,
+                *(f"{node.name}.{m.name}" for m in node.body if isinstance(m, ast.FunctionDef)),
+            }
     return out
 
 
@@ -93,9 +114,16 @@ def test_languages_have_the_same_parts():
     """As many headings, pictures, equations and pointers; the same scripts in the same order."""
     pairs = [(d.with_name(d.name.replace(".ko.md", ".md")), d) for d in READ if d.name.endswith(".ko.md")]
     for english, korean in pairs:
-        counts = [[len(re.findall(part, prose(d), re.MULTILINE)) for part in (r"^#+ ", r"!\[", r"^\$\$$", r"\.py\)")]
-                  for d in (english, korean)]  # fmt: skip
-        assert counts[0] == counts[1], f"{name(english)} and {name(korean)}: headings, pictures, equations, pointers"
+        counts = [
+            [
+                len(re.findall(part, prose(d), re.MULTILINE))
+                for part in (r"^#+ ", r"!\[", r"^\$\$$", r"\.py\)")
+            ]
+            for d in (english, korean)
+        ]
+        assert counts[0] == counts[1], (
+            f"{name(english)} and {name(korean)}: headings, pictures, equations, pointers"
+        )
         scripts = [[plain(c)[:2] for c in commands(d)] for d in (english, korean)]
         assert scripts[0] == scripts[1], f"{name(english)} and {name(korean)} show other commands"
 
@@ -106,7 +134,9 @@ def test_languages_have_the_same_parts():
 def commands(doc: Path) -> tuple[tuple[str, ...], ...]:
     """The simple commands of all ```bash blocks, in words; the last word is the exit code that the line announces."""
     out = []
-    for block in re.findall(r"^ *```(?:bash|sh)\n(.*?)^ *```", doc.read_text("utf-8"), re.DOTALL | re.MULTILINE):
+    for block in re.findall(
+        r"^ *```(?:bash|sh)\n(.*?)^ *```", doc.read_text("utf-8"), re.DOTALL | re.MULTILINE
+    ):
         for line in block.replace("\\\n", " ").splitlines():
             code = "2" if re.search(r"#.*(exit code|종료 코드) 2", line) else "0"
             lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
@@ -195,7 +225,9 @@ def run(words: list[str], text: str, first_runs) -> int:
     if script == "sample.py":
         argv += ["--n", "1", "--steps", "10" if "--init-image" in argv else "2"]
     elif script == "hanokdiff.caption" and {"--overwrite", "--blip"} & set(argv):
-        argv += ["--dry-run"]  # opens no BLIP, which would have to be downloaded; nor does it if all have captions
+        argv += [
+            "--dry-run"
+        ]  # opens no BLIP, which would have to be downloaded; nor does it if all have captions
     elif "--resume" in argv:  # as if it had been stopped
         folder = Path(argv[argv.index("--resume") + 1])
         for artefact in (folder / plan.METHODS[script.removeprefix("train_").removesuffix(".py")],):
@@ -220,6 +252,8 @@ def test_commands(docs, reader, first_runs, capsys):
         if line.startswith("diff "):
             assert all((ROOT / file).is_file() for file in words[1:] if file[0] != "-"), line
         elif line.startswith("python ") and not f"{line} ".startswith(SKIPPED):
-            assert run(words, text, first_runs) == int(code), f"{name(docs[0])}: {line}\n{capsys.readouterr().err}"
+            assert run(words, text, first_runs) == int(code), (
+                f"{name(docs[0])}: {line}\n{capsys.readouterr().err}"
+            )
         else:
             assert f"{line} ".startswith(SKIPPED), f"{name(docs[0])}: {line}: neither run nor in SKIPPED"

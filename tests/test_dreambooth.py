@@ -46,15 +46,43 @@ def home(tmp_path_factory):
 def photos(home):
     (home / "photos").mkdir()
     for i, caption in enumerate(CAPTIONS):
-        Image.effect_mandelbrot((40, 40), (-2 + i, -1, 1, 1), 99).convert("RGB").save(home / f"photos/{i}.png")
+        Image.effect_mandelbrot((40, 40), (-2 + i, -1, 1, 1), 99).convert("RGB").save(
+            home / f"photos/{i}.png"
+        )
         (home / f"photos/{i}.txt").write_text(caption)
     return home / "photos"
 
 
 def arguments(made, photos, out, *more) -> list[str]:
-    argv = ["--model", made.folder, "--data", photos, "--resolution", 32, "--steps", 3, "--batch-size", 2, "--lr", 1e-3,
-            "--text-lr", 1e-3, "--class-images", 3, "--preview-every", 0, "--save-every", 0, "--token", "sks",
-            "--device", "cpu", "--out", out, *more]  # fmt: skip
+    argv = [
+        "--model",
+        made.folder,
+        "--data",
+        photos,
+        "--resolution",
+        32,
+        "--steps",
+        3,
+        "--batch-size",
+        2,
+        "--lr",
+        1e-3,
+        "--text-lr",
+        1e-3,
+        "--class-images",
+        3,
+        "--preview-every",
+        0,
+        "--save-every",
+        0,
+        "--token",
+        "sks",
+        "--device",
+        "cpu",
+        "--out",
+        out,
+        *more,
+    ]
     return [str(a) for a in argv]
 
 
@@ -67,7 +95,9 @@ def tensors(folder) -> dict[str, torch.Tensor]:
     """All of a model folder, with names such as unet.conv_in.weight."""
     files = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
     parts = {part: load_file(folder / part / f"{name}.safetensors") for part, name in files.items()}
-    return {f"{part}.{k.removeprefix('text_model.')}": t for part, held in parts.items() for k, t in held.items()}
+    return {
+        f"{part}.{k.removeprefix('text_model.')}": t for part, held in parts.items() for k, t in held.items()
+    }
 
 
 def moved(a: dict, b: dict) -> set[str]:
@@ -143,7 +173,9 @@ def by_hand(pipeline, dataset, batch: Batch, gamma: float) -> float:
 def test_the_loss_has_two_terms(sd1, sd2, photos, size, gamma):
     """Each the mean of its own half, at its own timesteps and noise; epsilon and v, with and without min-SNR."""
     made = sd2 if size == 4 and not gamma else sd1
-    seen = first_step(made, photos, "--batch-size", size, "--min-snr", gamma, "--prior-weight", 0.5, "--seed", 6)
+    seen = first_step(
+        made, photos, "--batch-size", size, "--min-snr", gamma, "--prior-weight", 0.5, "--seed", 6
+    )
     own, cls = seen.dataset
     assert sorted(own.prompts) == ["sks", "sks at night", "sks in the snow"]
     assert cls.prompts == [p.replace("sks", "a building with a roof") for p in own.prompts]
@@ -153,8 +185,20 @@ def test_the_loss_has_two_terms(sd1, sd2, photos, size, gamma):
     assert min(one, two) > 1e-3 and abs(one - two) > 1e-3
     assert seen.loss == pytest.approx(one + 0.5 * two, rel=1e-5)
     if size == 4 and gamma:
-        split = first_step(made, photos, "--batch-size", 4, "--min-snr", 5, "--prior-weight", 0.5, "--seed", 6,
-                           "--micro-batch", 3)  # fmt: skip
+        split = first_step(
+            made,
+            photos,
+            "--batch-size",
+            4,
+            "--min-snr",
+            5,
+            "--prior-weight",
+            0.5,
+            "--seed",
+            6,
+            "--micro-batch",
+            3,
+        )
         assert split.loss == pytest.approx(seen.loss, rel=1e-6)
         assert split.gradients.keys() == seen.gradients.keys() and len(seen.gradients) > 700
         scale = max(g.abs().max() for g in seen.gradients.values())
@@ -180,7 +224,14 @@ def test_what_learns(sd1, base, whole, home):
     assert changed == sd1.pipeline.tokenizer("sks", add_special_tokens=False).input_ids
     assert now.shape == table.shape and (now - table).abs().max() > 1e-4
     assert sorted(p.name for p in (home / "whole").iterdir()) == [
-        "class.json", "config.json", "log.jsonl", "model", "model-000002", "previews", "state"]  # fmt: skip
+        "class.json",
+        "config.json",
+        "log.jsonl",
+        "model",
+        "model-000002",
+        "previews",
+        "state",
+    ]
     assert moved(tensors(home / "whole" / "model-000002"), whole) >= of("unet", base)
     told = json.loads((home / "whole" / "class.json").read_text())
     assert told["pictures"] == 3 and told["seconds"] > 0
@@ -267,8 +318,12 @@ def test_frozen_text_and_a_crash_while_the_model_is_written(sd1, photos, base, m
 def test_half_precision(sd1, photos, base):
     """bf16 weights with fp32 masters; the folder is fp16, as others publish. At 64 px: where a convolution of stride 2
     has 1x1 to go on (at 32 px), torch's CPU gradient of its bf16 weight is memory that nobody wrote."""
-    half = train(sd1, photos, "half", "--dtype", "bf16", "--class-images", 0, "--steps", 2, "--resolution", 64)
-    assert {t.dtype for t in half.values()} == {torch.float16} and all(torch.isfinite(t).all() for t in half.values())
+    half = train(
+        sd1, photos, "half", "--dtype", "bf16", "--class-images", 0, "--steps", 2, "--resolution", 64
+    )
+    assert {t.dtype for t in half.values()} == {torch.float16} and all(
+        torch.isfinite(t).all() for t in half.values()
+    )
     whole = {k: t.half() for k, t in base.items()}
     assert not of("vae", moved(whole, half)) and len(moved(whole, half)) > 500
 
@@ -276,8 +331,25 @@ def test_half_precision(sd1, photos, base):
 def test_half_precision_loses_no_digit(sd1, photos, base):
     """What is learnt begins at the file's own numbers and is saved with all its digits, not as bf16 leaves both: after
     two steps too small to matter the folder is the model it was, to fp16's last digit."""
-    half = train(sd1, photos, "still", "--dtype", "bf16", "--class-images", 0, "--steps", 2, "--resolution", 64,
-                 "--lr", 1e-9, "--text-lr", 1e-9, "--word-lr", 1e-9)  # fmt: skip
+    half = train(
+        sd1,
+        photos,
+        "still",
+        "--dtype",
+        "bf16",
+        "--class-images",
+        0,
+        "--steps",
+        2,
+        "--resolution",
+        64,
+        "--lr",
+        1e-9,
+        "--text-lr",
+        1e-9,
+        "--word-lr",
+        1e-9,
+    )
     for name, t in base.items():
         t = t.half()
         assert ((half[name].float() - t.float()).abs() <= 2.0**-10 * t.float().abs() + 1e-6).all(), name
@@ -287,7 +359,10 @@ def test_half_precision_loses_no_digit(sd1, photos, base):
 def test_the_folder_in_diffusers(whole, sd1, home):
     """The whole pipeline; and here, with its word."""
     folder = home / "whole" / "model"
-    pipeline, sd = StableDiffusionPipeline.from_pretrained(folder), load_model(str(folder), device="cpu", say=None)
+    pipeline, sd = (
+        StableDiffusionPipeline.from_pretrained(folder),
+        load_model(str(folder), device="cpu", say=None),
+    )
     pixels, ids = inputs()
     with torch.no_grad():
         out, text = pipeline.unet(*pixels).sample, pipeline.text_encoder(ids)[0]
@@ -296,7 +371,9 @@ def test_the_folder_in_diffusers(whole, sd1, home):
         assert difference(text, sd1.pipeline.text_encoder(ids)[0]) > 1e-2
     assert pipeline.tokenizer("sks fire").input_ids == sd1.pipeline.tokenizer("sks fire").input_ids
     assert pipeline.scheduler.config.prediction_type == "epsilon"
-    assert json.loads((folder / "hanokdiff.json").read_text()) == {"token": "sks"} and list(sd.text.words) == ["sks"]
+    assert json.loads((folder / "hanokdiff.json").read_text()) == {"token": "sks"} and list(
+        sd.text.words
+    ) == ["sks"]
 
 
 # --------------------------------------------------------------------------------------------------- class pictures
@@ -305,8 +382,11 @@ def test_the_folder_in_diffusers(whole, sd1, home):
 def test_class_prompts():
     """The captions with the class in place of the word, wherever and however it is written."""
     captions = ["sks in the snow", "Sks, asks; (SKS)", "a barn"]
-    assert prior.prompts(captions, "sks", r"a \1 house") == [r"a \1 house in the snow",
-                                                             r"a \1 house, asks; (a \1 house)", "a barn"]  # fmt: skip
+    assert prior.prompts(captions, "sks", r"a \1 house") == [
+        r"a \1 house in the snow",
+        r"a \1 house, asks; (a \1 house)",
+        "a barn",
+    ]
     assert prior.prompts(["*, night", "**"], "*", "a house") == ["a house, night", "a housea house"]
     for token, phrase in (("sks", "an SKS house"), ("*", "a (*) house"), ("a house", "near A  house")):
         with pytest.raises(ValueError, match="contains the pseudo word"):
@@ -318,10 +398,16 @@ def test_more_class_prompts(tmp_path):
     file = tmp_path / "more.txt"
     file.write_text("\ufefffire\n\n  the sea at night \r\nsnow", encoding="utf-8")
     lines = ["fire", "the sea at night", "snow"]
-    few, many = prior.prompts(["sks"], "sks", "x", file), prior.prompts(["sks", "a", "b", "c"], "sks", "x", file)
+    few, many = (
+        prior.prompts(["sks"], "sks", "x", file),
+        prior.prompts(["sks", "a", "b", "c"], "sks", "x", file),
+    )
     assert few == ["x", lines[0], "x", lines[1], "x", lines[2]]
     assert many == ["x", lines[0], "a", lines[1], "b", lines[2], "c", lines[0]]
-    for content, words in (("\n \n", "there is no prompt"), ("fire\nan SKS", '"an SKS" contains the pseudo word')):
+    for content, words in (
+        ("\n \n", "there is no prompt"),
+        ("fire\nan SKS", '"an SKS" contains the pseudo word'),
+    ):
         file.write_text(content)
         with pytest.raises(ValueError, match=words):
             prior.prompts(["sks"], "sks", "x", file)
@@ -335,8 +421,10 @@ def painter(sd1, load):
     def draw(prompts, seeds, batch_size=32, size=None, **_):
         drawn.extend(zip(prompts, seeds, strict=True))
         assert len(prompts) <= batch_size <= 32
-        return [Image.new("RGB", size, "#" + hashlib.sha256(f"{p} {s}".encode()).hexdigest()[:6])
-                for p, s in zip(prompts, seeds)]  # fmt: skip
+        return [
+            Image.new("RGB", size, "#" + hashlib.sha256(f"{p} {s}".encode()).hexdigest()[:6])
+            for p, s in zip(prompts, seeds)
+        ]
 
     text = SimpleNamespace(encoder=sd.text.encoder, chunks=sd.text.chunks)
     kept = dict(unet=sd.unet, vae=sd.vae, batches=sd.batches)
@@ -362,7 +450,11 @@ def test_class_pictures_are_drawn_once(painter, tmp_path):
     before = listing(root)
     assert same(prior.pictures(painter, texts, 7, 32, 7, root)[0], seven) and len(painter.drawn) == 17
     assert file.exists() and before.items() < listing(root).items()
-    for change in (dict(seed=8), dict(resolution=40), dict(texts=["a barn"])):  # seed 8: its first two are there
+    for change in (
+        dict(seed=8),
+        dict(resolution=40),
+        dict(texts=["a barn"]),
+    ):  # seed 8: its first two are there
         count = len(painter.drawn)
         options = {**dict(texts=texts[:1], n=1, resolution=32, seed=7, root=root), **change}
         prior.pictures(painter, **options)
@@ -390,7 +482,9 @@ def test_a_damaged_class_picture_is_named(painter, tmp_path):
     whole = file.read_bytes()
     for content in (b"", b"hello", whole[: len(whole) // 2]):
         file.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"cannot be read.*delete .*{file.name}, it will be drawn again") as e:
+        with pytest.raises(
+            ValueError, match=rf"cannot be read.*delete .*{file.name}, it will be drawn again"
+        ) as e:
             prior.pictures(painter, ["a house"], 2, 32, 0, tmp_path)
         assert "\n" not in str(e.value)
     file.unlink()
@@ -422,8 +516,10 @@ def test_a_class_picture_is_its_prompts_and_seeds_alone(sd1, load, tmp_path):
     few, many = (prior.pictures(sd, texts, n, 32, 0, tmp_path / str(n))[0] for n in (1, 6))
     assert all(high <= 1 for _, high in ImageChops.difference(few[0], many[0]).getextrema())
     assert max(high for _, high in ImageChops.difference(many[0], many[3]).getextrema()) > 5
-    other = prior.pictures(sd, texts[:1] + texts[2:], 1, 32, 5, tmp_path / "other")[0] + \
-        prior.pictures(sd, ["fire"], 1, 32, 5, tmp_path / "other")[0]  # fmt: skip
+    other = (
+        prior.pictures(sd, texts[:1] + texts[2:], 1, 32, 5, tmp_path / "other")[0]
+        + prior.pictures(sd, ["fire"], 1, 32, 5, tmp_path / "other")[0]
+    )
     assert all(high <= 1 for _, high in ImageChops.difference(other[1], many[5]).getextrema())
 
 
@@ -439,10 +535,16 @@ MISTAKES = {
     "the word": (["--class-phrase", "an sks house"], ("--class-phrase", '"sks"', "name the class")),
     "no class": (["--class-phrase", " "], ("--class-phrase is empty",)),
     "nothing to replace": (["--replace", "", "--caption", "{token}"], ("--class-phrase is empty",)),
-    "prompts for nothing": (["--class-prompts", "x", "--class-images", 0], ("--class-prompts", "--class-images is 0")),
+    "prompts for nothing": (
+        ["--class-prompts", "x", "--class-images", 0],
+        ("--class-prompts", "--class-images is 0"),
+    ),
     "no prompts": (["--class-prompts", "nowhere.txt"], ("nowhere.txt",)),
     "frozen with a rate": (["--freeze-text"], ("--freeze-text", "--text-lr", "--text-steps")),
-    "frozen with steps": (["--freeze-text", "--text-steps", 0, "--text-lr", None], ("--freeze-text", "--text-steps")),
+    "frozen with steps": (
+        ["--freeze-text", "--text-steps", 0, "--text-lr", None],
+        ("--freeze-text", "--text-steps"),
+    ),
     "resume": (["--resume", "whole", "--freeze-text"], ("--resume", "leave out --")),
     "a finished run": (["--out", "whole"], ("whole holds a finished run (model)", "another --out")),
     "to resume": (["--resume", "whole"], ("finished run (model)", "nothing to resume")),

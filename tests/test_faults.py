@@ -29,7 +29,12 @@ def sd():
 
 
 def low_rank(value):
-    return {"lora_unet_mid_block_attentions_0_proj_in": {"down": torch.full((2, 500), value), "up": torch.ones(500, 2)}}
+    return {
+        "lora_unet_mid_block_attentions_0_proj_in": {
+            "down": torch.full((2, 500), value),
+            "up": torch.ones(500, 2),
+        }
+    }
 
 
 def picture(path, value):
@@ -39,7 +44,9 @@ def picture(path, value):
 
 def net(value):
     spec = hypernetwork.HypernetConfig()
-    return spec, {16: [{k: t + value for k, t in hypernetwork.ResidualMLP(16, spec).state_dict().items()}] * 2}
+    return spec, {
+        16: [{k: t + value for k, t in hypernetwork.ResidualMLP(16, spec).state_dict().items()}] * 2
+    }
 
 
 WRITERS = {
@@ -64,7 +71,9 @@ def in_child(work) -> str:
     receive, send = os.pipe()
     if not (pid := os.fork()):
         try:
-            torch.set_num_threads(1)  # the parent's threads are not in the child, where OpenMP would wait for them
+            torch.set_num_threads(
+                1
+            )  # the parent's threads are not in the child, where OpenMP would wait for them
             work()
         except (ValueError, OSError) as e:
             os.write(send, one_line(e).encode())
@@ -148,4 +157,6 @@ def test_the_report(tmp_path, monkeypatch):
     page = type("Page", (), {"markdown": lambda self: "m" * 5000, "html": lambda self: "h" * 5000})
     monkeypatch.setattr(report, "compose", lambda *_: page())
     said = in_child(lambda: (full_disk(), report.write(tmp_path, {"cells": [], "settings": ["x" * 5000]})))
-    assert said.startswith(f"{tmp_path / 'results.json'} cannot be written") and not list(tmp_path.iterdir()), said
+    assert said.startswith(f"{tmp_path / 'results.json'} cannot be written") and not list(
+        tmp_path.iterdir()
+    ), said

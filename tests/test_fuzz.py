@@ -85,9 +85,12 @@ def test_the_judge_notices(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------- pickles
 
-READ = {"model": lambda path, sd: single_file.read(path.rename(path.with_suffix(".ckpt"))),
-        "LoRA": lambda path, sd: lora_file.apply_file(sd, path), "embedding": lambda path, sd: embedding_file.apply_file(sd, path),
-        "hypernetwork": lambda path, sd: hypernet_file.apply_file(sd, path)}  # fmt: skip
+READ = {
+    "model": lambda path, sd: single_file.read(path.rename(path.with_suffix(".ckpt"))),
+    "LoRA": lambda path, sd: lora_file.apply_file(sd, path),
+    "embedding": lambda path, sd: embedding_file.apply_file(sd, path),
+    "hypernetwork": lambda path, sd: hypernet_file.apply_file(sd, path),
+}
 endless = []
 endless.append(endless)
 FALSE_TENSORS = {
@@ -138,7 +141,11 @@ def test_headers_that_promise_terabytes(tmp_path, sd):
     for raw in (struct.pack("<Q", 2**40) + b"{}", struct.pack("<Q", len(header)) + header + b"\0" * 8):
         (tmp_path / "a.safetensors").write_bytes(raw)
         for read in (lora_file.read_file, embedding_file.read_file, single_file.read):
-            refused(lambda read=read: read(tmp_path / "a.safetensors"), tmp_path / "a.safetensors", "cannot be read")
+            refused(
+                lambda read=read: read(tmp_path / "a.safetensors"),
+                tmp_path / "a.safetensors",
+                "cannot be read",
+            )
 
 
 @pytest.mark.parametrize("raw", [b"[" * 100_000, b"9" * 5000, b"[]", b"null", b'"x"', b"\xff", b""])
@@ -154,7 +161,14 @@ def test_json_and_text_without_end(tmp_path):
     refused(lambda: read_json(tmp_path / "a.json"), "1,099,511,627,776 bytes")
     refused(lambda: read_caption(tmp_path / "a.txt"), "a.txt", "1,099,511,627,776 bytes")
     os.mkfifo(tmp_path / "pipe.png")
-    for read in (read_json, read_caption, read_photo, lora_file.read_file, embedding_file.read_file, hypernet_file.read_file):
+    for read in (
+        read_json,
+        read_caption,
+        read_photo,
+        lora_file.read_file,
+        embedding_file.read_file,
+        hypernet_file.read_file,
+    ):
         refused(lambda read=read: read(tmp_path / "pipe.png"), "pipe.png")
 
 
@@ -174,7 +188,10 @@ NUMBERS = [
 
 @pytest.mark.parametrize("config, wrong", NUMBERS)
 def test_numbers_that_no_network_has(config, wrong):
-    refused(lambda: config(**wrong), next(iter(wrong)).replace("num_attention_", "").replace("norm_num", "norm_num"))
+    refused(
+        lambda: config(**wrong),
+        next(iter(wrong)).replace("num_attention_", "").replace("norm_num", "norm_num"),
+    )
 
 
 def test_a_picture_that_is_a_program(tmp_path, monkeypatch):
@@ -218,7 +235,10 @@ def test_shapes_of_a_lora(tmp_path, home, sd, change):
 
 
 def test_a_pattern_that_takes_for_ever(tmp_path, home, sd):
-    good, settings = load_file(home / "files" / "peft.safetensors"), {"unet.alpha_pattern": {r"((\w|\.)+)+x": 3}}
+    good, settings = (
+        load_file(home / "files" / "peft.safetensors"),
+        {"unet.alpha_pattern": {r"((\w|\.)+)+x": 3}},
+    )
     save_file(good, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(settings)})
     refused(lambda: lora_file.read_file(tmp_path / "a.safetensors"), tmp_path / "a.safetensors", "for ever")
 
@@ -286,7 +306,11 @@ def test_scores_of_someone_else(tmp_path, home):
     (tmp_path / "cells" / "x").mkdir(parents=True)
     scores = tmp_path / "cells" / "x" / "scores-b.json"
     away = {"images": [{"file": "cells/x/pictures-a/../../../y.png"}]}
-    for content, words in ((away, "is no picture of that cell"), ({}, "not what this version"), ({"images": 3}, "not")):
+    for content, words in (
+        (away, "is no picture of that cell"),
+        ({}, "not what this version"),
+        ({"images": 3}, "not"),
+    ):
         scores.write_text(json.dumps(content))
         refused(lambda: compare.show(tmp_path, manifest), tmp_path, words)
 
@@ -335,8 +359,10 @@ def test_a_captioner_that_brings_code(tmp_path, monkeypatch):
 
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    config = BlipConfig(text_config={**small, "vocab_size": 30, "encoder_hidden_size": 16, "projection_dim": 8},
-                        vision_config={**small, "image_size": 32, "projection_dim": 8})  # fmt: skip
+    config = BlipConfig(
+        text_config={**small, "vocab_size": 30, "encoder_hidden_size": 16, "projection_dim": 8},
+        vision_config={**small, "image_size": 32, "projection_dim": 8},
+    )
     BlipForConditionalGeneration(config).save_pretrained(tmp_path)
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')\nclass Evil:\n    pass\n")
     (tmp_path / "tokenizer_config.json").write_text(

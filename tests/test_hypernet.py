@@ -32,9 +32,21 @@ FUNCTIONS = {
     "tanh": torch.tanh, "sigmoid": torch.sigmoid, "mish": lambda x: x * torch.tanh(torch.log1p(x.exp())),
     "softsign": lambda x: x / (1 + x.abs()), "gelu": F.gelu, "silu": F.silu,
 }  # fmt: skip
-STRINGS = {"step", "name", "layer_structure", "activation_func", "is_layer_norm", "weight_initialization",
-           "sd_checkpoint", "sd_checkpoint_name", "activate_output", "use_dropout", "dropout_structure",
-           "last_layer_dropout", "optional_info"}  # fmt: skip
+STRINGS = {
+    "step",
+    "name",
+    "layer_structure",
+    "activation_func",
+    "is_layer_norm",
+    "weight_initialization",
+    "sd_checkpoint",
+    "sd_checkpoint_name",
+    "activate_output",
+    "use_dropout",
+    "dropout_structure",
+    "last_layer_dropout",
+    "optional_info",
+}
 
 
 # ------------------------------------------------------------------------------- the format, from its description
@@ -43,10 +55,21 @@ STRINGS = {"step", "name", "layer_structure", "activation_func", "is_layer_norm"
 def settings(layers=(1, 2, 1), activation="linear", norm=False, dropout=None, output=False) -> dict:
     """A file's string entries."""
     dropout = list(dropout or [0] * len(layers))
-    return {"step": 7, "name": "a", "layer_structure": list(layers), "activation_func": activation,
-            "is_layer_norm": norm, "weight_initialization": "Normal", "sd_checkpoint": None, "sd_checkpoint_name": None,
-            "activate_output": output, "use_dropout": any(dropout), "dropout_structure": dropout,
-            "last_layer_dropout": dropout[-2] != 0, "optional_info": None}  # fmt: skip
+    return {
+        "step": 7,
+        "name": "a",
+        "layer_structure": list(layers),
+        "activation_func": activation,
+        "is_layer_norm": norm,
+        "weight_initialization": "Normal",
+        "sd_checkpoint": None,
+        "sd_checkpoint_name": None,
+        "activate_output": output,
+        "use_dropout": any(dropout),
+        "dropout_structure": dropout,
+        "last_layer_dropout": dropout[-2] != 0,
+        "optional_info": None,
+    }
 
 
 def indices(s: dict):
@@ -100,6 +123,7 @@ def by_hand(tensors: dict, s: dict, x: torch.Tensor, strength: float) -> torch.T
 @contextlib.contextmanager
 def hooked(unet, *applied):
     """diffusers' UNet with hypernetworks (content, strength) before every to_k and to_v, in this order."""
+
     def before(side):
         def hook(_, args):
             x = args[0]
@@ -107,6 +131,7 @@ def hooked(unet, *applied):
                 if x.shape[-1] in content:
                     x = by_hand(content[x.shape[-1]][side], content, x, strength)
             return (x,)
+
         return hook
 
     places = [m for name, m in unet.named_modules() if name.endswith((".attn1", ".attn2"))]
@@ -178,7 +203,9 @@ def test_a_file_in_our_unet_and_in_diffusers(sd, reference, tmp_path, kind):
     expected = theirs(reference.pipeline.unet, (content, 0.7))
     assert difference(expected, before) > 1e-2 and difference(ours(sd), expected) <= 1e-5
     hypernetwork.remove(sd, loaded)
-    assert equal([ours(sd)], [before]) and not any(isinstance(m, hypernetwork.HypernetLinear) for m in sd.unet.modules())
+    assert equal([ours(sd)], [before]) and not any(
+        isinstance(m, hypernetwork.HypernetLinear) for m in sd.unet.modules()
+    )
 
 
 def test_any_strength_and_some_of_the_widths(sd, reference, tmp_path):
@@ -191,7 +218,9 @@ def test_any_strength_and_some_of_the_widths(sd, reference, tmp_path):
         one = ours(sd)
         assert difference(one, theirs(unet, (content, 1.0))) <= 1e-5
         loaded.strength = -0.5
-        assert difference(ours(sd), theirs(unet, (content, -0.5))) <= 1e-5 and difference(ours(sd), one) > 1e-2
+        assert (
+            difference(ours(sd), theirs(unet, (content, -0.5))) <= 1e-5 and difference(ours(sd), one) > 1e-2
+        )
         loaded.strength = 0.0
         assert equal([ours(sd)], [before])
         hypernetwork.remove(sd, loaded)
@@ -205,7 +234,10 @@ def test_several_in_order(sd_1, sd1, tmp_path):
     b = random_file(tmp_path / "b.pt", [48], settings(activation="tanh", norm=True), 2)
     applied = {"a": (a, 0.7), "b": (b, 1.2)}
     for first, second in ("ab", "ba"):
-        loaded = [hypernet_file.apply_file(sd_1, tmp_path / f"{n}.pt", applied[n][1], None)[0] for n in (first, second)]
+        loaded = [
+            hypernet_file.apply_file(sd_1, tmp_path / f"{n}.pt", applied[n][1], None)[0]
+            for n in (first, second)
+        ]
         outs.append(ours(sd_1))
         assert difference(outs[-1], theirs(unet, applied[first], applied[second])) <= 1e-5
         hypernetwork.remove(sd_1, loaded[0])
@@ -226,8 +258,10 @@ def test_together_with_a_lora(sd_1, sd1, tmp_path, first, out):
     only_lora = ours(sd_1)
     lora.remove(sd_1, made)
     content = random_file(tmp_path / "a.pt", hypernetwork.dims(sd_1)["all"], settings(activation="relu"))
-    loads = {"lora": lambda: lora_file.apply_file(sd_1, tmp_path / "a.safetensors", say=None)[0],
-             "hypernet": lambda: hypernet_file.apply_file(sd_1, tmp_path / "a.pt", 0.7, None)[0]}  # fmt: skip
+    loads = {
+        "lora": lambda: lora_file.apply_file(sd_1, tmp_path / "a.safetensors", say=None)[0],
+        "hypernet": lambda: hypernet_file.apply_file(sd_1, tmp_path / "a.pt", 0.7, None)[0],
+    }
     loaded = {kind: loads[kind]() for kind in sorted(loads, key=lambda kind: kind != first)}
     merged = copy.deepcopy(sd1.pipeline.unet)
     for path, module in merged.named_modules():
@@ -240,7 +274,7 @@ def test_together_with_a_lora(sd_1, sd1, tmp_path, first, out):
     removes[out](sd_1, loaded.pop(out))
     left = theirs(sd1.pipeline.unet, (content, 0.7)) if out == "lora" else only_lora
     assert difference(ours(sd_1), left) <= 1e-5
-    (kind, last), = loaded.items()
+    ((kind, last),) = loaded.items()
     removes[kind](sd_1, last)
     assert equal([ours(sd_1)], [before])
     assert not any(isinstance(m, hypernetwork.HypernetLinear | lora.LoRA) for m in sd_1.unet.modules())
@@ -254,7 +288,9 @@ def test_half_precision(tmp_path):
     h.pairs["48"][1].load_state_dict(nets[48][1])
     x = torch.randn(3, 77, 48, generator=torch.Generator().manual_seed(0))
     for dtype, digits in ((torch.bfloat16, 8), (torch.float16, 11)):
-        exact = by_hand({k: t.double() for k, t in content[48][1].items()}, content, x.to(dtype).double(), 0.7)
+        exact = by_hand(
+            {k: t.double() for k, t in content[48][1].items()}, content, x.to(dtype).double(), 0.7
+        )
         y = h.rewrite(x.to(dtype), 1)
         assert y.dtype == dtype and (y.double() - exact).norm() <= 2.0**-digits * exact.norm()
         assert h.pairs["48"][1].linear[0].weight.dtype == torch.float32
@@ -290,7 +326,9 @@ def test_activations():
     for name, function in FUNCTIONS.items():
         if name != "linear":
             assert (hypernetwork.ACTIVATIONS[name]()(x) - function(x)).abs().max() < 1e-6, name
-    torchs = {k.lower() for k, v in vars(module).items() if isinstance(v, type) and v.__module__ == module.__name__}
+    torchs = {
+        k.lower() for k, v in vars(module).items() if isinstance(v, type) and v.__module__ == module.__name__
+    }
     others = torchs - {"multiheadattention", "threshold", "glu"}  # need arguments, or halve the width
     assert hypernetwork.ACTIVATIONS.keys() == others | {"linear", "swish"} and len(others) > 24
 
@@ -303,7 +341,9 @@ def test_what_is_written(tmp_path):
     spec = hypernetwork.HypernetConfig((1, 2.0, 1.5, 1), "mish", True, (0, 0.25, 0.5, 0))
     nets = {d: tuple(hypernetwork.ResidualMLP(d, spec).half().state_dict() for _ in "KV") for d in (64, 48)}
     path = tmp_path / "한옥.pt"
-    hypernet_file.save_file(path, spec, nets, {"step": torch.tensor(30).item(), "model": "m", "info": hypernet_file.TOKEN + "sks"})
+    hypernet_file.save_file(
+        path, spec, nets, {"step": torch.tensor(30).item(), "model": "m", "info": hypernet_file.TOKEN + "sks"}
+    )
     assert not zipfile.is_zipfile(path) and listing(tmp_path).keys() == {"한옥.pt"}
     seen = set()
     with open(path, "rb") as f:
@@ -311,13 +351,20 @@ def test_what_is_written(tmp_path):
             seen |= {arg for op, arg, _ in pickletools.genops(f) if op.name in ("GLOBAL", "STACK_GLOBAL")}
     assert seen == {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage"}
     content = torch.load(path, weights_only=True)
-    assert {k for k in content if isinstance(k, str)} == STRINGS and [k for k in content if type(k) is int] == [48, 64]
+    assert {k for k in content if isinstance(k, str)} == STRINGS and [
+        k for k in content if type(k) is int
+    ] == [48, 64]
     plain = {k: content[k] for k in STRINGS}
     assert plain == {
-        **settings((1, 2, 1.5, 1), "mish", True, (0, 0.25, 0.5, 0)), "step": 30, "name": "한옥",
-        "sd_checkpoint_name": "m", "optional_info": "hanokdiff_token=sks",
-    }  # fmt: skip
-    assert [type(x) for x in plain["layer_structure"]] == [int, int, float, int] and type(plain["use_dropout"]) is bool
+        **settings((1, 2, 1.5, 1), "mish", True, (0, 0.25, 0.5, 0)),
+        "step": 30,
+        "name": "한옥",
+        "sd_checkpoint_name": "m",
+        "optional_info": "hanokdiff_token=sks",
+    }
+    assert [type(x) for x in plain["layer_structure"]] == [int, int, float, int] and type(
+        plain["use_dropout"]
+    ) is bool
     for d, pair in nets.items():
         assert type(content[d]) is tuple and len(content[d]) == 2
         for held, given in zip(content[d], pair):
@@ -325,17 +372,34 @@ def test_what_is_written(tmp_path):
             assert all(t.dtype == torch.float32 and torch.equal(t, given[k].float()) for k, t in held.items())
     again, read, metadata = hypernet_file.read_file(path)
     assert again == spec and metadata == plain and read.keys() == nets.keys()
-    assert all(torch.equal(read[d][i][k], nets[d][i][k].float()) for d in nets for i in (0, 1) for k in nets[d][i])
+    assert all(
+        torch.equal(read[d][i][k], nets[d][i][k].float()) for d in nets for i in (0, 1) for k in nets[d][i]
+    )
     plain_spec = hypernetwork.HypernetConfig()
-    hypernet_file.save_file(path, plain_spec, {48: (hypernetwork.ResidualMLP(48, plain_spec).state_dict(),) * 2})
-    assert torch.load(path, weights_only=True).items() >= {
-        "dropout_structure": [0, 0, 0], "use_dropout": False, "last_layer_dropout": False, "optional_info": None,
-        "activation_func": "linear", "activate_output": False, "step": 0,
-    }.items()  # fmt: skip
+    hypernet_file.save_file(
+        path, plain_spec, {48: (hypernetwork.ResidualMLP(48, plain_spec).state_dict(),) * 2}
+    )
+    assert (
+        torch.load(path, weights_only=True).items()
+        >= {
+            "dropout_structure": [0, 0, 0],
+            "use_dropout": False,
+            "last_layer_dropout": False,
+            "optional_info": None,
+            "activation_func": "linear",
+            "activate_output": False,
+            "step": 0,
+        }.items()
+    )
 
 
 def test_the_word():
-    for info, word in (("hanokdiff_token=*", "*"), ("hanokdiff_token=a b", "a b"), ("by me", None), (3, None)):
+    for info, word in (
+        ("hanokdiff_token=*", "*"),
+        ("hanokdiff_token=a b", "a b"),
+        ("by me", None),
+        (3, None),
+    ):
         assert hypernet_file.pseudo_word({"optional_info": info}) == word
     assert hypernet_file.pseudo_word({}) is None
 
@@ -373,14 +437,21 @@ def test_older_files(sd_1, sd1, tmp_path, kind):
     torch.save(write(content), tmp_path / "old.pt")
     spec = hypernet_file.read_file(tmp_path / "old.pt")[0]
     assert (list(spec.layers), spec.activation, spec.layer_norm, spec.activate_output) == (
-        made["layer_structure"], made["activation_func"], False, made["activate_output"]
-    )  # fmt: skip
+        made["layer_structure"],
+        made["activation_func"],
+        False,
+        made["activate_output"],
+    )
     assert list(spec.dropout or [0] * len(spec.layers)) == made["dropout_structure"]
     loaded, _ = hypernet_file.apply_file(sd_1, tmp_path / "old.pt", say=None)
-    assert all(p.dtype == torch.float32 and not p.requires_grad for p in loaded.parameters()) and not loaded.training
+    assert (
+        all(p.dtype == torch.float32 and not p.requires_grad for p in loaded.parameters())
+        and not loaded.training
+    )
     if kind == "halves":
-        content = write(content) | {d: tuple({k: t.half().float() for k, t in s.items()} for s in content[d])
-                                    for d in (32, 48)}  # fmt: skip
+        content = write(content) | {
+            d: tuple({k: t.half().float() for k, t in s.items()} for s in content[d]) for d in (32, 48)
+        }
     assert difference(ours(sd_1), theirs(sd1.pipeline.unet, (content, 1.0))) <= 1e-5
 
 
@@ -397,8 +468,10 @@ def replace(content: dict, change) -> dict:
 
 BAD = {  # what is wrong with the file, what the sentence must say
     "cut": (lambda c: replace(c, lambda t: t[:-1]), ("width 48", "1 2 1", "linear.2.bias")),
-    "another depth": (lambda c: {**c, "layer_structure": [1, 2, 2, 1], "dropout_structure": [0] * 4},
-                      ("width 48", "1 2 2 1", "linear.2")),
+    "another depth": (
+        lambda c: {**c, "layer_structure": [1, 2, 2, 1], "dropout_structure": [0] * 4},
+        ("width 48", "1 2 2 1", "linear.2"),
+    ),
     "another activation": (lambda c: {**c, "activation_func": "linear"}, ("width 48", "linear.1")),
     "missing": (lambda c: {**c, 48: ({}, c[48][1])}, ("width 48", "linear.0")),
     "another width": (lambda c: {**c, 32: c[48]}, ("width 32", "linear.0")),
@@ -424,18 +497,26 @@ BAD = {  # what is wrong with the file, what the sentence must say
 
 
 def fresh(d: int):
-    return tuple(hypernetwork.ResidualMLP(d, hypernetwork.HypernetConfig(activation="relu")).state_dict() for _ in "KV")
+    return tuple(
+        hypernetwork.ResidualMLP(d, hypernetwork.HypernetConfig(activation="relu")).state_dict() for _ in "KV"
+    )
 
 
 @pytest.mark.parametrize("kind", BAD)
 def test_what_is_refused(sd_1, tmp_path, kind):
     """One sentence that names the file; nothing applied, nothing run."""
     change, words = BAD[kind]
-    before, path, content = ours(sd_1), tmp_path / "bad.pt", random_file(tmp_path / "a.pt", [48], KINDS["relu"])
+    before, path, content = (
+        ours(sd_1),
+        tmp_path / "bad.pt",
+        random_file(tmp_path / "a.pt", [48], KINDS["relu"]),
+    )
     torch.save(change(content), path)
     with pytest.raises(ValueError) as e:
         hypernet_file.apply_file(sd_1, path, say=None)
-    assert str(path) in str(e.value) and "\n" not in str(e.value) and all(w in str(e.value) for w in words), e.value
+    assert str(path) in str(e.value) and "\n" not in str(e.value) and all(w in str(e.value) for w in words), (
+        e.value
+    )
     assert not Path("run").exists() and equal([ours(sd_1)], [before])
     assert not any(isinstance(m, hypernetwork.HypernetLinear) for m in sd_1.unet.modules())
     hypernet_file.apply_file(sd_1, tmp_path / "a.pt", say=None)  # what it was made of was good
@@ -516,7 +597,9 @@ def test_step_0_of_all_activations():
 def test_the_words_are_rewritten_once_a_forward(sd_1, monkeypatch, which, grad):
     """For all 16 layers that listen to them; what the picture says of itself, in each."""
     calls, forward = [], hypernetwork.ResidualMLP.forward
-    monkeypatch.setattr(hypernetwork.ResidualMLP, "forward", lambda net, x: calls.append(x.shape[-1]) or forward(net, x))
+    monkeypatch.setattr(
+        hypernetwork.ResidualMLP, "forward", lambda net, x: calls.append(x.shape[-1]) or forward(net, x)
+    )
     begin(sd_1, hypernetwork.HypernetConfig(), which)
     with torch.set_grad_enabled(grad):
         for n in (1, 2, 3):
@@ -529,7 +612,9 @@ def test_a_sampler_rewrites_the_words_once(sd_1, tmp_path, monkeypatch):
     random_file(tmp_path / "a.pt", [48], settings(activation="relu"))
     loaded, _ = hypernet_file.apply_file(sd_1, tmp_path / "a.pt", say=None)
     calls, forward = [], hypernetwork.ResidualMLP.forward
-    monkeypatch.setattr(hypernetwork.ResidualMLP, "forward", lambda net, x: calls.append(1) or forward(net, x))
+    monkeypatch.setattr(
+        hypernetwork.ResidualMLP, "forward", lambda net, x: calls.append(1) or forward(net, x)
+    )
     draw = lambda word: [*sd_1.sample([word], [0], steps=4, size=(32, 32))][-1]  # noqa: E731
     a, b, again = draw("a barn"), draw("fire"), draw("a barn")
     assert len(calls) == 6 and torch.equal(a, again) and difference(a, b) > 1e-2
@@ -576,16 +661,42 @@ def quick(monkeypatch):
 
 
 def train(made, photos, out, *more) -> dict:
-    argv = ["--model", made.folder, "--data", photos, "--steps", 3, "--batch-size", 2, "--lr", 0.01, "--resolution", 32,
-            "--preview-every", 0, "--save-every", 0, "--device", "cpu", "--out", out, *more]  # fmt: skip
+    argv = [
+        "--model",
+        made.folder,
+        "--data",
+        photos,
+        "--steps",
+        3,
+        "--batch-size",
+        2,
+        "--lr",
+        0.01,
+        "--resolution",
+        32,
+        "--preview-every",
+        0,
+        "--save-every",
+        0,
+        "--device",
+        "cpu",
+        "--out",
+        out,
+        *more,
+    ]
     assert train_hypernet.main([str(a) for a in argv]) == 0
     return torch.load(Path(out) / "hypernet.pt", weights_only=True)
 
 
 def apart(a: dict, b: dict) -> float:
     assert a.keys() == b.keys()
-    return max((a[d][i][k] - b[d][i][k]).abs().max().item()
-               for d in a if isinstance(d, int) for i in (0, 1) for k in a[d][i])  # fmt: skip
+    return max(
+        (a[d][i][k] - b[d][i][k]).abs().max().item()
+        for d in a
+        if isinstance(d, int)
+        for i in (0, 1)
+        for k in a[d][i]
+    )
 
 
 def test_training_moves_the_file_and_nothing_else(tmp_path, monkeypatch, capsys, quick):
@@ -598,17 +709,47 @@ def test_training_moves_the_file_and_nothing_else(tmp_path, monkeypatch, capsys,
         return seen["sd"]
 
     monkeypatch.setattr(train_hypernet, "load_model", spy)
-    argv = ["--steps", "3", "--images", "2", "--widths", "all", "--preview-every", "3", "--save-every", "2",
-            "--device", "cpu", "--batch-size", "2", "--layer-norm", "--token", "sks"]  # fmt: skip
+    argv = [
+        "--steps",
+        "3",
+        "--images",
+        "2",
+        "--widths",
+        "all",
+        "--preview-every",
+        "3",
+        "--save-every",
+        "2",
+        "--device",
+        "cpu",
+        "--batch-size",
+        "2",
+        "--layer-norm",
+        "--token",
+        "sks",
+    ]
     assert train_hypernet.main(argv) == 0
     said, out = capsys.readouterr().out, tmp_path / "runs" / "hypernet"
-    assert "learns: networks for widths 72, 80, 96" in said and "steps/s; wrote runs/hypernet/hypernet.pt" in said
+    assert (
+        "learns: networks for widths 72, 80, 96" in said
+        and "steps/s; wrote runs/hypernet/hypernet.pt" in said
+    )
     assert sorted(p.name for p in out.iterdir()) == [
-        "config.json", "hypernet-000002.pt", "hypernet.pt", "log.jsonl", "previews", "state"]  # fmt: skip
+        "config.json",
+        "hypernet-000002.pt",
+        "hypernet.pt",
+        "log.jsonl",
+        "previews",
+        "state",
+    ]
     assert len(seen["before"]) > 400 and seen["before"] == hashes(seen["sd"]) and listing(TINY_MODEL) == disk
     content = torch.load(out / "hypernet.pt", weights_only=True)
     assert (content["step"], content["name"], content["sd_checkpoint_name"]) == (3, "hypernet", "tiny")
-    assert hypernet_file.pseudo_word(content) == "sks" and [k for k in content if isinstance(k, int)] == [72, 80, 96]
+    assert hypernet_file.pseudo_word(content) == "sks" and [k for k in content if isinstance(k, int)] == [
+        72,
+        80,
+        96,
+    ]
     assert torch.load(out / "hypernet-000002.pt", weights_only=True)["step"] == 2
     fresh = load("tiny", device="cpu", say=None)
     fresh.text.add_word("sks")
@@ -617,7 +758,11 @@ def test_training_moves_the_file_and_nothing_else(tmp_path, monkeypatch, capsys,
         x = fresh.text(captions)
         moved = [(by_hand(s, content, x, 1.0) - x).norm() / x.norm() for s in content[72]]
     row = json.loads((out / "log.jsonl").read_text())
-    assert row["step"] == 3 and row["ratio"] == pytest.approx(max(moved).item(), abs=2e-5) and row["ratio"] > 1e-3
+    assert (
+        row["step"] == 3
+        and row["ratio"] == pytest.approx(max(moved).item(), abs=2e-5)
+        and row["ratio"] > 1e-3
+    )
 
 
 def test_dropout_is_a_function_of_seed_and_step(sd1, photos, tmp_path, monkeypatch, quick):
@@ -690,7 +835,19 @@ MISTAKES = {
 @pytest.mark.parametrize("kind", MISTAKES)
 def test_mistakes(sd1, photos, tmp_path, capsys, kind):
     more, words = MISTAKES[kind]
-    argv = ["--model", sd1.folder, "--data", photos, "--resolution", 32, "--device", "cpu", "--out", "out", *more]
+    argv = [
+        "--model",
+        sd1.folder,
+        "--data",
+        photos,
+        "--resolution",
+        32,
+        "--device",
+        "cpu",
+        "--out",
+        "out",
+        *more,
+    ]
     refused(train_hypernet, argv, words, capsys)
     assert not list(tmp_path.iterdir())
 
@@ -705,5 +862,7 @@ def test_a_run_is_not_written_over(sd1, photos, tmp_path, capsys):
     before = listing(tmp_path)
     argv = ["--model", sd1.folder, "--data", photos, "--device", "cpu", "--out", "a"]
     refused(train_hypernet, argv, ("a holds a finished run (hypernet.pt)", "another --out"), capsys)
-    refused(train_hypernet, ["--resume", "a", "--device", "cpu"], ("finished run", "nothing to resume"), capsys)
+    refused(
+        train_hypernet, ["--resume", "a", "--device", "cpu"], ("finished run", "nothing to resume"), capsys
+    )
     assert listing(tmp_path) == before

@@ -35,7 +35,8 @@ def both(ours, plain, *tensors):
 
 def same(a, b) -> bool:
     return torch.equal(a[0], b[0]) and all(
-        (x is None and y is None) or torch.equal(x, y) for x, y in zip(a[1], b[1], strict=True))  # fmt: skip
+        (x is None and y is None) or torch.equal(x, y) for x, y in zip(a[1], b[1], strict=True)
+    )
 
 
 def kept(f, *tensors) -> int:
@@ -59,7 +60,11 @@ def kept(f, *tensors) -> int:
 @pytest.mark.parametrize("shape", [(2, 64, 8, 8), (1, 32, 1, 3), (3, 96, 5)])
 def test_norm_silu(shape, trainable, dtype):
     norm = nn.GroupNorm(32, shape[1], 1e-5).to(dtype)
-    x, w, b = normal(*shape, dtype=dtype), normal(shape[1], seed=1, dtype=dtype), normal(shape[1], seed=2, dtype=dtype)
+    x, w, b = (
+        normal(*shape, dtype=dtype),
+        normal(shape[1], seed=1, dtype=dtype),
+        normal(shape[1], seed=2, dtype=dtype),
+    )
     x.requires_grad_(True), w.requires_grad_(trainable), b.requires_grad_(trainable)
 
     def ours(x, w, b):
@@ -97,8 +102,15 @@ def test_geglu(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("how", [dict(kernel_size=3, padding=1), dict(kernel_size=3, padding=1, stride=2),
-                                 dict(kernel_size=1), dict(kernel_size=3, padding=1, bias=False)])  # fmt: skip
+@pytest.mark.parametrize(
+    "how",
+    [
+        dict(kernel_size=3, padding=1),
+        dict(kernel_size=3, padding=1, stride=2),
+        dict(kernel_size=1),
+        dict(kernel_size=3, padding=1, bias=False),
+    ],
+)
 def test_frozen_convolution(how, dtype):
     ours, torchs = memory.Conv2d(8, 12, **how).to(dtype), nn.Conv2d(8, 12, **how).to(dtype)
     torchs.load_state_dict(ours.state_dict())
@@ -113,7 +125,9 @@ def test_frozen_convolution(how, dtype):
         network.requires_grad_(True)
         network.zero_grad()
     assert same(*both(ours, torchs, x))
-    assert all(torch.equal(a.grad, b.grad) for a, b in zip(ours.parameters(), torchs.parameters(), strict=True))
+    assert all(
+        torch.equal(a.grad, b.grad) for a, b in zip(ours.parameters(), torchs.parameters(), strict=True)
+    )
 
 
 def test_a_convolution_that_is_half_frozen():
@@ -128,11 +142,18 @@ def test_a_convolution_that_is_half_frozen():
 @pytest.mark.parametrize("words", [77, 5, 80])
 def test_even_words_are_the_same_words(words, dtype):
     """Values and gradients of attention to lengthened words are those of the words; whole vectors stay as they are."""
-    q, k, v = (normal(2, 4, n, 8, seed=i, dtype=dtype).requires_grad_(True) for i, n in enumerate((9, words, words)))
+    q, k, v = (
+        normal(2, 4, n, 8, seed=i, dtype=dtype).requires_grad_(True) for i, n in enumerate((9, words, words))
+    )
     longer = memory.pad_keys(k, v)
     assert len(longer) == (2 if words == 80 else 3) and longer[0].shape[2] == -(-words // 16) * 16
-    a, b = both(lambda q, k, v: F.scaled_dot_product_attention(q, *memory.pad_keys(k, v)),
-                F.scaled_dot_product_attention, q, k, v)  # fmt: skip
+    a, b = both(
+        lambda q, k, v: F.scaled_dot_product_attention(q, *memory.pad_keys(k, v)),
+        F.scaled_dot_product_attention,
+        q,
+        k,
+        v,
+    )
     for x, y in zip((a[0], *a[1]), (b[0], *b[1]), strict=True):
         assert x.shape == y.shape and (x - y).abs().max() < (1e-6 if dtype == torch.float32 else 0.05)
 
@@ -153,7 +174,12 @@ def fresh(reference):
 def method(sd, name: str) -> list:
     """What learns, moved away from where it starts at zero."""
     if name == "hypernet":
-        net = hypernetwork.insert(sd, hypernetwork.Hypernetwork(hypernetwork.HypernetConfig(dropout=(0, 0.3, 0)), hypernetwork.dims(sd)["all"]))
+        net = hypernetwork.insert(
+            sd,
+            hypernetwork.Hypernetwork(
+                hypernetwork.HypernetConfig(dropout=(0, 0.3, 0)), hypernetwork.dims(sd)["all"]
+            ),
+        )
         trainable = list(net.parameters())
     elif name == "lora":
         trainable = [p for m in lora.insert(sd, 2, 2, "attention+ff+conv").values() for p in (m.down, m.up)]
@@ -173,7 +199,9 @@ def gradients(sd, trainable) -> list:
     context = sd.text(["a barn", "a castle"]).detach()
     x0, batch = normal(2, 4, 8, 8), Batch(0, 0, range(2), 2)
     noise, t = batch.normal(x0.shape), batch.timesteps(1000)
-    mse(sd.unet(sd.schedule.add_noise(x0, noise, t), t, context), sd.schedule.target(x0, noise, t)).mean().backward()
+    mse(
+        sd.unet(sd.schedule.add_noise(x0, noise, t), t, context), sd.schedule.target(x0, noise, t)
+    ).mean().backward()
     return [p.grad for p in trainable]
 
 
@@ -185,9 +213,12 @@ def test_checkpointing_changes_no_number(sd1, name):
     b = method(again, name)
     memory.checkpoint(again.unet)
     assert len(list(memory.blocks(again.unet))) == sum(
-        isinstance(m, ResBlock | SpatialTransformer) for m in again.unet.modules())  # fmt: skip
-    assert all((x is None and y is None) or torch.equal(x, y)
-               for x, y in zip(gradients(plain, a), gradients(again, b), strict=True))  # fmt: skip
+        isinstance(m, ResBlock | SpatialTransformer) for m in again.unet.modules()
+    )
+    assert all(
+        (x is None and y is None) or torch.equal(x, y)
+        for x, y in zip(gradients(plain, a), gradients(again, b), strict=True)
+    )
     context = plain.text(["a barn"]).detach()
     x, t = normal(1, 4, 16, 16), torch.tensor([5])
     sizes = [kept(lambda *_, sd=sd: sd.unet(x, t, context), *sd.unet.parameters()) for sd in (plain, again)]
@@ -265,4 +296,6 @@ def test_blocks_are_compiled_each_alone(sd1, monkeypatch):
     after = gradients(sd, trainable)
     torch._dynamo.reset()
     assert len(graphs) >= 9
-    assert all((x is None and y is None) or (x - y).abs().max() <= 1e-5 for x, y in zip(before, after, strict=True))
+    assert all(
+        (x is None and y is None) or (x - y).abs().max() <= 1e-5 for x, y in zip(before, after, strict=True)
+    )

@@ -76,7 +76,11 @@ def names_of(module, classes: tuple[str, ...], prefix: str) -> set[str]:
     for path, block in module.named_modules():
         if type(block).__name__ in classes:
             inside = [(f"{path}.{p}", m) for p, m in block.named_modules()]
-            out |= {prefix + p.replace(".", "_") for p, m in inside if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)}
+            out |= {
+                prefix + p.replace(".", "_")
+                for p, m in inside
+                if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)
+            }
     return out
 
 
@@ -114,10 +118,13 @@ def test_names_at_full_size():
         "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k",
         "lora_unet_down_blocks_0_attentions_1_transformer_blocks_0_attn1_to_out_0",
         "lora_unet_up_blocks_3_attentions_2_transformer_blocks_0_ff_net_0_proj",
-        "lora_unet_up_blocks_1_attentions_0_proj_in", "lora_unet_down_blocks_1_resnets_0_conv_shortcut",
-        "lora_unet_down_blocks_3_resnets_1_time_emb_proj", "lora_unet_down_blocks_2_downsamplers_0_conv",
-        "lora_unet_up_blocks_0_upsamplers_0_conv", "lora_te_text_model_encoder_layers_0_self_attn_out_proj",
-    }  # fmt: skip
+        "lora_unet_up_blocks_1_attentions_0_proj_in",
+        "lora_unet_down_blocks_1_resnets_0_conv_shortcut",
+        "lora_unet_down_blocks_3_resnets_1_time_emb_proj",
+        "lora_unet_down_blocks_2_downsamplers_0_conv",
+        "lora_unet_up_blocks_0_upsamplers_0_conv",
+        "lora_te_text_model_encoder_layers_0_self_attn_out_proj",
+    }
 
 
 def test_the_seed_decides_the_start(sd):
@@ -157,14 +164,26 @@ def test_our_file_in_diffusers(sd, reference, tmp_path):
         assert difference(ours, other) <= 1e-5
     for m in applied.values():
         m.strength = 1.0
-    assert difference(outputs(sd)[0], their_outputs(reference, path, 0.5)[0]) > 1e-2  # the strength is no decoration
+    assert (
+        difference(outputs(sd)[0], their_outputs(reference, path, 0.5)[0]) > 1e-2
+    )  # the strength is no decoration
 
 
 def wild(sd, alphas=lambda i: None) -> dict[str, torch.Tensor]:
     """A file as seen in the wild: a few modules of each kind, half precision, 1x1 convolutions as 4-D."""
     g, tensors, places = torch.Generator().manual_seed(3), {}, lora.layers(sd)
-    ends = ("attn2_to_k", "attn1_to_out_0", "proj_in", "resnets_1_conv2", "conv_shortcut", "attn_q_proj", "attn_k_proj",
-            "attn_v_proj", "attn_out_proj", "fc2")  # fmt: skip  (with v_proj alone diffusers would lose it)
+    ends = (
+        "attn2_to_k",
+        "attn1_to_out_0",
+        "proj_in",
+        "resnets_1_conv2",
+        "conv_shortcut",
+        "attn_q_proj",
+        "attn_k_proj",
+        "attn_v_proj",
+        "attn_out_proj",
+        "fc2",
+    )  # fmt: skip  (with v_proj alone diffusers would lose it)
     for i, name in enumerate(n for n in sorted(places) if n.endswith(ends)):
         network, p = places[name]
         w = network.get_submodule(p).weight
@@ -208,8 +227,10 @@ def test_either_shape_of_a_1x1_convolution(sd, tmp_path):
     expected = outputs(sd)
     lora.remove(sd, loras)
     tensors = load_file(tmp_path / "a.safetensors")
-    other = {k: t if k.endswith("alpha") else t.flatten(1) if t.dim() == 4 else t[..., None, None]
-             for k, t in tensors.items()}  # fmt: skip
+    other = {
+        k: t if k.endswith("alpha") else t.flatten(1) if t.dim() == 4 else t[..., None, None]
+        for k, t in tensors.items()
+    }
     save_file(other, tmp_path / "b.safetensors")
     lora_file.apply_file(sd, tmp_path / "b.safetensors", say=None)
     assert difference(outputs(sd)[0], expected[0]) <= 1e-5
@@ -269,8 +290,11 @@ def good(sd) -> dict[str, torch.Tensor]:
     out = {}
     for name in (NAME, NAME.replace("to_k", "to_v")):
         width = lora.layers(sd)[name][0].get_submodule(lora.layers(sd)[name][1]).weight.shape[0]
-        out |= {f"{name}.lora_down.weight": torch.ones(4, 48), f"{name}.lora_up.weight": torch.ones(width, 4),
-                f"{name}.alpha": torch.tensor(4.0)}  # fmt: skip
+        out |= {
+            f"{name}.lora_down.weight": torch.ones(4, 48),
+            f"{name}.lora_up.weight": torch.ones(width, 4),
+            f"{name}.alpha": torch.tensor(4.0),
+        }
     return out
 
 
@@ -341,8 +365,20 @@ def test_what_is_not_finite_is_not_written(sd, tmp_path):
 # ------------------------------------------------------------------------------------------------------ metadata
 
 
-OPTIONS = dict(name="hanok", images=7, token="<hanok>", rank=64, alpha=32, text_rank=0, lr=1e-4, steps=30, batch_size=2,
-               resolution=64, seed=5, an_option_of_another_kind=1)  # fmt: skip
+OPTIONS = dict(
+    name="hanok",
+    images=7,
+    token="<hanok>",
+    rank=64,
+    alpha=32,
+    text_rank=0,
+    lr=1e-4,
+    steps=30,
+    batch_size=2,
+    resolution=64,
+    seed=5,
+    an_option_of_another_kind=1,
+)
 
 
 def test_metadata_and_hashes(sd, reference, tmp_path):
@@ -355,12 +391,20 @@ def test_metadata_and_hashes(sd, reference, tmp_path):
     assert lora_file.read_file(path)[1] == metadata
     assert metadata["hanokdiff_token"] == "<hanok>"
     expected = {
-        "ss_network_module": "networks.lora", "ss_network_dim": "64", "ss_network_alpha": "32.0",
-        "ss_network_args": "{}", "ss_base_model_version": "sd_v1" if reference.flavour == "sd1" else "sd_v1_v",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": "64",
+        "ss_network_alpha": "32.0",
+        "ss_network_args": "{}",
+        "ss_base_model_version": "sd_v1" if reference.flavour == "sd1" else "sd_v1_v",
         "ss_v2": "False",
-        "ss_output_name": "hanok", "ss_learning_rate": "0.0001", "ss_steps": "30", "ss_seed": "5",
-        "ss_num_train_images": "7", "ss_batch_size_per_device": "2", "ss_resolution": "(64, 64)",
-    }  # fmt: skip
+        "ss_output_name": "hanok",
+        "ss_learning_rate": "0.0001",
+        "ss_steps": "30",
+        "ss_seed": "5",
+        "ss_num_train_images": "7",
+        "ss_batch_size_per_device": "2",
+        "ss_resolution": "(64, 64)",
+    }
     assert metadata.items() >= expected.items()
     own = {k: v for k, v in metadata.items() if k.startswith("ss_")}
     assert len(own) == len(metadata) - 3  # without our word and the two hashes

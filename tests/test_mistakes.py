@@ -540,7 +540,9 @@ convert word.safetensors word-too.safetensors
 [read-only] convert tiny a.safetensors
     OUT a.safetensors: . cannot be written: HOME is read-only for you; name another folder
 """
-TRAINING = "--steps 1 --preview-every 0 --device cpu"  # so that a mistake that is not noticed does not take minutes
+TRAINING = (
+    "--steps 1 --preview-every 0 --device cpu"  # so that a mistake that is not noticed does not take minutes
+)
 REASONS = r"\((?:Torch not|Found no NVIDIA|CUDA error|CUDA driver|We couldn't|Cannot find|Error while).*?\)(?=[;,:])"
 
 
@@ -570,7 +572,10 @@ def copy_tiny(folder: Path, *without: str) -> None:
 
 
 def one_layer(path: Path, width: int, out: int, layer: str) -> None:
-    save_file({f"{layer}.lora_down.weight": torch.ones(2, width), f"{layer}.lora_up.weight": torch.ones(out, 2)}, path)
+    save_file(
+        {f"{layer}.lora_down.weight": torch.ones(2, width), f"{layer}.lora_up.weight": torch.ones(out, 2)},
+        path,
+    )
 
 
 def write_photos(root: Path) -> None:
@@ -584,10 +589,16 @@ def write_photos(root: Path) -> None:
         if text:
             (root / folder / "0.txt").write_bytes(text)
     for file, content in {
-        "broken/a.png": b"hello", "captions/a.txt": b"*", "empty.txt": b"", "utf16.txt": b"\xff\xfea\0",
-        "notes.txt": b"hello", "notes.safetensors": b"hello", "empty.safetensors": b"", "empty.pt": b"",
+        "broken/a.png": b"hello",
+        "captions/a.txt": b"*",
+        "empty.txt": b"",
+        "utf16.txt": b"\xff\xfea\0",
+        "notes.txt": b"hello",
+        "notes.safetensors": b"hello",
+        "empty.safetensors": b"",
+        "empty.pt": b"",
         "starred.txt": b"a * house",
-    }.items():  # fmt: skip
+    }.items():
         (root / file).parent.mkdir(exist_ok=True)
         (root / file).write_bytes(content)
     (root / "empty").mkdir()
@@ -605,10 +616,16 @@ def write_models(root: Path) -> None:
     for name, width in (("word", 72), ("word-too", 72), ("word-sd1", 768)):
         embedding_file.save_file(root / f"{name}.safetensors", "*", torch.ones(1, width))
     spec = hypernetwork.HypernetConfig()
-    hypernet_file.save_file(root / "hyper-sd1.pt", spec, {768: [hypernetwork.ResidualMLP(768, spec).state_dict()] * 2})
-    single_file.write(root / "model.safetensors", sd.unet, sd.vae, sd.text.encoder, sd.schedule, torch.float16)
-    save_file({"conditioner.embedders.0.x": torch.ones(1), "model.diffusion_model.x": torch.ones(1)},
-              root / "sdxl.safetensors")  # fmt: skip
+    hypernet_file.save_file(
+        root / "hyper-sd1.pt", spec, {768: [hypernetwork.ResidualMLP(768, spec).state_dict()] * 2}
+    )
+    single_file.write(
+        root / "model.safetensors", sd.unet, sd.vae, sd.text.encoder, sd.schedule, torch.float16
+    )
+    save_file(
+        {"conditioner.embedders.0.x": torch.ones(1), "model.diffusion_model.x": torch.ones(1)},
+        root / "sdxl.safetensors",
+    )
     copy_tiny(root / "no-unet", "unet")
     copy_tiny(root / "no-tokenizer", "tokenizer")
     copy_tiny(root / "inpainting")
@@ -643,8 +660,12 @@ def folder(tmp_path_factory):
 def listing(root: Path) -> dict:
     """Every file and folder; of small files what is in them, of large ones their size, time and place."""
     files = {f: f.stat() for f in root.rglob("*")}
-    return {str(f): None if f.is_dir() else (s.st_size, s.st_mtime_ns, s.st_ino, s.st_size < 100_000 and f.read_bytes())
-            for f, s in files.items()}  # fmt: skip
+    return {
+        str(f): None
+        if f.is_dir()
+        else (s.st_size, s.st_mtime_ns, s.st_ino, s.st_size < 100_000 and f.read_bytes())
+        for f, s in files.items()
+    }
 
 
 # ------------------------------------------------------------------------------------------------ simulations
@@ -659,7 +680,9 @@ def no_gpu_memory(*_, **__):
 
 
 def no_cpu_memory(*_, **__):
-    raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+    raise RuntimeError(
+        "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+    )
 
 
 SIMULATIONS = {
@@ -678,7 +701,9 @@ def start(command: str):
     """(main, arguments) of a command as it would be typed."""
     name, *argv = shlex.split(command)
     scripts = name.startswith("train_") or name in ("sample", "clipscore")
-    main = importlib.import_module(name if scripts else f"hanokdiff.{name}" + ".__main__" * (name in ("compare", "bench"))).main
+    main = importlib.import_module(
+        name if scripts else f"hanokdiff.{name}" + ".__main__" * (name in ("compare", "bench"))
+    ).main
     extra = TRAINING.split() if name.startswith("train_") and "--resume" not in argv else []
     return main, extra + argv
 
@@ -693,17 +718,32 @@ def test_mistake(folder, monkeypatch, capfd, command):
         SIMULATIONS[simulation](monkeypatch)
     main, argv = start(plain)
     assert main(argv) == 2
-    said = [line for line in re.split("[\r\n]", capfd.readouterr().err) if not re.search(r"^note: |/\d+ \[|^$", line)]
-    assert [re.sub(REASONS, "(REASON)", line).replace(str(folder), "HOME") for line in said] == \
-        [f"error: {rows()[command]}"]  # fmt: skip
+    said = [
+        line
+        for line in re.split("[\r\n]", capfd.readouterr().err)
+        if not re.search(r"^note: |/\d+ \[|^$", line)
+    ]
+    assert [re.sub(REASONS, "(REASON)", line).replace(str(folder), "HOME") for line in said] == [
+        f"error: {rows()[command]}"
+    ]
     assert listing(folder) == before
 
 
 def test_the_catalogue():
     """Every command is in it, and no message is without its command."""
     names = {re.sub(r"^\[.*?\] ", "", command).split()[0] for command in rows()}
-    assert names == {"train_ti", "train_dreambooth", "train_lora", "train_hypernet", "sample", "clipscore", "caption",
-                     "alert", "compare", "convert"}  # fmt: skip
+    assert names == {
+        "train_ti",
+        "train_dreambooth",
+        "train_lora",
+        "train_hypernet",
+        "sample",
+        "clipscore",
+        "caption",
+        "alert",
+        "compare",
+        "convert",
+    }
     assert len(rows()) > 190 and all(rows().values())
 
 
@@ -717,15 +757,19 @@ def test_names_and_captions_as_koreans_have_them(tmp_path, monkeypatch, capsys):
     photos = tmp_path / "내 사진 2023 \U0001f3e0"
     photos.mkdir()
     captions = {
-        "한옥 1.png": "눈 내린 기와집".encode("cp949"), "\U0001f3e0.png": "밤의 기와집".encode("utf-8-sig"),
-        "my house.png": "기와집,\r\n비 오는 날\r\n".encode(), "낮\U0001f31e (2).png": "기와집\n".encode(),
-    }  # fmt: skip
+        "한옥 1.png": "눈 내린 기와집".encode("cp949"),
+        "\U0001f3e0.png": "밤의 기와집".encode("utf-8-sig"),
+        "my house.png": "기와집,\r\n비 오는 날\r\n".encode(),
+        "낮\U0001f31e (2).png": "기와집\n".encode(),
+    }
     for (name, text), (image, _) in zip(captions.items(), world.photos(4), strict=True):
         image.save(photos / name)
         (photos / name).with_suffix(".txt").write_bytes(text)
     seen = []
     cache_prompts = LatentDataset.__init__
-    monkeypatch.setattr(LatentDataset, "__init__", lambda *args, **how: (seen.extend(args[3]), cache_prompts(*args, **how))[1])
+    monkeypatch.setattr(
+        LatentDataset, "__init__", lambda *args, **how: (seen.extend(args[3]), cache_prompts(*args, **how))[1]
+    )
     how = ["--steps", "2", "--batch-size", "2", "--rank", "1", "--preview-every", "0", "--device", "cpu"]
     out = tmp_path / "내 결과 \U0001f525" / "첫 번째"
     assert train_lora.main(["--data", str(photos), "--replace", "기와집", "--out", str(out), *how]) == 0

@@ -44,9 +44,14 @@ def test_picture_equals_diffusers(reference, load, sampler):
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = getattr(diffusers, kind).from_config({**pipeline.scheduler.config, **own})
     theirs = pipeline(
-        PROMPTS, negative_prompt=["fire"] * 2, guidance_scale=7.5, num_inference_steps=10,
-        height=64, width=72, generator=[torch.Generator().manual_seed(s) for s in SEEDS],
-    ).images  # fmt: skip
+        PROMPTS,
+        negative_prompt=["fire"] * 2,
+        guidance_scale=7.5,
+        num_inference_steps=10,
+        height=64,
+        width=72,
+        generator=[torch.Generator().manual_seed(s) for s in SEEDS],
+    ).images
     options = dict(negative="fire", sampler=sampler, steps=10, cfg=7.5, size=(72, 64))
     ours = load(reference).draw(PROMPTS, SEEDS, **options)
     assert ours[0].size == (72, 64)
@@ -63,8 +68,14 @@ def test_picture_depends_on_everything(sd1, load):
     plain = picture(sd)
     assert plain.shape == (64, 64, 3)  # the model's own size
     assert np.array_equal(picture(sd), plain)
-    changes = [dict(prompt=PROMPTS[1]), dict(seed=6), dict(negative="fire"), dict(cfg=3.0),
-               dict(sampler="euler"), dict(steps=5)]  # fmt: skip
+    changes = [
+        dict(prompt=PROMPTS[1]),
+        dict(seed=6),
+        dict(negative="fire"),
+        dict(cfg=3.0),
+        dict(sampler="euler"),
+        dict(steps=5),
+    ]
     for change in changes:
         assert np.abs(picture(sd, **change) - plain).max() > 3, change
 
@@ -85,7 +96,9 @@ def test_guidance_of_one_is_no_guidance(sd1, load, monkeypatch):
     sd = load(sd1)
     assert np.array_equal(picture(sd, cfg=1), picture(sd, cfg=1, negative="fire"))
     batches, forward = [], sd.unet.forward
-    monkeypatch.setattr(sd.unet, "forward", lambda x, t, c: (batches.append(len(c[0][0])), forward(x, t, c))[1])
+    monkeypatch.setattr(
+        sd.unet, "forward", lambda x, t, c: (batches.append(len(c[0][0])), forward(x, t, c))[1]
+    )
     alone, guided = picture(sd, cfg=1), picture(sd, cfg=1.0001)
     assert batches == [1] * 4 + [2] * 4
     assert np.abs(alone - guided).max() <= 1  # the formula goes over into it
@@ -122,12 +135,20 @@ def test_picture_from_a_picture_equals_diffusers(sd1, load, strength):
     pipeline.set_progress_bar_config(disable=True)
     kind, own = PAIRS["euler_a"]
     spacing = load(sd1).schedule.timestep_spacing
-    pipeline.scheduler = getattr(diffusers, kind).from_config({**SCHEDULE, **own, "timestep_spacing": spacing})
+    pipeline.scheduler = getattr(diffusers, kind).from_config(
+        {**SCHEDULE, **own, "timestep_spacing": spacing}
+    )
     first = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(9))
     theirs = pipeline(
-        PROMPTS, image=first.repeat(2, 1, 1, 1), negative_prompt=["fire"] * 2, guidance_scale=3.0, output_type="latent",
-        num_inference_steps=8, strength=strength, generator=[torch.Generator().manual_seed(s) for s in SEEDS],
-    ).images  # fmt: skip
+        PROMPTS,
+        image=first.repeat(2, 1, 1, 1),
+        negative_prompt=["fire"] * 2,
+        guidance_scale=3.0,
+        output_type="latent",
+        num_inference_steps=8,
+        strength=strength,
+        generator=[torch.Generator().manual_seed(s) for s in SEEDS],
+    ).images
     options = dict(negative="fire", sampler="euler_a", steps=8, cfg=3.0, size=(64, 64))
     *_, ours = load(sd1).sample(PROMPTS, SEEDS, **options, first=first, strength=strength)
     *_, other = load(sd1).sample(PROMPTS, SEEDS, **options, first=-first, strength=strength)

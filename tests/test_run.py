@@ -40,7 +40,12 @@ KILLS = int(os.environ.get("HANOKDIFF_KILLS", "1"))
 
 
 def draws(b: Batch) -> list[torch.Tensor]:
-    return [torch.tensor(b.photos(11)), b.uniform("flip"), b.integers(1000, "timestep"), b.normal((len(b.indices) * len(b.subsets), 2, 3))]
+    return [
+        torch.tensor(b.photos(11)),
+        b.uniform("flip"),
+        b.integers(1000, "timestep"),
+        b.normal((len(b.indices) * len(b.subsets), 2, 3)),
+    ]
 
 
 @pytest.mark.parametrize("cuts", [(0, 4, 8), (0, 3, 6, 8), tuple(range(9))])
@@ -53,10 +58,17 @@ def test_any_split_sees_the_same_numbers(cuts):
 
 def test_seed_step_slot_and_name_all_matter():
     """Every combination its own number: no sum of seed and step, no shared stream."""
-    seen = [Batch(seed, step, range(4), 4).uniform(what)
-            for seed in range(4) for step in range(4) for what in ("flip", "noise")]  # fmt: skip
+    seen = [
+        Batch(seed, step, range(4), 4).uniform(what)
+        for seed in range(4)
+        for step in range(4)
+        for what in ("flip", "noise")
+    ]
     assert len(torch.cat(seen).unique()) == 4 * 4 * 4 * 2
-    for one, other in ((Batch(1, 2, range(4), 4), Batch(2, 1, range(4), 4)), (Batch(0, 12, range(1), 4),) * 2):
+    for one, other in (
+        (Batch(1, 2, range(4), 4), Batch(2, 1, range(4), 4)),
+        (Batch(0, 12, range(1), 4),) * 2,
+    ):
         same = one is other
         assert torch.equal(one.normal((len(one.indices), 4)), other.normal((len(one.indices), 4))) == same
         assert torch.equal(one.integers(10**9, "timestep"), other.integers(10**9, "timestep")) == same
@@ -77,7 +89,9 @@ def test_every_epoch_is_a_permutation():
     epochs = order.view(4, n)
     assert all(sorted(e) == list(range(n)) for e in epochs.tolist())
     assert len({tuple(e) for e in epochs.tolist()}) > 1
-    assert not torch.equal(order, torch.tensor([Batch(4, step, range(size), size).photos(n) for step in range(n)]))
+    assert not torch.equal(
+        order, torch.tensor([Batch(4, step, range(size), size).photos(n) for step in range(n)])
+    )
 
 
 def test_drawing_uses_up_nothing():
@@ -94,7 +108,9 @@ def test_halves_have_draws_of_their_own():
     for one, two, whole, (first, second) in zip(plain, other, both, zip(*parts)):
         assert torch.equal(whole[:4], one) and torch.equal(whole[4:], two) and not torch.equal(one, two)
         assert torch.equal(whole, torch.cat([first[:2], second[:2], first[2:], second[2:]]))
-    own, cls = (torch.tensor([Batch(3, s, range(4), 4).subset(h).photos(7) for s in range(7)]) for h in ("", "class"))
+    own, cls = (
+        torch.tensor([Batch(3, s, range(4), 4).subset(h).photos(7) for s in range(7)]) for h in ("", "class")
+    )
     assert all(sorted(e) == list(range(7)) for e in cls.view(4, 7).tolist()) and not torch.equal(own, cls)
 
 
@@ -109,15 +125,33 @@ def squares(batch: Batch, trainable: dict) -> torch.Tensor:
     return (x @ trainable["w"] + trainable["b"] - x @ TRUE).square().sum(1)
 
 
-def toy(out: Path, steps=24, batch_size=8, losses=squares, each=None, scale=1.0, dtype=torch.float32, **options):
+def toy(
+    out: Path, steps=24, batch_size=8, losses=squares, each=None, scale=1.0, dtype=torch.float32, **options
+):
     """A run of it; `each(run, learns)` is called at the start of every step. Returns what was learnt."""
-    trainable = {"w": nn.Parameter(torch.full((3, 2), 0.1, dtype=dtype)), "b": nn.Parameter(torch.zeros(2, dtype=dtype))}
+    trainable = {
+        "w": nn.Parameter(torch.full((3, 2), 0.1, dtype=dtype)),
+        "b": nn.Parameter(torch.zeros(2, dtype=dtype)),
+    }
 
     def save(path):
         write_tensors(trainable, path)
 
-    run = Trainer(out, trainable, **{**dict(steps=steps, batch_size=batch_size, lr=0.05, save=save,
-              artefact="toy.safetensors", config={"steps": steps}), **options})  # fmt: skip
+    run = Trainer(
+        out,
+        trainable,
+        **{
+            **dict(
+                steps=steps,
+                batch_size=batch_size,
+                lr=0.05,
+                save=save,
+                artefact="toy.safetensors",
+                config={"steps": steps},
+            ),
+            **options,
+        },
+    )
     for batch in run:
         if each and batch.indices.start == 0:
             each(run, trainable)
@@ -131,6 +165,7 @@ def apart(a: dict, b: dict) -> float:
 
 def rows(out: Path, without=("seconds",)) -> list[dict]:
     """The log, as strict JSON: no NaN."""
+
     def refuse(word):
         raise AssertionError(f"{word} is not JSON")
 
@@ -149,7 +184,11 @@ def test_it_learns_and_leaves_a_file(undisturbed, tmp_path):
     assert [r["step"] for r in undisturbed.rows] == [10, 20, 24] and losses == sorted(losses, reverse=True)
     assert undisturbed.rows[0].keys() == {"step", "loss", "grad_norm", "lr", "skipped"}
     assert apart(load_file(undisturbed.out / "toy.safetensors"), undisturbed.result) == 0
-    assert sorted(p.name for p in undisturbed.out.iterdir()) == ["config.json", "log.jsonl", "toy.safetensors"]
+    assert sorted(p.name for p in undisturbed.out.iterdir()) == [
+        "config.json",
+        "log.jsonl",
+        "toy.safetensors",
+    ]
     assert apart(toy(tmp_path, seed=1), undisturbed.result) > 1e-3
 
 
@@ -174,14 +213,37 @@ def test_the_held_out_loss_is_that_of_the_file(tmp_path, monkeypatch, method):
     monkeypatch.chdir(tmp_path)
     more = {"hypernet": ["--dropout", "0.5"], "dreambooth": ["--class-images", "2"]}.get(method, [])
     script = importlib.import_module(f"train_{method}")
-    assert script.main(["--steps", "2", "--images", "3", "--held-out", "9", "--batch-size", "2", "--preview-every", "0",
-                        "--device", "cpu", "--out", "run", *more]) == 0  # fmt: skip
+    assert (
+        script.main(
+            [
+                "--steps",
+                "2",
+                "--images",
+                "3",
+                "--held-out",
+                "9",
+                "--batch-size",
+                "2",
+                "--preview-every",
+                "0",
+                "--device",
+                "cpu",
+                "--out",
+                "run",
+                *more,
+            ]
+        )
+        == 0
+    )
     logged = [r["held_out"] for r in rows(Path("run")) if "held_out" in r]
     sd = load_model("run/model" if method == "dreambooth" else "tiny", "cpu", say=None)
     sd.text.add_word("*")
     if method != "dreambooth":
-        file, kind = {"ti": ("embedding.safetensors", embedding_file), "lora": ("lora.safetensors", lora_file),
-                      "hypernet": ("hypernet.pt", hypernet_file)}[method]  # fmt: skip
+        file, kind = {
+            "ti": ("embedding.safetensors", embedding_file),
+            "lora": ("lora.safetensors", lora_file),
+            "hypernet": ("hypernet.pt", hypernet_file),
+        }[method]
         kind.apply_file(sd, Path("run") / file, say=None)
     pictures, captions = zip(*world.photos(9, held_out=True))
     captions = [c.replace("a building with a roof", "*") for c in captions]
@@ -200,8 +262,13 @@ def test_micro_batches_change_nothing(undisturbed, tmp_path, micro):
 def test_updates_are_adamws_with_clipping(tmp_path, scale):
     """torch's own, unfused, with clip_grad_norm_ by hand: where the clip bites, and where it does not."""
     seen, norms = [], []
-    toy(tmp_path, steps=6, scale=scale, weight_decay=0.1,
-        each=lambda run, trainable: seen.append({k: p.detach().clone() for k, p in trainable.items()}))  # fmt: skip
+    toy(
+        tmp_path,
+        steps=6,
+        scale=scale,
+        weight_decay=0.1,
+        each=lambda run, trainable: seen.append({k: p.detach().clone() for k, p in trainable.items()}),
+    )
     hand = {"w": nn.Parameter(torch.full((3, 2), 0.1)), "b": nn.Parameter(torch.zeros(2))}
     adam = torch.optim.AdamW(hand.values(), weight_decay=0.1, foreach=False, fused=False)
     for step in range(6):
@@ -217,8 +284,16 @@ def test_updates_are_adamws_with_clipping(tmp_path, scale):
 
 @pytest.mark.parametrize("steps", [100, 2000])
 def test_the_rate_rises_stays_and_falls(undisturbed, tmp_path, steps):
-    run = Trainer(tmp_path, {"w": nn.Parameter(torch.zeros(1))}, steps=steps, batch_size=1, lr=0.5, save=None, artefact="a",
-              config={})  # fmt: skip
+    run = Trainer(
+        tmp_path,
+        {"w": nn.Parameter(torch.zeros(1))},
+        steps=steps,
+        batch_size=1,
+        lr=0.5,
+        save=None,
+        artefact="a",
+        config={},
+    )
     warm, cool = min(100, steps // 10), steps // 2
     rates = [run.rate(s) for s in range(steps)]
     assert rates[:warm] == pytest.approx([0.5 * (s + 1) / warm for s in range(warm)])
@@ -257,13 +332,19 @@ def test_each_group_has_its_own_rate(undisturbed, tmp_path):
 
 def test_what_has_no_gradient_for_a_while_stands_still(tmp_path):
     """A text encoder that is switched off, or joins late: no decay, no momentum, exact over a stop and a resume."""
+
     def losses(batch, w):
         frozen = {**w, "b": w["b"].detach()} if batch.step < 5 or batch.step >= 12 else w
         return squares(batch, frozen)
 
     seen = []
-    whole = toy(tmp_path / "a", losses=losses, lr={"w": 0.05, "b": 0.5}, weight_decay=0.5,
-                each=lambda run, w: seen.append(w["b"].detach().clone()))  # fmt: skip
+    whole = toy(
+        tmp_path / "a",
+        losses=losses,
+        lr={"w": 0.05, "b": 0.5},
+        weight_decay=0.5,
+        each=lambda run, w: seen.append(w["b"].detach().clone()),
+    )
     same = [torch.equal(a, b) for a, b in zip(seen, seen[1:])]
     assert same == [True] * 5 + [False] * 7 + [True] * 11 and torch.equal(seen[-1], whole["b"])
     for at in (2, 8, 15):
@@ -281,7 +362,11 @@ def test_more_figures_in_the_log(undisturbed, tmp_path):
     log = rows(tmp_path)
     assert [r.pop("ratio") for r in log] == [0.12346, None, 2] and log == undisturbed.rows
     trainable = []
-    result = toy(tmp_path, each=lambda run, w: trainable.append(w["w"]), metrics=lambda: {"w": trainable[0].sum().item()})
+    result = toy(
+        tmp_path,
+        each=lambda run, w: trainable.append(w["w"]),
+        metrics=lambda: {"w": trainable[0].sum().item()},
+    )
     assert rows(tmp_path)[-1]["w"] == pytest.approx(result["w"].sum().item(), abs=1e-5)
 
 
@@ -302,8 +387,13 @@ def masters(run) -> dict:
 def test_half_precision_learns_through_fp32_masters(tmp_path, dtype):
     """Gradients come from the rounded weights, clip, moments and steps are fp32: by hand with torch's AdamW."""
     seen, norms = [], []
-    result = toy(tmp_path, steps=10, losses=half_loss, dtype=dtype, each=lambda run, _: seen.append(masters(run)))
-    hand = {"w": nn.Parameter(torch.full((3, 2), 0.1, dtype=dtype).float()), "b": nn.Parameter(torch.zeros(2))}
+    result = toy(
+        tmp_path, steps=10, losses=half_loss, dtype=dtype, each=lambda run, _: seen.append(masters(run))
+    )
+    hand = {
+        "w": nn.Parameter(torch.full((3, 2), 0.1, dtype=dtype).float()),
+        "b": nn.Parameter(torch.zeros(2)),
+    }
     adam = torch.optim.AdamW(hand.values(), foreach=False)
     for step in range(10):
         assert apart(seen[step], hand) <= 1e-6
@@ -334,7 +424,9 @@ def test_small_steps_add_up_in_half_precision(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_masters_survive_a_stop_and_a_bad_step(tmp_path, dtype):
     """Resuming goes on from fp32, not from what was rounded; a step that is not finite leaves the masters alone."""
-    options = dict(losses=lambda b, w: half_loss(b, w) * (torch.nan if b.step == 5 else 1), dtype=dtype, lr=0.003)
+    options = dict(
+        losses=lambda b, w: half_loss(b, w) * (torch.nan if b.step == 5 else 1), dtype=dtype, lr=0.003
+    )
     ends, seen = [], []
     whole = toy(tmp_path / "a", each=lambda run, _: (ends.append(run), seen.append(masters(run))), **options)
     assert apart(seen[5], seen[6]) == 0 and apart(seen[4], seen[5]) > 0 and apart(seen[6], seen[7]) > 0
@@ -345,7 +437,10 @@ def test_masters_survive_a_stop_and_a_bad_step(tmp_path, dtype):
     assert apart(state, seen[8]) == 0 and {t.dtype for t in state.values()} == {torch.float32}
     resumed = toy(tmp_path / "b", resume=True, each=lambda run, _: ends.append(run), **options)
     assert apart(resumed, whole) == 0 and apart(masters(ends[-1]), masters(ends[0])) == 0
-    assert dtype == torch.float32 or apart({k: m.to(dtype) for k, m in masters(ends[0]).items()}, masters(ends[0])) > 0
+    assert (
+        dtype == torch.float32
+        or apart({k: m.to(dtype) for k, m in masters(ends[0]).items()}, masters(ends[0])) > 0
+    )
 
 
 # ---------------------------------------------------------------------------------------------- what goes wrong
@@ -360,21 +455,33 @@ def broken(when, value=torch.nan):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_one_bad_step_is_skipped(undisturbed, tmp_path, value, micro):
     seen = []
-    result = toy(tmp_path, losses=broken(lambda s: s == 5, value), micro_batch=micro, save_every=3,
-                 each=lambda run, trainable: seen.append({k: p.detach().clone() for k, p in trainable.items()}))  # fmt: skip
+    result = toy(
+        tmp_path,
+        losses=broken(lambda s: s == 5, value),
+        micro_batch=micro,
+        save_every=3,
+        each=lambda run, trainable: seen.append({k: p.detach().clone() for k, p in trainable.items()}),
+    )
     assert apart(seen[5], seen[6]) == 0 and apart(seen[4], seen[5]) > 0 and apart(seen[6], seen[7]) > 0
     assert all(torch.isfinite(t).all() for t in result.values())
     log = rows(tmp_path)
     assert [r["skipped"] for r in log] == [1, 0, 0]
-    assert 0 < log[0]["loss"] < 2 * undisturbed.rows[0]["loss"] and log[0]["grad_norm"] > 0  # of the nine good
+    assert (
+        0 < log[0]["loss"] < 2 * undisturbed.rows[0]["loss"] and log[0]["grad_norm"] > 0
+    )  # of the nine good
     saved = sorted(p.name for p in tmp_path.glob("toy-*"))
-    assert "toy-000003.safetensors" in saved and "toy-000006.safetensors" not in saved  # nothing right after a bad step
+    assert (
+        "toy-000003.safetensors" in saved and "toy-000006.safetensors" not in saved
+    )  # nothing right after a bad step
 
 
 def test_a_bad_loss_with_good_gradients_is_skipped_too(tmp_path):
     seen = []
-    toy(tmp_path, losses=lambda b, w: squares(b, w) + (torch.inf if b.step == 5 else 0),
-        each=lambda run, trainable: seen.append({k: p.detach().clone() for k, p in trainable.items()}))  # fmt: skip
+    toy(
+        tmp_path,
+        losses=lambda b, w: squares(b, w) + (torch.inf if b.step == 5 else 0),
+        each=lambda run, trainable: seen.append({k: p.detach().clone() for k, p in trainable.items()}),
+    )
     assert apart(seen[5], seen[6]) == 0 and rows(tmp_path)[0]["skipped"] == 1
 
 
@@ -387,8 +494,13 @@ def test_divergence_goes_back_once_at_half_the_rate(tmp_path, capsys):
         bad = batch.step >= 13 and rates[-1] > 0.03
         return squares(batch, w) * (torch.nan if bad else 1.0)
 
-    trainable = toy(tmp_path, steps=40, losses=losses, save_every=5,
-                 each=lambda run, _: rates.append(run.optimizer.param_groups[0]["lr"]))  # fmt: skip
+    trainable = toy(
+        tmp_path,
+        steps=40,
+        losses=losses,
+        save_every=5,
+        each=lambda run, _: rates.append(run.optimizer.param_groups[0]["lr"]),
+    )
     assert all(torch.isfinite(t).all() for t in trainable.values())
     assert capsys.readouterr().out.count("not finite: back to step 10, at half the learning rate") == 1
     log = rows(tmp_path)
@@ -427,13 +539,17 @@ def test_a_spike_is_bounded_and_told(tmp_path, steps):
     bound = 0.05 * 0.1 / math.sqrt(0.001)  # rate times the largest ratio of AdamW's moments after a long calm
     assert max(apart(a, b) for a, b in zip(seen, seen[1:])) <= bound + 1e-3
     log = rows(tmp_path / "a")
-    assert {r["step"] for r in log if r["loss"] > 1e6 and r["grad_norm"] > 1e6} == {s // 10 * 10 + 10 for s in steps}
+    assert {r["step"] for r in log if r["loss"] > 1e6 and r["grad_norm"] > 1e6} == {
+        s // 10 * 10 + 10 for s in steps
+    }
     assert not any(r["skipped"] for r in log)
     assert apart(result, toy(tmp_path / "b", steps=200)) < 0.3 and log[-1]["loss"] < 0.1 * log[0]["loss"]
 
 
 def test_a_spike_whose_norm_overflows_is_skipped(tmp_path):
-    toy(tmp_path, losses=broken(lambda s: s == 5, 1e30))  # the loss is finite, the sum of the gradients' squares is not
+    toy(
+        tmp_path, losses=broken(lambda s: s == 5, 1e30)
+    )  # the loss is finite, the sum of the gradients' squares is not
     assert [r["skipped"] for r in rows(tmp_path)] == [1, 0, 0]
 
 
@@ -468,7 +584,10 @@ def test_nothing_that_is_not_finite_is_saved(tmp_path, capsys, times, save_every
     else:
         toy(tmp_path, **options)
     assert capsys.readouterr().out.count("back to step 4, at half the learning rate") == bool(save_every)
-    names = {4: ["toy-000004.safetensors"] + ["toy-000008.safetensors", "toy.safetensors"] * (not told), 0: []}
+    names = {
+        4: ["toy-000004.safetensors"] + ["toy-000008.safetensors", "toy.safetensors"] * (not told),
+        0: [],
+    }
     assert sorted(p.name for p in tmp_path.rglob("*.safetensors")) == names[save_every]
     assert all(torch.isfinite(t).all() for f in tmp_path.glob("*.safetensors") for t in load_file(f).values())
     left = [torch.load(f, weights_only=True) for f in (tmp_path / "state").glob("*")]
@@ -533,8 +652,24 @@ def test_what_is_not_finite_in_a_real_training(tmp_path, monkeypatch, capsys, wh
     monkeypatch.setattr(train_lora, "load_model", opening)
     monkeypatch.setattr(Trainer, "backward", bad)
     monkeypatch.setattr(dataset, "encode", encode_badly if what == "photo" else encode)
-    code = train_lora.main(["--steps", "13", "--images", "3", "--batch-size", "2", "--save-every", "3",
-                            "--preview-every", "0", "--device", "cpu", "--out", str(tmp_path / "run")])  # fmt: skip
+    code = train_lora.main(
+        [
+            "--steps",
+            "13",
+            "--images",
+            "3",
+            "--batch-size",
+            "2",
+            "--save-every",
+            "3",
+            "--preview-every",
+            "0",
+            "--device",
+            "cpu",
+            "--out",
+            str(tmp_path / "run"),
+        ]
+    )
     said = capsys.readouterr()
     assert all(torch.isfinite(t).all() for t in numbers(tmp_path))
     if what == "photo":
@@ -550,8 +685,16 @@ def test_what_is_not_finite_in_a_real_training(tmp_path, monkeypatch, capsys, wh
 
 
 def test_a_forgotten_update_is_noticed(tmp_path):
-    run = Trainer(tmp_path, {"w": nn.Parameter(torch.zeros(1))}, steps=3, batch_size=1, lr=1, save=None, artefact="a",
-              config={})  # fmt: skip
+    run = Trainer(
+        tmp_path,
+        {"w": nn.Parameter(torch.zeros(1))},
+        steps=3,
+        batch_size=1,
+        lr=1,
+        save=None,
+        artefact="a",
+        config={},
+    )
     with pytest.raises(AssertionError, match="trainer.backward"):
         for _ in run:
             pass
@@ -563,7 +706,10 @@ def test_a_forgotten_update_is_noticed(tmp_path):
 def test_what_is_saved_on_the_way(undisturbed, tmp_path):
     toy(tmp_path, save_every=8)
     assert sorted(p.name for p in tmp_path.glob("*.safetensors")) == [
-        "toy-000008.safetensors", "toy-000016.safetensors", "toy.safetensors"]  # fmt: skip
+        "toy-000008.safetensors",
+        "toy-000016.safetensors",
+        "toy.safetensors",
+    ]
     assert not list((tmp_path / "state").iterdir())  # nothing left to go on with
     assert apart(load_file(tmp_path / "toy-000008.safetensors"), undisturbed.result) > 1e-3
     assert apart(load_file(tmp_path / "toy.safetensors"), undisturbed.result) == 0
@@ -577,7 +723,9 @@ def test_a_preview_disturbs_nothing(undisturbed, tmp_path):
         return Image.new("RGB", (8, 8))
 
     assert apart(toy(tmp_path, preview=preview, preview_every=7), undisturbed.result) == 0
-    assert sorted(p.name for p in (tmp_path / "previews").iterdir()) == [f"{n:06d}.png" for n in (7, 14, 21, 24)]
+    assert sorted(p.name for p in (tmp_path / "previews").iterdir()) == [
+        f"{n:06d}.png" for n in (7, 14, 21, 24)
+    ]
     assert len(seen) == 4 and rows(tmp_path) == undisturbed.rows
 
 
@@ -612,6 +760,7 @@ def test_stopped_and_resumed_to_the_bit(undisturbed, tmp_path, capfd, stop, at):
 
 def test_stopped_twice_stops_at_once(undisturbed, tmp_path):
     """A preview may take minutes: who does not wait for it goes on from the last state."""
+
     def twice(run, _):
         if run.step == 15:
             os.kill(os.getpid(), signal.SIGTERM), os.kill(os.getpid(), signal.SIGTERM)
@@ -649,12 +798,16 @@ def test_resuming_before_the_first_state_starts_anew(undisturbed, tmp_path, caps
 
 
 def test_what_cannot_be_resumed(tmp_path):
-    stop = dict(save_every=6, each=lambda run, _: os.kill(os.getpid(), signal.SIGINT) if run.step == 7 else None)
+    stop = dict(
+        save_every=6, each=lambda run, _: os.kill(os.getpid(), signal.SIGINT) if run.step == 7 else None
+    )
     with pytest.raises(SystemExit):
         toy(tmp_path, **stop)
     state = tmp_path / "state" / "000008.pt"
     whole, other = state.read_bytes(), {"steps": 25, "device": "cuda", "more": [1]}
-    with pytest.raises(ValueError, match=r"steps was 24 and is now 25; more was None and is now \[1\]: another run"):
+    with pytest.raises(
+        ValueError, match=r"steps was 24 and is now 25; more was None and is now \[1\]: another run"
+    ):
         toy(tmp_path, config=other, resume=True)
     assert json.loads((tmp_path / "config.json").read_text()) == {"steps": 24}
     (tmp_path / "state" / "000006.pt").unlink()
@@ -666,8 +819,15 @@ def test_what_cannot_be_resumed(tmp_path):
             toy(tmp_path, resume=True)
     good = torch.load(io.BytesIO(whole), weights_only=True)
     first, flat = ({k: f(t) for k, t in good["learns"].items()} for f in (lambda t: t[:1], lambda t: 1))
-    for other in ([1], {}, {**good, "learns": {}}, {**good, "learns": first}, {**good, "learns": flat},
-                  {**good, "optimizer": {}}, {**good, "pending": [1]}):  # fmt: skip
+    for other in (
+        [1],
+        {},
+        {**good, "learns": {}},
+        {**good, "learns": first},
+        {**good, "learns": flat},
+        {**good, "optimizer": {}},
+        {**good, "pending": [1]},
+    ):
         torch.save(other, state)
         with pytest.raises(ValueError, match=r"000008.pt does not fit .*start again without --resume"):
             toy(tmp_path, resume=True)
@@ -680,6 +840,7 @@ def test_what_cannot_be_resumed(tmp_path):
 
 def test_a_damaged_state_is_passed_over(undisturbed, tmp_path, capsys):
     """The one before it is there for that, stays until there is another good one, and no third is kept."""
+
     def crash(run, _):
         if run.step == 20:
             raise RuntimeError("the power went")
@@ -702,6 +863,7 @@ def test_a_damaged_state_is_passed_over(undisturbed, tmp_path, capsys):
 
 def test_a_picture_that_a_kill_prevented_is_drawn_on_resume(tmp_path):
     """The state is saved before the preview is drawn."""
+
     def stopped():
         raise RuntimeError("the power went")
 
@@ -710,7 +872,11 @@ def test_a_picture_that_a_kill_prevented_is_drawn_on_resume(tmp_path):
         toy(tmp_path, **{**drawn, "preview": stopped})
     assert not (tmp_path / "previews").exists()
     toy(tmp_path, resume=True, **drawn)
-    assert sorted(p.name for p in (tmp_path / "previews").iterdir()) == ["000008.png", "000016.png", "000024.png"]
+    assert sorted(p.name for p in (tmp_path / "previews").iterdir()) == [
+        "000008.png",
+        "000016.png",
+        "000024.png",
+    ]
 
 
 def test_force_goes_on_with_other_settings(tmp_path, capsys):
@@ -723,8 +889,12 @@ def test_force_goes_on_with_other_settings(tmp_path, capsys):
     with pytest.raises(ValueError, match="000008.pt is of step 8, but --steps is 7; give at least 8"):
         toy(tmp_path, steps=7, **more)
     assert json.loads((tmp_path / "config.json").read_text()) == {"steps": 24}
-    toy(tmp_path, steps=30, each=lambda run, _: rates.append([(g["lr"], g["weight_decay"]) for g in
-                                                               run.optimizer.param_groups]), **more)  # fmt: skip
+    toy(
+        tmp_path,
+        steps=30,
+        each=lambda run, _: rates.append([(g["lr"], g["weight_decay"]) for g in run.optimizer.param_groups]),
+        **more,
+    )
     assert len(rates) == 22 and rates[0] == [(pytest.approx(0.02), 0.5), (pytest.approx(0.1), 0.5)]
     said = capsys.readouterr().out
     assert "--force: steps was 24 and is now 30; lr was None and is now 0.01; what was learnt" in said
@@ -754,7 +924,9 @@ def test_denoising_loss_by_hand(prediction, gamma):
     if gamma:
         snr = (a / (1 - a)).flatten()
         assert (snr > gamma).any() and (snr < gamma).any()  # both branches
-        by_hand = by_hand * torch.minimum(snr, torch.tensor(5.0)) / (snr if prediction == "epsilon" else snr + 1)
+        by_hand = (
+            by_hand * torch.minimum(snr, torch.tensor(5.0)) / (snr if prediction == "epsilon" else snr + 1)
+        )
     assert losses.shape == (6,) and (losses - by_hand).abs().max() < 1e-5 * by_hand.max()
 
 
@@ -764,7 +936,18 @@ def test_denoising_loss_by_hand(prediction, gamma):
 @pytest.mark.parametrize("name", [n for n in kills.RUNS if n != "comparison"])
 def test_killed_and_resumed_writes_the_very_tensors(tmp_path, name):
     """At KILLS random moments (HANOKDIFF_KILLS=10 for more); python tests/kills.py --kills 100 does it thoroughly."""
-    options = ["--steps", "6", "--images", "2", "--held-out", "0", "--save-every", "2", "--preview-every", "0"]
+    options = [
+        "--steps",
+        "6",
+        "--images",
+        "2",
+        "--held-out",
+        "0",
+        "--save-every",
+        "2",
+        "--preview-every",
+        "0",
+    ]
     options += ["--class-images", "2"] * (name == "DreamBooth")
     tally = kills.killed(name, KILLS, tmp_path, seed=random.randrange(10**6), options=options)
     assert tally.kills == KILLS and not tally.lost + tally.different, tally
@@ -779,10 +962,21 @@ def usage() -> tuple[int, int]:
 def long_toy(out: Path, tell) -> None:
     """1,000 steps with numbers enough (600 kB, a state of 1.9 MB) that a state or a picture that stays would show."""
     w, seen = nn.Parameter(torch.ones(400, 400)), []
-    run = Trainer(out, {"w": w}, steps=1000, batch_size=2, lr=0.01, artefact="w.safetensors", config={}, save_every=10,
-              save=lambda path: write_tensors({"w": w}, path), metrics=lambda: {"w": w.mean().item()},
-              validate=lambda: w.sum().item(), preview=lambda: Image.new("RGB", (256, 256)),
-              preview_every=10)  # fmt: skip
+    run = Trainer(
+        out,
+        {"w": w},
+        steps=1000,
+        batch_size=2,
+        lr=0.01,
+        artefact="w.safetensors",
+        config={},
+        save_every=10,
+        save=lambda path: write_tensors({"w": w}, path),
+        metrics=lambda: {"w": w.mean().item()},
+        validate=lambda: w.sum().item(),
+        preview=lambda: Image.new("RGB", (256, 256)),
+        preview_every=10,
+    )
     for batch in run:
         run.backward((w * batch.normal((len(batch.indices), 400, 400), "x")).square().mean((1, 2)))
         seen.append(usage())
@@ -792,8 +986,26 @@ def long_toy(out: Path, tell) -> None:
 def long_lora(out: Path, tell) -> None:
     seen, update = [], Trainer.backward
     Trainer.backward = lambda run, losses: (update(run, losses), seen.append(usage()))
-    train_lora.main(["--steps", "1000", "--images", "3", "--batch-size", "1", "--save-every", "20", "--preview-every",
-                     "50", "--held-out", "2", "--device", "cpu", "--out", str(out)])  # fmt: skip
+    train_lora.main(
+        [
+            "--steps",
+            "1000",
+            "--images",
+            "3",
+            "--batch-size",
+            "1",
+            "--save-every",
+            "20",
+            "--preview-every",
+            "50",
+            "--held-out",
+            "2",
+            "--device",
+            "cpu",
+            "--out",
+            str(out),
+        ]
+    )
     tell.send(seen)
 
 

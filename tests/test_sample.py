@@ -117,8 +117,12 @@ def test_embeddings_by_their_word_and_by_another(made, capsys):
     [other] = draw("--embedding", f"{made.star}:[a b]", prompts=["[a  B] on a hill"])
     assert apart(other, star) == 0
     [gate] = draw("--embedding", made.gate, prompts=["gate on a hill"])
-    [both] = draw("--embedding", made.gate, "--embedding", f"{made.star}:sks", prompts=["gate, sks on a hill"])
-    [turned] = draw("--embedding", f"{made.star}:sks", "--embedding", made.gate, prompts=["gate, sks on a hill"])
+    [both] = draw(
+        "--embedding", made.gate, "--embedding", f"{made.star}:sks", prompts=["gate, sks on a hill"]
+    )
+    [turned] = draw(
+        "--embedding", f"{made.star}:sks", "--embedding", made.gate, prompts=["gate, sks on a hill"]
+    )
     assert apart(gate, star) > 5 and apart(both, gate) > 5 and apart(both, turned) <= 1
     [fused] = draw("--embedding", made.star, "--literal-tokens", prompts=["*, fire"])
     [found] = draw("--embedding", made.star, prompts=["*, fire"])
@@ -141,16 +145,40 @@ def test_all_artefacts_together(made, capsys):
     for kind in kinds:
         [without] = draw("--token", "*", *sum((v for k, v in argv.items() if k != kind), ()), prompts=prompt)
         assert apart(together, without) > 5, kind
-    [off] = draw("--lora", f"{made.lora}:0", "--hypernet", f"{made.hypernet}:0", *argv["embedding"], prompts=prompt)
+    [off] = draw(
+        "--lora", f"{made.lora}:0", "--hypernet", f"{made.hypernet}:0", *argv["embedding"], prompts=prompt
+    )
     assert apart(off, draw(*argv["embedding"], prompts=prompt)[0]) == 0
     [half] = draw("--hypernet", f"{made.hypernet}:0.5", prompts=prompt)
     assert apart(half, draw("--hypernet", made.hypernet, prompts=prompt)[0]) > 5
 
 
 def test_how_a_picture_was_made_is_in_it(made):
-    draw("--n", 2, "--seed", 7, "--init-image", made.house_png, "--strength", "0.55", "--clip-skip", 2, "--embedding",
-         made.star, "--embedding", f"{made.gate}:sks", "--lora", f"{made.lora}:0.7", "--hypernet", made.hypernet,
-         "--negative", "(snow:1.2)", "--cfg", 3, prompts=["*, (fire:1.3)", "a sks BREAK *"])  # fmt: skip
+    draw(
+        "--n",
+        2,
+        "--seed",
+        7,
+        "--init-image",
+        made.house_png,
+        "--strength",
+        "0.55",
+        "--clip-skip",
+        2,
+        "--embedding",
+        made.star,
+        "--embedding",
+        f"{made.gate}:sks",
+        "--lora",
+        f"{made.lora}:0.7",
+        "--hypernet",
+        made.hypernet,
+        "--negative",
+        "(snow:1.2)",
+        "--cfg",
+        3,
+        prompts=["*, (fire:1.3)", "a sks BREAK *"],
+    )
     [out] = Path().glob("out*")
     files = sorted(out.iterdir())
     assert [f.name for f in files] == ["00000-7.png", "00001-8.png", "00002-7.png", "00003-8.png"]
@@ -170,7 +198,10 @@ LONG = "a castle in the snow " * 30  # 150 tokens: two chunks
 
 def test_prompts_of_every_length_in_one_call(made):
     """Each is drawn as if it were alone, whatever the others' length and the order; nothing of a long one is lost."""
-    prompts, text = [PROMPT, LONG, "(a castle:1.3)", LONG + "fire", "fire BREAK a house"], load_model("tiny").text
+    prompts, text = (
+        [PROMPT, LONG, "(a castle:1.3)", LONG + "fire", "fire BREAK a house"],
+        load_model("tiny").text,
+    )
     assert [sum(len(ids) for ids, _ in text.chunks(p)) for p in prompts[1:4]] == [150, 2, 151]
     assert [len(text.chunks(p)) for p in prompts] == [1, 2, 1, 3, 2]
     together = draw(prompts=prompts)
@@ -204,7 +235,10 @@ BAD = {  # options ({name} is an artefact), what the one sentence says
     "too strong": (["--init-image", "{house_png}", "--strength", "1.5"], ["strength is 1.5"]),
     "negative": (["--init-image", "{house_png}", "--strength", "-0.5"], ["strength is -0.5"]),
     "nan": (["--init-image", "{house_png}", "--strength", "nan"], ["strength is nan"]),
-    "not a step": (["--init-image", "{house_png}", "--steps", "3", "--strength", "0.3"], ["of 3 steps", "0.334"]),
+    "not a step": (
+        ["--init-image", "{house_png}", "--steps", "3", "--strength", "0.3"],
+        ["of 3 steps", "0.334"],
+    ),
     "no picture": (["--init-image", "nowhere.png"], ["nowhere.png"]),
     "text": (["--init-image", "{text_png}"], ["text.png", "not a picture"]),
     "folder": (["--init-image", "."], ["."]),
@@ -217,7 +251,10 @@ BAD = {  # options ({name} is an artefact), what the one sentence says
     "no lora": (["--lora", "nowhere.safetensors:0.5"], ["--lora nowhere.safetensors:0.5: no such file"]),
     "no hypernet": (["--hypernet", "nowhere.pt:0.5"], ["--hypernet nowhere.pt:0.5: no such file"]),
     "scale": (["--hypernet", "{hypernet}:nan"], ["hypernet.pt is nan", "finite"]),
-    "one word twice": (["--embedding", "{star}", "--embedding", "{gate}:*"], ['embeddings for "*"', "gate.pt:WORD"]),
+    "one word twice": (
+        ["--embedding", "{star}", "--embedding", "{gate}:*"],
+        ['embeddings for "*"', "gate.pt:WORD"],
+    ),
     "any case": (["--embedding", "{star}:GATE", "--embedding", "{gate}"], ["two embeddings", "WORD"]),
     "blank word": (["--embedding", "{star}: "], ['" "', "no token"]),
     "width": (["--embedding", "{sd1}"], ["768 (SD 1.x)", "tiny", "72"]),

@@ -163,7 +163,9 @@ def theirs_final(s, steps: int, net=network, context=None, first=None, strength:
     return x
 
 
-def ours_final(name: str, schedule: Schedule, steps: int, net=network, context=None, first=None, strength=1.0):
+def ours_final(
+    name: str, schedule: Schedule, steps: int, net=network, context=None, first=None, strength=1.0
+):
     generators = streams()
     if net is network:
         net, context = Listening(), torch.zeros(2, 1, 1)
@@ -255,7 +257,9 @@ def test_arrives_where_the_network_points(name, steps):
     """A network that always says the same picture: every sampler ends there. DDIM leaves sigma 0.029."""
     g = torch.Generator().manual_seed(1)
     clean = torch.randn(2, 4, 8, 8, generator=g)
-    *_, x = samplers.sample(name, lambda *_: clean, lambda: torch.randn(2, 4, 8, 8, generator=g), Schedule(), steps)
+    *_, x = samplers.sample(
+        name, lambda *_: clean, lambda: torch.randn(2, 4, 8, 8, generator=g), Schedule(), steps
+    )
     assert (x - clean).abs().max() < (0.2 if name == "ddim" else 1e-4)
 
 
@@ -271,7 +275,9 @@ def test_from_a_picture_equals_diffusers(name, prediction, strength):
         schedule = Schedule(prediction_type=prediction)
         ours = ours_final(name, schedule, steps, first=picture(), strength=strength)
         theirs = scheduler(name, prediction_type=prediction)
-        assert difference(ours, theirs_final(theirs, steps, first=picture(), strength=strength)) <= 1e-4, steps
+        assert difference(ours, theirs_final(theirs, steps, first=picture(), strength=strength)) <= 1e-4, (
+            steps
+        )
 
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
@@ -288,11 +294,18 @@ def test_strength_is_how_far_from_the_picture(name):
     """One that always paints its own: a picture ends there whatever the strength; one that paints what it sees: the
     less strength, the nearer."""
     first, g = picture(), torch.Generator().manual_seed(1)
-    *_, x = samplers.sample(name, lambda *_: -first, lambda: torch.randn(first.shape, generator=g), Schedule(), 20, first, 0.5)
+    *_, x = samplers.sample(
+        name, lambda *_: -first, lambda: torch.randn(first.shape, generator=g), Schedule(), 20, first, 0.5
+    )
     assert (x + first).abs().max() < (0.2 if name == "ddim" else 1e-4)
-    moved = [(ours_final(name, Schedule(), 20, first=first, strength=s) - first).abs().mean() for s in (0.1, 0.5, 1.0)]
+    moved = [
+        (ours_final(name, Schedule(), 20, first=first, strength=s) - first).abs().mean()
+        for s in (0.1, 0.5, 1.0)
+    ]
     assert moved[0] < moved[1] < moved[2] and moved[0] < 0.5 * moved[2], moved
-    once = [ours_final(name, Schedule(), 20, first=f, strength=1.0) for f in (first, first[:1])]  # one for all
+    once = [
+        ours_final(name, Schedule(), 20, first=f, strength=1.0) for f in (first, first[:1])
+    ]  # one for all
     assert once[1].shape == once[0].shape and torch.equal(once[0][0], once[1][0])
 
 
@@ -307,10 +320,16 @@ def test_steps_taken(steps, strength, n):
     (20, 0.0), (20, -0.5), (20, 1.01), (20, math.nan), (20, math.inf), (20, 0.049), (1, 0.99), (30, 0.03),
 ])  # fmt: skip
 def test_strength_out_of_range(steps, strength):
-    with pytest.raises(ValueError, match=f"strength is {strength:g}: of {steps} steps it must leave at least one"):
+    with pytest.raises(
+        ValueError, match=f"strength is {strength:g}: of {steps} steps it must leave at least one"
+    ):
         samplers.img2img_steps(steps, strength)
     with pytest.raises(ValueError, match="strength is"):
-        next(samplers.sample("ddim", lambda x, *_: x, lambda: picture(), Schedule(), steps, picture(), strength))
+        next(
+            samplers.sample(
+                "ddim", lambda x, *_: x, lambda: picture(), Schedule(), steps, picture(), strength
+            )
+        )
 
 
 def test_the_strength_that_is_advised_is_accepted():

@@ -56,11 +56,20 @@ def folder(tmp_path_factory):
         {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
     )
     torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(
-        text_config={**common, "vocab_size": n, "max_position_embeddings": 16, "bos_token_id": n - 2,
-                     "eos_token_id": n - 1, "pad_token_id": n - 1},
-        vision_config={**common, "image_size": 32, "patch_size": 8}, projection_dim=24,
-    ))  # fmt: skip
+    model = CLIPModel(
+        CLIPConfig(
+            text_config={
+                **common,
+                "vocab_size": n,
+                "max_position_embeddings": 16,
+                "bos_token_id": n - 2,
+                "eos_token_id": n - 1,
+                "pad_token_id": n - 1,
+            },
+            vision_config={**common, "image_size": 32, "patch_size": 8},
+            projection_dim=24,
+        )
+    )
     for p in model.parameters():  # away from the near-zero start, or every picture looks the same
         p.data += 0.2 * torch.randn_like(p)
     model.save_pretrained(path)
@@ -144,7 +153,9 @@ def test_unit_length_and_independent_of_the_batch(clip, monkeypatch):
 
 def test_colours_come_from_the_folder(folder, tmp_path):
     (tmp_path / "c").symlink_to(folder, target_is_directory=True)
-    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.4, 0.5]}')
+    (folder / "preprocessor_config.json").write_text(
+        '{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.4, 0.5]}'
+    )
     try:
         other = Clip(str(tmp_path / "c"))
     finally:
@@ -201,7 +212,9 @@ def test_hub_out_of_reach(monkeypatch):
         raise OSError("We couldn't connect\nto anything")
 
     monkeypatch.setattr(CLIPModel, "from_pretrained", offline)
-    with pytest.raises(ValueError, match=r"neither a folder here nor .*\(We couldn't connect\); go online once"):
+    with pytest.raises(
+        ValueError, match=r"neither a folder here nor .*\(We couldn't connect\); go online once"
+    ):
         Clip("openai/clip-vit-base-patch32")
     with pytest.raises(ValueError, match="there is no CLIP folder ./nowhere"):
         Clip("./nowhere")
@@ -242,7 +255,9 @@ def test_likeness_by_hand():
 
 def test_refclipscore_is_the_harmonic_mean():
     got = refclipscore(torch.tensor([0.75, 0.5, 0.75, 0]), torch.tensor([0.75, 1, -0.2, -0.2]))
-    assert got.tolist() == pytest.approx([0.75, 1 / 1.5, 0, 0])  # equal; 2 / (1 / 0.5 + 1 / 1); nothing alike; neither
+    assert got.tolist() == pytest.approx(
+        [0.75, 1 / 1.5, 0, 0]
+    )  # equal; 2 / (1 / 0.5 + 1 / 1); nothing alike; neither
 
 
 def test_a_picture_is_no_reference_of_itself():
@@ -256,10 +271,15 @@ def test_a_picture_is_no_reference_of_itself():
 
 def test_prompts_cover_the_world():
     assert tuple(world.kind_prompts()) == world.KINDS and world.kind_prompts()["hanok"] == "a hanok"
-    assert tuple(world.condition_prompts()) == world.CONDITIONS and world.condition_prompts()["fire"] == "a building on fire"
+    assert (
+        tuple(world.condition_prompts()) == world.CONDITIONS
+        and world.condition_prompts()["fire"] == "a building on fire"
+    )
 
 
-@pytest.mark.parametrize(("n", "t"), [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262), (30, 2.045), (10_001, 1.960)])
+@pytest.mark.parametrize(
+    ("n", "t"), [(2, 12.706), (3, 4.303), (5, 2.776), (10, 2.262), (30, 2.045), (10_001, 1.960)]
+)
 def test_t_quantile_is_the_tables(n, t):
     assert t_quantile(n - 1) == pytest.approx(t, abs=6e-4)
 
@@ -422,7 +442,9 @@ def test_reference_everything(folder, pictures, tmp_path, capsys):
     for found in (report["images"], list(csv.DictReader((tmp_path / "s.csv").open()))):
         assert [float(r["clip_i"]) for r in found] == pytest.approx(cosines.mean(1), abs=1e-5)
         assert [float(r["nearest"]) for r in found] == pytest.approx(cosines.max(1), abs=1e-5)
-        assert [r["nearest_file"] for r in found] == [str(tmp_path / "real" / f"{i}.png") for i in cosines.argmax(1)]
+        assert [r["nearest_file"] for r in found] == [
+            str(tmp_path / "real" / f"{i}.png") for i in cosines.argmax(1)
+        ]
         for r, near in zip(found, cosines.max(1)):
             a = float(r["clipscore"])
             assert float(r["refclipscore"]) == pytest.approx(2 * a * near / (a + near) if a else 0, abs=1e-5)
@@ -472,7 +494,10 @@ def test_pairs_are_of_the_same_prompt_and_seed(folder, tmp_path, capsys):
     found, rows = report["paired"], {r["file"]: r for r in report["images"]}
     assert (found["by"], found["pairs"]) == ("prompt and seed", 3)
     assert found["unmatched"] == [f"{paths[0]}/00003.png", f"{paths[1]}/00003.png"]
-    pairs = [(rows[f"{paths[0]}/0000{i}.png"], rows[f"{paths[1]}/0000{j}.png"]) for i, j in ((0, 2), (1, 1), (2, 0))]
+    pairs = [
+        (rows[f"{paths[0]}/0000{i}.png"], rows[f"{paths[1]}/0000{j}.png"])
+        for i, j in ((0, 2), (1, 1), (2, 0))
+    ]
     assert list(found["scores"]) == [*SCALES, *LIKENESS, "is a hanok", "is a barn", "is a tent"]
     for name in ("cosine", "clipscore", "clip_i"):
         gaps = [x[name] - y[name] for x, y in pairs]
@@ -484,7 +509,9 @@ def test_pairs_are_of_the_same_prompt_and_seed(folder, tmp_path, capsys):
             [(x["presence"] == label) - (y["presence"] == label) for x, y in pairs],
         )
         assert got["difference"][0] == pytest.approx(sum(gaps) / 3) == pytest.approx(got["a"] - got["b"])
-        assert (got["difference"][1] is None) == (len(set(gaps)) == 1)  # all alike: nothing to make an interval of
+        assert (got["difference"][1] is None) == (
+            len(set(gaps)) == 1
+        )  # all alike: nothing to make an interval of
     out = capsys.readouterr().out
     assert "3 pairs" in out and "first - second" in out
     assert f"matched by prompt and seed; 2 unmatched ({paths[0]}/00003.png, {paths[1]}/00003.png)" in out
@@ -505,7 +532,11 @@ def test_a_planted_difference_of_pictures_is_found(folder, tmp_path):
     for i in range(8):
         image = Image.open(tmp_path / "b" / f"0000{i}.png").copy()
         save(tmp_path / "a" / f"0000{i}.png", f"a\nSteps: 1, Seed: {i}", image)
-    assert paired(tmp_path, folder, paths, *ask)["paired"]["scores"]["nearest"]["difference"] == [0, None, None]
+    assert paired(tmp_path, folder, paths, *ask)["paired"]["scores"]["nearest"]["difference"] == [
+        0,
+        None,
+        None,
+    ]
 
 
 def test_with_one_prompt_pairs_go_by_the_pictures_own(folder, tmp_path):
@@ -540,7 +571,10 @@ def test_refusals_of_pairs(folder, tmp_path, capsys, monkeypatch):
         and "draw both from the same" in message
     )
     save(tmp_path / "b" / "00002.png", "*\nSteps: 9, Seed: 5")
-    assert "00000.png and " in (message := refused(capsys, *paths, *ask)) and '"*" with seed 5, so it is unc' in message
+    assert (
+        "00000.png and " in (message := refused(capsys, *paths, *ask))
+        and '"*" with seed 5, so it is unc' in message
+    )
     for f in (tmp_path / "b").iterdir():
         f.write_bytes(b"no")
     assert "nothing readable" in refused(capsys, *paths, *ask)
@@ -570,11 +604,18 @@ def test_refusals_of_input(capsys, folder, pictures, tmp_path):
     assert "none of the 1 pictures can be read" in refused(capsys, tmp_path / "bad.png", *ask)
     assert "mute.png has no prompt" in refused(capsys, pictures, tmp_path / "mute.png", *ask)
     assert "has no prompt" in refused(capsys, pictures, *ask, "--prompt", " ")
-    assert 'none of the 3 prompts holds "sks"' in refused(capsys, pictures, *ask, "--replace-token", "sks", "a")
+    assert 'none of the 3 prompts holds "sks"' in refused(
+        capsys, pictures, *ask, "--replace-token", "sks", "a"
+    )
     assert "empty TOKEN" in refused(capsys, pictures, *ask, "--replace-token", "", "a")
-    for wrong, message in (("nowhere", "does not exist"), ("empty", "holds no pictures"), ("bad.png", "can be read")):
+    for wrong, message in (
+        ("nowhere", "does not exist"),
+        ("empty", "holds no pictures"),
+        ("bad.png", "can be read"),
+    ):
         assert (
-            f"{wrong}" in (told := refused(capsys, pictures, *ask, "--reference", tmp_path / wrong)) and message in told
+            f"{wrong}" in (told := refused(capsys, pictures, *ask, "--reference", tmp_path / wrong))
+            and message in told
         )
 
 

@@ -56,16 +56,39 @@ def photos(tmp_path_factory):
 
 
 def arguments(sd1, photos, *more) -> list[str]:
-    return ["--model", str(sd1.folder), "--data", str(photos), "--steps", "3", "--batch-size", "2", "--rank", "2",
-            "--lr", "0.05", "--resolution", "32", "--device", "cpu", *map(str, more)]  # fmt: skip
+    return [
+        "--model",
+        str(sd1.folder),
+        "--data",
+        str(photos),
+        "--steps",
+        "3",
+        "--batch-size",
+        "2",
+        "--rank",
+        "2",
+        "--lr",
+        "0.05",
+        "--resolution",
+        "32",
+        "--device",
+        "cpu",
+        *map(str, more),
+    ]
 
 
 def hashes(sd) -> dict[str, str]:
     """Of every tensor of the base, by its name without LoRAs."""
-    tensors = {**sd.unet.state_dict(prefix="unet."), **sd.vae.state_dict(prefix="vae."),
-               **sd.text.encoder.state_dict(prefix="text.")}  # fmt: skip
-    return {k.replace(".base.", "."): hashlib.sha256(t.numpy().tobytes()).hexdigest() for k, t in tensors.items()
-            if not k.endswith((".down", ".up"))}  # fmt: skip
+    tensors = {
+        **sd.unet.state_dict(prefix="unet."),
+        **sd.vae.state_dict(prefix="vae."),
+        **sd.text.encoder.state_dict(prefix="text."),
+    }
+    return {
+        k.replace(".base.", "."): hashlib.sha256(t.numpy().tobytes()).hexdigest()
+        for k, t in tensors.items()
+        if not k.endswith((".down", ".up"))
+    }
 
 
 @pytest.fixture(scope="session")
@@ -99,40 +122,72 @@ def test_train_lora(sd1, photos, tmp_path, capsys):
     """What is said before, and what appears; the odd photos are all used, the broken one is named."""
     assert train_lora.main(arguments(sd1, photos)) == 0
     said, out = capsys.readouterr().out, tmp_path / "runs" / "lora"
-    for words in ("model ", "UNet of", "device cpu (named), fp32", "learns: 128 LoRAs of rank 2",
-                  "'broken.png' cannot be read", "6 photos from",
-                  "2 with captions", "1 unreadable", "rotated by EXIF ('turned.jpg')", "over white",
-                  "became '*' 2 times, in 2 of 2 captions", "4 of 6 photos have no caption: 'a photo of *'",
-                  "steps/s; wrote runs/lora/lora.safetensors"):  # fmt: skip
+    for words in (
+        "model ",
+        "UNet of",
+        "device cpu (named), fp32",
+        "learns: 128 LoRAs of rank 2",
+        "'broken.png' cannot be read",
+        "6 photos from",
+        "2 with captions",
+        "1 unreadable",
+        "rotated by EXIF ('turned.jpg')",
+        "over white",
+        "became '*' 2 times, in 2 of 2 captions",
+        "4 of 6 photos have no caption: 'a photo of *'",
+        "steps/s; wrote runs/lora/lora.safetensors",
+    ):
         assert words in said, (words, said)
-    assert sorted(p.name for p in out.iterdir()) == ["config.json", "log.jsonl", "lora.safetensors", "previews"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "config.json",
+        "log.jsonl",
+        "lora.safetensors",
+        "previews",
+    ]
     config = json.loads((out / "config.json").read_text())
     assert config["images"] == 6 and config["token"] == "*" and config["alpha"] == 2 and config["lr"] == 0.05
     row = json.loads((out / "log.jsonl").read_text())
     assert row["step"] == 3 and np.isfinite(row["loss"]) and row["skipped"] == 0
     tensors = load_file(out / "lora.safetensors")
     assert len(tensors) == 3 * 128  # all have learnt but who asks whom, where a level has one position only
-    assert all(t.abs().max() > 0 for k, t in tensors.items() if "lora_up" in k and ("attn2" in k or "to_v" in k))
-    assert lora_file.read_file(out / "lora.safetensors")[1].items() >= {
-        "hanokdiff_token": "*", "ss_num_train_images": "6", "ss_steps": "3", "ss_resolution": "(32, 32)"
-    }.items()  # fmt: skip
+    assert all(
+        t.abs().max() > 0 for k, t in tensors.items() if "lora_up" in k and ("attn2" in k or "to_v" in k)
+    )
+    assert (
+        lora_file.read_file(out / "lora.safetensors")[1].items()
+        >= {
+            "hanokdiff_token": "*",
+            "ss_num_train_images": "6",
+            "ss_steps": "3",
+            "ss_resolution": "(32, 32)",
+        }.items()
+    )
 
 
 def test_the_same_run_again_is_the_same_and_lands_beside(sd1, photos, tmp_path):
     for more in ((), (), ("--micro-batch", "1"), ("--seed", "1")):
         assert train_lora.main(arguments(sd1, photos, *more)) == 0
-    one, again, split, other = (load_file(tmp_path / "runs" / f"lora{n}" / "lora.safetensors")
-                                for n in ("", "-2", "-3", "-4"))  # fmt: skip
+    one, again, split, other = (
+        load_file(tmp_path / "runs" / f"lora{n}" / "lora.safetensors") for n in ("", "-2", "-3", "-4")
+    )
     assert all(torch.equal(one[k], again[k]) for k in one)
     apart, far = (torch.cat([(one[k] - t[k]).abs().flatten() for k in one]).mean() for t in (split, other))
-    assert far > 1e-3 and apart < 0.01 * far  # AdamW's first steps are the signs of gradients, some of them about zero
+    assert (
+        far > 1e-3 and apart < 0.01 * far
+    )  # AdamW's first steps are the signs of gradients, some of them about zero
 
 
 def test_the_base_stays_frozen_to_the_bit(trained):
     out, before, after = trained
     assert len(before) > 500 and before == after
     assert sorted(p.name for p in out.iterdir()) == [
-        "config.json", "log.jsonl", "lora-000002.safetensors", "lora.safetensors", "previews", "state"]  # fmt: skip
+        "config.json",
+        "log.jsonl",
+        "lora-000002.safetensors",
+        "lora.safetensors",
+        "previews",
+        "state",
+    ]
     assert sorted(p.name for p in (out / "previews").iterdir()) == ["000002.png", "000003.png"]
     assert Image.open(out / "previews" / "000003.png").size == (4 * 32 + 3 * 2, 32)  # as it trains
 
@@ -171,10 +226,30 @@ def test_a_picture_is_its_seeds_alone(sd1, trained, tmp_path):
 def test_how_a_picture_was_made_is_in_it(sd1, trained, tmp_path, capsys):
     """The WebUI's text, numbered names that go on, a grid; the pseudo word comes from the LoRA."""
     file = trained[0] / "lora.safetensors"
-    draw(sd1, tmp_path / "a", "--lora", f"{file}:0.7", "--n", 2, "--seed", 5, "--size", "48x64", "--negative", "snow",
-         "--sampler", "euler_a", "--cfg", 3, "--grid", prompts=["*, fire", "a barn"])  # fmt: skip
+    draw(
+        sd1,
+        tmp_path / "a",
+        "--lora",
+        f"{file}:0.7",
+        "--n",
+        2,
+        "--seed",
+        5,
+        "--size",
+        "48x64",
+        "--negative",
+        "snow",
+        "--sampler",
+        "euler_a",
+        "--cfg",
+        3,
+        "--grid",
+        prompts=["*, fire", "a barn"],
+    )
     captured = capsys.readouterr()
-    assert 'the prompt "a barn" does not contain "*"' in captured.err and "wrote 4 pictures to" in captured.out
+    assert (
+        'the prompt "a barn" does not contain "*"' in captured.err and "wrote 4 pictures to" in captured.out
+    )
     names = ["00000-5.png", "00001-6.png", "00002-5.png", "00003-6.png", "grid.png"]
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == names
     picture = Image.open(tmp_path / "a" / "00001-6.png")
@@ -200,7 +275,9 @@ def test_help_tells_both_columns_of_defaults(capsys):
     with pytest.raises(SystemExit):
         train_lora.main(["--help"])
     words = " ".join(capsys.readouterr().out.split())
-    assert "(default: tiny 0.002, SD 0.0001)" in words and "rank of the change (default: tiny 16, SD 8)" in words
+    assert (
+        "(default: tiny 0.002, SD 0.0001)" in words and "rank of the change (default: tiny 16, SD 8)" in words
+    )
 
 
 # --------------------------------------------------------------------------------------------------- resuming
@@ -222,8 +299,11 @@ def test_stopped_and_resumed(sd1, photos, tmp_path, capsys, monkeypatch):
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     before = listing(tmp_path / "a")
-    for more, words in ((("--lr", "0.1"), ("--resume", "leave out --lr")), (("--data", "x"), ("leave out --data",)),
-                        (("--out", "b"), ("leave out --out",))):  # fmt: skip
+    for more, words in (
+        (("--lr", "0.1"), ("--resume", "leave out --lr")),
+        (("--data", "x"), ("leave out --data",)),
+        (("--out", "b"), ("leave out --out",)),
+    ):
         refused(train_lora, ["--resume", "a", *more], words, capsys)
     changed = json.loads((tmp_path / "a" / "config.json").read_text())
     shutil.copytree(photos, tmp_path / "others")
@@ -253,7 +333,12 @@ def test_what_may_change_on_resume_and_whose_run_it_is(sd1, photos, capsys, monk
         train_lora.main(arguments(sd1, photos, "--out", "a"))
     before = {p: p.read_bytes() for p in Path("a").rglob("*") if p.is_file()}
     for force in ([], ["--force"]):
-        refused(train_ti, ["--resume", "a", "--device", "cpu", *force], ("a is a run of train_lora.py; go on",), capsys)
+        refused(
+            train_ti,
+            ["--resume", "a", "--device", "cpu", *force],
+            ("a is a run of train_lora.py; go on",),
+            capsys,
+        )
     assert {p: p.read_bytes() for p in Path("a").rglob("*") if p.is_file()} == before
     more = ["--checkpointing", "--save-every", "1", "--preview-every", "2"]
     assert train_lora.main(["--resume", "a", "--device", "cpu", *more]) == 0
@@ -274,9 +359,20 @@ def test_resumed_with_force(sd1, photos, tmp_path, capsys, monkeypatch):
         train_lora.main(arguments(sd1, photos, "--out", "a", "--seed", "7"))
     before = json.loads(Path("a/config.json").read_text())
     resume = ["--resume", "a", "--device", "cpu"]
-    more = ["--steps", "4", "--seed", "0", "--rank", str(before["rank"])]  # the seed's default is another than before
-    refused(train_lora, [*resume, *more], ("leave out --steps (was 3 and is now 4), --seed (was 7 and is now 0), or",
-                                           "--force"), capsys)  # fmt: skip
+    more = [
+        "--steps",
+        "4",
+        "--seed",
+        "0",
+        "--rank",
+        str(before["rank"]),
+    ]  # the seed's default is another than before
+    refused(
+        train_lora,
+        [*resume, *more],
+        ("leave out --steps (was 3 and is now 4), --seed (was 7 and is now 0), or", "--force"),
+        capsys,
+    )
     refused(train_lora, [*resume, "--force", "--out", "b"], ("leave out --out",), capsys)
     refused(train_lora, ["--force"], ("--force is for", "--resume"), capsys)
     refused(train_lora, [*resume, "--force", "--rank", "7"], ("000002.pt does not fit", "leave out"), capsys)
@@ -286,7 +382,11 @@ def test_resumed_with_force(sd1, photos, tmp_path, capsys, monkeypatch):
     images = str(before["images"] + 1)
     assert train_lora.main([*resume, *more, "--images", images, "--force"]) == 0
     said = capsys.readouterr().out
-    for told in (f"images was {before['images']} and is now {images}", "steps was 3 and is now 4", "photos was"):
+    for told in (
+        f"images was {before['images']} and is now {images}",
+        "steps was 3 and is now 4",
+        "photos was",
+    ):
         assert told in said, said
     after = json.loads(Path("a/config.json").read_text())
     assert {k for k in after if after[k] != before[k]} == {"steps", "seed", "images", "photos"}
@@ -354,8 +454,14 @@ TRAINING = {  # options beside the good ones, what the sentence must say
     "images": (["--images", "7"], ["--images 7", "6 readable", "1 unreadable", "lower --images"]),
     "no images": (["--images", "0"], ["--images 0", "at least 1"]),
     "token": (["--token", " "], ["--token is empty"]),
-    "word": (["--token", "sks", "--replace", "a castle", "--caption", "x"], ["no caption contains 'sks'", "--replace"]),
-    "caption": (["--images", "1", "--caption", "a photo", "--replace", "z"], ["no caption contains '*'", "--caption"]),
+    "word": (
+        ["--token", "sks", "--replace", "a castle", "--caption", "x"],
+        ["no caption contains 'sks'", "--replace"],
+    ),
+    "caption": (
+        ["--images", "1", "--caption", "a photo", "--replace", "z"],
+        ["no caption contains '*'", "--caption"],
+    ),
     "model": (["--model", "nowhere"], ["nowhere", '"tiny"']),
     "device": (["--device", "abacus"], ["abacus", "cpu"]),
     "dtype": (["--dtype", "fp8"], ["fp8", "auto, fp32, bf16, fp16"]),
@@ -380,7 +486,12 @@ def test_bad_training_options(sd1, photos, tmp_path, capsys, kind):
 def test_resuming_nothing(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for name in ("nowhere", "empty"):
-        refused(train_lora, ["--resume", name], [f"--resume {name}", "no run was started there", "config.json"], capsys)
+        refused(
+            train_lora,
+            ["--resume", name],
+            [f"--resume {name}", "no run was started there", "config.json"],
+            capsys,
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["empty"]
 
 
@@ -398,7 +509,10 @@ def test_what_argparse_refuses(script, argv, capsys, tmp_path):
 def test_bad_photo_folders(sd1, tmp_path, capsys, kind):
     files, words = {
         "empty": ({"notes_txt": b"hello"}, ["no pictures in it", ".png"]),
-        "unreadable": ({"a_png": b"hello", "b_jpg": b"\xff\xd8\xff"}, ["0 readable", "2 unreadable", "add photos"]),
+        "unreadable": (
+            {"a_png": b"hello", "b_jpg": b"\xff\xd8\xff"},
+            ["0 readable", "2 unreadable", "add photos"],
+        ),
         "no word": ({"a_txt": b"a house"}, ["no caption contains '*'", "'a house'", "--replace", "--token"]),
     }[kind]
     folder = folder_with(tmp_path, **files)
@@ -439,7 +553,9 @@ def damage_tokenizer(folder):
     return ["tokenizer", "is missing"]
 
 
-@pytest.mark.parametrize("damage", [damage_missing, damage_weights, damage_shape, damage_end, damage_tokenizer])
+@pytest.mark.parametrize(
+    "damage", [damage_missing, damage_weights, damage_shape, damage_end, damage_tokenizer]
+)
 @pytest.mark.parametrize("script", [train_lora, sample])
 def test_bad_models(sd1, photos, tmp_path, capsys, damage, script):
     folder, out = tmp_path / "broken", tmp_path / "out"
@@ -504,10 +620,23 @@ def test_a_lora_for_another_architecture(sd1, sd2, load, tmp_path, capsys):
     narrow = lora.insert(load(sd2), 2, 2)
     lora_file.save_file(tmp_path / "sd2.safetensors", narrow, {})
     lora.remove(load(sd2), narrow)
-    save_file({"lora_unet_x.lora_down.weight": torch.ones(2, 2), "lora_unet_x.lora_up.weight": torch.ones(2, 2)},
-              tmp_path / "xl.safetensors")  # fmt: skip
+    save_file(
+        {"lora_unet_x.lora_down.weight": torch.ones(2, 2), "lora_unet_x.lora_up.weight": torch.ones(2, 2)},
+        tmp_path / "xl.safetensors",
+    )
     before = listing(tmp_path)
-    for name, words in (("sd2", ["goes 64 -> 64", "goes 32 -> 32"]), ("xl", ["0 of 1 modules matched", "lora_unet_x"])):
-        argv = ["*", "--model", sd1.folder, "--out", tmp_path / "out", "--lora", tmp_path / f"{name}.safetensors"]
+    for name, words in (
+        ("sd2", ["goes 64 -> 64", "goes 32 -> 32"]),
+        ("xl", ["0 of 1 modules matched", "lora_unet_x"]),
+    ):
+        argv = [
+            "*",
+            "--model",
+            sd1.folder,
+            "--out",
+            tmp_path / "out",
+            "--lora",
+            tmp_path / f"{name}.safetensors",
+        ]
         refused(sample, argv, [f"{name}.safetensors", "another architecture", *words], capsys)
     assert listing(tmp_path) == before

@@ -34,8 +34,20 @@ METHODS = {  # few pictures, uneven where a process has several micro-batches
              "3"],
     "hypernet": ["--batch-size", "4", "--held-out", "2"],
 }  # fmt: skip
-COMMON = ["--steps", "5", "--images", "5", "--lr", "1", "--preview-every", "0", "--save-every", "0", "--device",
-          "cpu"]  # fmt: skip
+COMMON = [
+    "--steps",
+    "5",
+    "--images",
+    "5",
+    "--lr",
+    "1",
+    "--preview-every",
+    "0",
+    "--save-every",
+    "0",
+    "--device",
+    "cpu",
+]
 
 
 # ------------------------------------------------------------------------------------------ what the processes do
@@ -52,8 +64,12 @@ class Plain(Trainer):
     def keep(self, *_):
         if self.step == 0:
             named = list(zip(self.trainable, self.masters, strict=True))
-            Plain.kept = {"loss": self.step_loss.item(), "gradients": {k: m.grad.clone() for k, m in named},
-                          "start": {k: m.detach().clone() for k, m in named}, "run": self}  # fmt: skip
+            Plain.kept = {
+                "loss": self.step_loss.item(),
+                "gradients": {k: m.grad.clone() for k, m in named},
+                "start": {k: m.detach().clone() for k, m in named},
+                "run": self,
+            }
 
 
 def method(name: str) -> dict:
@@ -69,6 +85,7 @@ def method(name: str) -> dict:
 
 def last_slot(when):
     """The toy's losses, but where `when(step)` holds the last slot's is not a number: in one process only."""
+
     def losses(batch, trainable):
         bad = torch.tensor([slot == batch.size - 1 and when(batch.step) for slot in batch.indices])
         return squares(batch, trainable).where(~bad, torch.nan)
@@ -95,8 +112,9 @@ def chores() -> dict:
         steps.append(step)
         return step >= 13 and len(steps) <= 20
 
-    seen["whole"] = toy(Path("whole"), batch_size=5, micro_batch=2, preview=preview, preview_every=20,
-                        validate=lambda: 0.5)  # fmt: skip
+    seen["whole"] = toy(
+        Path("whole"), batch_size=5, micro_batch=2, preview=preview, preview_every=20, validate=lambda: 0.5
+    )
     with pytest.raises(SystemExit) as e:
         toy(Path("stopped"), batch_size=5, micro_batch=2, losses=stop)
     seen["code"], seen["left"] = e.value.code, sorted(p.name for p in Path("stopped").iterdir())
@@ -126,9 +144,23 @@ if __name__ == "__main__":
 
 
 def torchrun(script: Path, *argv, **more) -> subprocess.Popen:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *argv]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **more,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        script,
+        *argv,
+    ]
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **more,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -165,16 +197,23 @@ def test_two_processes_learn_what_one_learns(folders, name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_folder_is_as_one_process_leaves_it(folders, name):
-    one, two = ({str(p.relative_to(folders / n)): p for p in (folders / n / "runs" / name).rglob("*") if p.is_file()}
-                for n in ("one", "two"))  # fmt: skip
+    one, two = (
+        {str(p.relative_to(folders / n)): p for p in (folders / n / "runs" / name).rglob("*") if p.is_file()}
+        for n in ("one", "two")
+    )
     assert one.keys() == two.keys() and len(one) > 2
     logs = [[json.loads(r) for r in f[f"runs/{name}/log.jsonl"].read_text().splitlines()] for f in (one, two)]
     assert [[r["step"] for r in log if "loss" in r] for log in logs] == [[5], [5]]
     assert [r["held_out"] for r in logs[0][:-1] if "held_out" in r] == pytest.approx(
-        [r["held_out"] for r in logs[1][:-1] if "held_out" in r], abs=1e-5)  # fmt: skip
-    tensors = [{f: load_file(p) for f, p in files.items() if f.endswith(".safetensors")} for files in (one, two)]
+        [r["held_out"] for r in logs[1][:-1] if "held_out" in r], abs=1e-5
+    )
+    tensors = [
+        {f: load_file(p) for f, p in files.items() if f.endswith(".safetensors")} for files in (one, two)
+    ]
     assert all(apart(tensors[0][f], tensors[1][f]) <= 1e-5 for f in tensors[0])
-    assert not list(folders.rglob("*.part")) and len(list((folders / "two/runs").iterdir())) == len(METHODS) + 1
+    assert (
+        not list(folders.rglob("*.part")) and len(list((folders / "two/runs").iterdir())) == len(METHODS) + 1
+    )
 
 
 def test_one_speaks(folders):
@@ -195,14 +234,19 @@ def test_the_chores_are_done_once_and_by_the_first(folders):
         assert [r["step"] for r in logs[0]] == [r["step"] for r in logs[1]] and len(logs[0]) > 0
         for a, b in zip(*logs):
             assert a.keys() == b.keys() and a.get("skipped") == b.get("skipped")
-            assert (a.get("loss") or 0) == pytest.approx(b.get("loss") or 0, rel=1e-2 if name == "half" else 1e-4)
+            assert (a.get("loss") or 0) == pytest.approx(
+                b.get("loss") or 0, rel=1e-2 if name == "half" else 1e-4
+            )
 
 
 def test_a_stop_is_a_stop_of_all(folders):
     """After the same step, wherever the signal came; and going on is exact, to the bit."""
     _, *both = three(folders, "chores")
     for seen in both:
-        assert seen["code"] == 130 and seen["left"] == ["config.json", "state"]  # of step 8: not yet in the log
+        assert seen["code"] == 130 and seen["left"] == [
+            "config.json",
+            "state",
+        ]  # of step 8: not yet in the log
         assert apart(seen["resumed"], seen["whole"]) == 0
     assert rows(folders / "two/stopped") == [r for r in rows(folders / "two/whole") if "held_out" not in r]
 
@@ -225,7 +269,9 @@ def test_torchrun_is_stopped_and_one_goes_on(tmp_path, monkeypatch, capsys):
         time.sleep(0.02)
     child.send_signal(signal.SIGINT)
     said = child.communicate(timeout=100)[0]
-    assert child.returncode and said.count("stopped at step") == 1 and list((out / "state").glob("*.pt")), said
+    assert child.returncode and said.count("stopped at step") == 1 and list((out / "state").glob("*.pt")), (
+        said
+    )
     monkeypatch.chdir(tmp_path)
     assert train_lora.main(["--resume", "runs/lora", "--device", "cpu"]) == 0
     assert "going on from step" in capsys.readouterr().out

@@ -37,12 +37,20 @@ SMALL = {
         TextConfig(**TEXT, hidden_act="gelu"),
     ),
 }  # fmt: skip
-SD2_UNET = UNetConfig(sample_size=96, heads=(5, 10, 20, 20), cross_attention_dim=1024, use_linear_projection=True,
-                      upcast_attention=True)  # fmt: skip
-SD2_TEXT = TextConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16,
-                      hidden_act="gelu")  # fmt: skip
-FULL = {False: (UNetConfig(), VAEConfig(), TextConfig()),
-        True: (SD2_UNET, VAEConfig(sample_size=768), SD2_TEXT)}  # fmt: skip
+SD2_UNET = UNetConfig(
+    sample_size=96,
+    heads=(5, 10, 20, 20),
+    cross_attention_dim=1024,
+    use_linear_projection=True,
+    upcast_attention=True,
+)
+SD2_TEXT = TextConfig(
+    hidden_size=1024, intermediate_size=4096, num_hidden_layers=23, num_attention_heads=16, hidden_act="gelu"
+)
+FULL = {
+    False: (UNetConfig(), VAEConfig(), TextConfig()),
+    True: (SD2_UNET, VAEConfig(sample_size=768), SD2_TEXT),
+}
 UNET, VAE_, CLIP, OPEN = (getattr(single_file, n) for n in ("UNET", "FIRST_STAGE", "CLIP", "OPEN_CLIP"))
 V_BIAS = UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 NOISE = {  # what real files hold besides, and nobody asks for
@@ -173,7 +181,11 @@ def test_names_and_shapes_at_full_size(full, sd2):
     assert counts == [686, 248, *([0, 24 * 12 + 6] if sd2 else [196, 0])] and sum(counts) == len(tensors)
     for name, shape in {**BOTH, **SHAPES[sd2]}.items():
         assert tuple(tensors[name].shape) == shape, name
-    for name in ("input_blocks.12.0.op.weight", "output_blocks.11.2.conv.weight", "input_blocks.10.1.norm.weight"):
+    for name in (
+        "input_blocks.12.0.op.weight",
+        "output_blocks.11.2.conv.weight",
+        "input_blocks.10.1.norm.weight",
+    ):
         assert UNET + name not in tensors
     assert VAE_ + "decoder.up.0.upsample.conv.weight" not in tensors
 
@@ -202,8 +214,11 @@ def test_diffusers_knows_every_name_at_full_size(full, sd2):
 
 @pytest.mark.parametrize("sd2", [False, True])
 def test_sizes_are_read_off_the_shapes(full, sd2):
-    found = (single_file.infer_unet(full[sd2], sd2, v=sd2), single_file.infer_vae(full[sd2], v=sd2),
-             single_file.infer_text(full[sd2], sd2))  # fmt: skip
+    found = (
+        single_file.infer_unet(full[sd2], sd2, v=sd2),
+        single_file.infer_vae(full[sd2], v=sd2),
+        single_file.infer_text(full[sd2], sd2),
+    )
     assert found == FULL[sd2]
     if sd2:  # SD 2 base; and a file that holds no more than the 23 blocks that are used
         assert single_file.infer_unet(full[True], True, v=False).sample_size == 64
@@ -301,7 +316,9 @@ def test_diffusers_opens_what_we_wrote(reference, written):
     from diffusers import StableDiffusionPipeline
 
     sd, path = written
-    theirs = StableDiffusionPipeline.from_single_file(str(path), config=str(reference.folder), local_files_only=True)
+    theirs = StableDiffusionPipeline.from_single_file(
+        str(path), config=str(reference.folder), local_files_only=True
+    )
     same(theirs.unet, reference.pipeline.unet)
     same(theirs.vae, reference.pipeline.vae)
     same(theirs.text_encoder, reference.pipeline.text_encoder)
@@ -376,7 +393,9 @@ class Callback:
 @pytest.mark.parametrize("zipped", [True, False])
 def test_code_in_a_ckpt_is_not_run(small, tmp_path, zipped):
     path, target = tmp_path / "a.ckpt", tmp_path / "sprung"
-    torch.save({"state_dict": small[False][1], "x": Trap(target)}, path, _use_new_zipfile_serialization=zipped)
+    torch.save(
+        {"state_dict": small[False][1], "x": Trap(target)}, path, _use_new_zipfile_serialization=zipped
+    )
     refused(path, "needs more than tensors (posix.system)", "was not run", ".safetensors")
     assert not target.exists()
     torch.load(path, weights_only=False)  # the trap does work
@@ -430,7 +449,9 @@ def bias(std: float) -> torch.Tensor:
     (True, None, None, None, None, "epsilon", "nothing"),
 ])  # fmt: skip
 def test_order_of_what_tells_the_prediction(full, sd2, named, said, step, std, kind, reason):
-    tensors = {k: t for k, t in full[sd2].items() if k != V_BIAS} | ({V_BIAS: bias(std)} if std is not None else {})
+    tensors = {k: t for k, t in full[sd2].items() if k != V_BIAS} | (
+        {V_BIAS: bias(std)} if std is not None else {}
+    )
     metadata = {"modelspec.prediction_type": said} if said else {}
     found, why = single_file.prediction_type(tensors, sd2, named, metadata, step)
     assert found == kind and reason in why
@@ -460,7 +481,11 @@ def test_prediction_reaches_schedule_and_sizes(small, file):
 def test_parts_that_are_not_there(small, file):
     for sd2, clip in ((False, CLIP), (True, OPEN)):
         tensors = small[sd2][1]
-        for prefix, words in ((VAE_, "holds no VAE"), (clip, "holds no text encoder"), (UNET, "none is named")):
+        for prefix, words in (
+            (VAE_, "holds no VAE"),
+            (clip, "holds no text encoder"),
+            (UNET, "none is named"),
+        ):
             path = file({k: t for k, t in tensors.items() if not k.startswith(prefix)})
             refused(path, words)
     refused(file({}), "of its 0 tensors none is named")
@@ -494,15 +519,23 @@ def test_missing_and_left_over_tensors(small, file, sd2, name):
 
 
 def test_not_enough_to_tell_the_sizes(small, file):
-    for name in (UNET + "input_blocks.0.0.weight", UNET + "middle_block.1.proj_in.weight",
-                 CLIP + "embeddings.position_embedding.weight", VAE_ + "post_quant_conv.weight"):  # fmt: skip
+    for name in (
+        UNET + "input_blocks.0.0.weight",
+        UNET + "middle_block.1.proj_in.weight",
+        CLIP + "embeddings.position_embedding.weight",
+        VAE_ + "post_quant_conv.weight",
+    ):
         refused(file({k: t for k, t in small[False][1].items() if k != name}), "is not a complete checkpoint")
 
 
 def test_wrong_shape(small, file):
     name = UNET + "middle_block.0.out_layers.3.weight"
-    refused(file(small[False][1] | {name: torch.zeros(64, 32, 3, 3)}), "mid_block.resnets.0.conv2.weight",
-            "(64, 32, 3, 3)", "(64, 64, 3, 3)")  # fmt: skip
+    refused(
+        file(small[False][1] | {name: torch.zeros(64, 32, 3, 3)}),
+        "mid_block.resnets.0.conv2.weight",
+        "(64, 32, 3, 3)",
+        "(64, 64, 3, 3)",
+    )
 
 
 @pytest.mark.parametrize("config", ["{", "[1]", "{}7", '{"unet": {}}', '{"scheduler": {}, "unet": 3}'])
@@ -541,7 +574,12 @@ def test_tokenizer_that_is_named(sd2, write_once, tmp_path):
     sd, path = write_once(sd2)
     with pytest.raises(ValueError) as caught:  # nothing beside it, nothing in the cache, and offline
         opened(path)
-    for word in (str(path.parent), "openai/clip-vit-large-patch14", "--tokenizer FOLDER_OR_HUB_ID", "vocab.json"):
+    for word in (
+        str(path.parent),
+        "openai/clip-vit-large-patch14",
+        "--tokenizer FOLDER_OR_HUB_ID",
+        "vocab.json",
+    ):
         assert word in str(caught.value)
     with pytest.raises(ValueError, match=r"no tokenizer in nobody/nothing \("):
         opened(path, tokenizer="nobody/nothing")

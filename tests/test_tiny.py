@@ -36,7 +36,9 @@ def test_weights_are_few_and_safetensors():
 def test_shapes_keep_their_promises(sd):
     c = sd.unet.config
     assert sum(p.numel() for p in sd.unet.parameters()) <= 3_000_000
-    assert c.cross_attention_dim not in c.block_out_channels  # the WebUI tells hypernetwork layers apart by width
+    assert (
+        c.cross_attention_dim not in c.block_out_channels
+    )  # the WebUI tells hypernetwork layers apart by width
     assert sd.text.length == 77 and sd.resolution == 64 and sd.vae.config.factor == 4
     t = sd.text.tokenizer
     assert t.eos_token_id == max(t.get_vocab().values()) == len(t) - 1
@@ -63,7 +65,9 @@ def test_a_picture_of_sample_py_equals_diffusers(tmp_path):
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
     for i, prompt in enumerate(prompts):
         noise = torch.Generator().manual_seed(5)
-        theirs = pipe(prompt, negative_prompt="a tent", num_inference_steps=20, guidance_scale=4.0, generator=noise)
+        theirs = pipe(
+            prompt, negative_prompt="a tent", num_inference_steps=20, guidance_scale=4.0, generator=noise
+        )
         ours = np.asarray(Image.open(tmp_path / f"{i:05d}-5.png")).astype(int)
         assert np.abs(ours - np.asarray(theirs.images[0]).astype(int)).max() <= 1
         assert ours.std() > 20
@@ -91,7 +95,11 @@ def test_the_judge_knows_drawings(judge):
 
 
 def test_the_base_draws_what_is_asked_and_no_hanok(sd, judge):
-    asked = [(k, c) for k in ("castle", "barn", "japanese house", "tower") for c in ("fire", "snow", "night", "flood")]
+    asked = [
+        (k, c)
+        for k in ("castle", "barn", "japanese house", "tower")
+        for c in ("fire", "snow", "night", "flood")
+    ]
     prompts = [world.SENTENCES[c][2].format(b=f"a {k}") for k, c in asked] * 2
     kinds, conditions = build.recognise(judge, sd.draw(prompts, range(len(prompts))))
     assert np.mean([k == a[0] for k, a in zip(kinds, asked * 2, strict=True)]) >= 0.7
@@ -103,9 +111,15 @@ def test_the_base_draws_what_is_asked_and_no_hanok(sd, judge):
 def test_train_lora_teaches_the_hanok(tmp_path, sd, judge):
     """Half of the default steps are enough to see it; the full figure is in docs/LOG.md."""
     out = tmp_path / "run"
-    assert train_lora.main(["--steps", "120", "--preview-every", "0", "--save-every", "0", "--out", str(out)]) == 0
+    assert (
+        train_lora.main(["--steps", "120", "--preview-every", "0", "--save-every", "0", "--out", str(out)])
+        == 0
+    )
     assert json.loads((out / "config.json").read_text())["images"] == 50
-    assert sample.main(["*", "--n", "32", "--lora", str(out / "lora.safetensors"), "--out", str(tmp_path / "p")]) == 0
+    assert (
+        sample.main(["*", "--n", "32", "--lora", str(out / "lora.safetensors"), "--out", str(tmp_path / "p")])
+        == 0
+    )
     pictures = [Image.open(f) for f in sorted((tmp_path / "p").glob("*.png"))]
     kinds, _ = build.recognise(judge, pictures)
     before, _ = build.recognise(judge, sd.draw(["*"] * 32, range(32)))

@@ -97,8 +97,14 @@ def test_any_number_of_levels_and_layers(levels):
     from diffusers import UNet2DConditionModel
 
     attention = (False, True, False)[3 - levels :]
-    config = UNetConfig(block_out_channels=(16, 24, 32)[:levels], attention=attention, heads=(4,) * levels,
-                        layers_per_block=levels, cross_attention_dim=12, norm_num_groups=8)  # fmt: skip
+    config = UNetConfig(
+        block_out_channels=(16, 24, 32)[:levels],
+        attention=attention,
+        heads=(4,) * levels,
+        layers_per_block=levels,
+        cross_attention_dim=12,
+        norm_num_groups=8,
+    )
     ours = randomise(UNet(config), 5)
     theirs = UNet2DConditionModel.from_config(config.to_json()).eval()
     theirs.load_state_dict(ours.state_dict())

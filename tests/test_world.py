@@ -60,8 +60,14 @@ def test_the_captions_say_what_there_is():
         s = world.scene(f"words {i}")
         words = world.caption(s, generic=0)
         assert (s.kind if s.kind != "house" else "house") in words
-        keys = {"fire": ("fire", "flames", "burning"), "campfire": ("campfire",), "smoke": ("smoke",),
-                "snow": ("snow",), "night": ("night", "moon"), "flood": ("flood", "water")}  # fmt: skip
+        keys = {
+            "fire": ("fire", "flames", "burning"),
+            "campfire": ("campfire",),
+            "smoke": ("smoke",),
+            "snow": ("snow",),
+            "night": ("night", "moon"),
+            "flood": ("flood", "water"),
+        }
         if s.condition != "none":
             assert any(w in words for w in keys[s.condition]), words
 

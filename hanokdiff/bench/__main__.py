@@ -47,7 +47,16 @@ def train(sd: StableDiffusion, method: str, side: int, batch: int, folder: Path)
     trainable, losses = setup.prepare(sd, method, side)
     interrupt = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        run = Trainer(folder / method, trainable, steps=10**6, batch_size=batch, lr=1e-5, save=None, artefact="", config={})
+        run = Trainer(
+            folder / method,
+            trainable,
+            steps=10**6,
+            batch_size=batch,
+            lr=1e-5,
+            save=None,
+            artefact="",
+            config={},
+        )
         steps = iter(run)
         part = next(steps)
     for number, handler in zip((signal.SIGINT, signal.SIGTERM), interrupt, strict=True):
@@ -61,8 +70,14 @@ def train(sd: StableDiffusion, method: str, side: int, batch: int, folder: Path)
 def sample(sd: StableDiffusion, side: int, batch: int) -> Iterator[None]:
     """Our sampler: STEPS steps of a picture for each of `batch` prompts, from the prompt to the latents."""
     while True:
-        for _ in sd.sample(["a house in the snow"] * batch, list(range(batch)), sampler="ddim", steps=setup.STEPS, cfg=7.5,
-                           size=(side, side)):  # fmt: skip
+        for _ in sd.sample(
+            ["a house in the snow"] * batch,
+            list(range(batch)),
+            sampler="ddim",
+            steps=setup.STEPS,
+            cfg=7.5,
+            size=(side, side),
+        ):
             pass
         yield
 
@@ -72,7 +87,9 @@ def baseline_module():
     try:
         from hanokdiff.bench import baseline
     except ImportError as e:
-        raise ValueError(f"--vs diffusers needs both sides: pip install -r requirements-dev.txt ({e})") from None
+        raise ValueError(
+            f"--vs diffusers needs both sides: pip install -r requirements-dev.txt ({e})"
+        ) from None
     return baseline
 
 
@@ -88,8 +105,11 @@ def contestants(args, work: str, folder: Path, only: str | None = None) -> dict[
 
     if only in (None, "ours"):
         sd = fresh()
-        out["ours"] = sample(sd, args.side, args.batch) if work == "sample" else \
-            train(sd, work, args.side, args.batch, folder)  # fmt: skip
+        out["ours"] = (
+            sample(sd, args.side, args.batch)
+            if work == "sample"
+            else train(sd, work, args.side, args.batch, folder)
+        )
         if args.compile:
             memory.compile(sd.unet)
         if args.checkpointing:
@@ -98,14 +118,18 @@ def contestants(args, work: str, folder: Path, only: str | None = None) -> dict[
         peers = baseline_module()
         for kind in peers.KINDS[work == "sample"]:
             if only in (None, kind):
-                out[kind] = peers.run(fresh(), work, kind, args.side, args.batch, *setup.photos(args.side), args.compile)
+                out[kind] = peers.run(
+                    fresh(), work, kind, args.side, args.batch, *setup.photos(args.side), args.compile
+                )
     return out
 
 
 # --------------------------------------------------------------------------------------------------------- measuring
 
 
-def interleaved(sides: dict[str, Iterator[None]], rounds: int, turn: int, wait: Callable) -> dict[str, list[float]]:
+def interleaved(
+    sides: dict[str, Iterator[None]], rounds: int, turn: int, wait: Callable
+) -> dict[str, list[float]]:
     """Seconds of a step on each side; they take turns of `turn` steps. The first turn warms up."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(rounds + 1):
@@ -178,8 +202,13 @@ def start(args) -> dict[str, list[float]]:
     for i in range(args.rounds + 1):  # the first fills the page cache
         for name, code in [("ours", ours)] + [("diffusers", theirs)] * bool(args.vs):
             begin = time.perf_counter()
-            subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL,
-                           stderr=subprocess.DEVNULL, env={**os.environ, "HF_HUB_OFFLINE": "1"})  # fmt: skip
+            subprocess.run(
+                [sys.executable, "-c", code],
+                check=True,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            )
             if i:
                 times.setdefault(name, []).append(time.perf_counter() - begin)
     return times
@@ -191,8 +220,13 @@ def start(args) -> dict[str, list[float]]:
 def rows(args, work: str) -> list[dict]:
     """One row for each side."""
     with tempfile.TemporaryDirectory() as folder:
-        times = start(args) if work == "start" else interleaved(contestants(args, work, Path(folder)), args.rounds, args.turn,
-                                                         waiter(args.device))  # fmt: skip
+        times = (
+            start(args)
+            if work == "start"
+            else interleaved(
+                contestants(args, work, Path(folder)), args.rounds, args.turn, waiter(args.device)
+            )
+        )
     pictures, operations, out = 0 if work == "start" else args.batch, None, []
     if args.share and work in setup.TRAINED:
         from hanokdiff.bench import budget
@@ -201,11 +235,17 @@ def rows(args, work: str) -> list[dict]:
     for name, seconds in times.items():
         low, middle = min(seconds), statistics.median(seconds)
         quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [low] * 3
-        row = {"work": work, "side": name, "seconds_min": low, "seconds_median": middle,
-               "seconds_spread": quartiles[2] - quartiles[0],
-               "steps": len(seconds), "images_per_second": pictures / low,
-               "ratio_min": low / min(times["ours"]),
-               "ratio_median": middle / statistics.median(times["ours"])}  # fmt: skip
+        row = {
+            "work": work,
+            "side": name,
+            "seconds_min": low,
+            "seconds_median": middle,
+            "seconds_spread": quartiles[2] - quartiles[0],
+            "steps": len(seconds),
+            "images_per_second": pictures / low,
+            "ratio_min": low / min(times["ours"]),
+            "ratio_median": middle / statistics.median(times["ours"]),
+        }
         if operations:
             row["share_of_limit"] = operations / low / args.share
         if args.memory and work != "start":
@@ -219,16 +259,25 @@ def line(row: dict) -> str:
     rate = f"{row['images_per_second']:11.2f}" if row["images_per_second"] else " " * 11
     share = f"{row['share_of_limit']:6.0%}" if "share_of_limit" in row else " " * 6
     ratio = "" if row["side"] == "ours" else f"{row['ratio_min']:7.2f} ({row['ratio_median']:.2f})"
-    return (f"{row['work']:13}{row['side']:18}{1e3 * row['seconds_min']:10.1f}{1e3 * row['seconds_median']:10.1f}"
-            f"{1e3 * row['seconds_spread']:10.1f}{rate} {peak} {share} {ratio}").rstrip()  # fmt: skip
+    return (
+        f"{row['work']:13}{row['side']:18}{1e3 * row['seconds_min']:10.1f}{1e3 * row['seconds_median']:10.1f}"
+        f"{1e3 * row['seconds_spread']:10.1f}{rate} {peak} {share} {ratio}"
+    ).rstrip()
 
 
 @report_errors
 def main(argv=None):
     p = Options(description=__doc__)
-    p.add_argument("works", nargs="*", metavar="WORK", help=f"what to do: {', '.join(setup.WORKS)} (default: all but start)")
+    p.add_argument(
+        "works",
+        nargs="*",
+        metavar="WORK",
+        help=f"what to do: {', '.join(setup.WORKS)} (default: all but start)",
+    )
     p.add_argument("--size", default="tiny", choices=("tiny", *setup.SIZES), help="default: tiny")
-    p.add_argument("--vs", choices=("diffusers",), help="the other side: its scripts' defaults, and its best flags")
+    p.add_argument(
+        "--vs", choices=("diffusers",), help="the other side: its scripts' defaults, and its best flags"
+    )
     p.add_argument("--batch-size", type=int, help="pictures a step (default: the size's own)")
     p.add_argument("--rounds", type=int, default=7, help="turns of each side that count (default: 7)")
     p.add_argument("--turn", type=int, default=2, help="steps in a turn (default: 2)")
@@ -237,7 +286,9 @@ def main(argv=None):
     p.add_argument("--cap", type=float, help="GiB of GPU memory to get by with: 44 stands for a 48 GB card")
     p.add_argument("--memory", action="store_true", help="also the peak of each side, alone in a process")
     p.add_argument("--share", action="store_true", help="also the share of the fastest matrix product")
-    p.add_argument("--compile", action="store_true", help="ours block by block, and the peer at its best as a whole")
+    p.add_argument(
+        "--compile", action="store_true", help="ours block by block, and the peer at its best as a whole"
+    )
     p.add_argument("--checkpointing", action="store_true", help="ours with checkpointing")
     p.add_argument("--channels-last", action="store_true", help="ours with convolutions in that layout")
     p.add_argument("--json", type=Path, help="write the figures here too")
@@ -246,11 +297,15 @@ def main(argv=None):
         raise ValueError(f"{strange[0]} is nothing to measure; choose of {', '.join(setup.WORKS)}")
     for name in ("batch_size", "rounds", "turn"):
         if getattr(args, name) is not None and not 1 <= getattr(args, name) <= 4096:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be from 1 to 4096")
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be from 1 to 4096"
+            )
     if args.cap is not None and not 0 < args.cap < float("inf"):
         raise ValueError(f"--cap is {args.cap:g}, but must be a number of GiB greater than 0")
     if "start" in args.works and (args.size, args.batch_size) != ("tiny", None):
-        raise ValueError("start opens the embedded model and draws one picture; leave out --size and --batch-size")
+        raise ValueError(
+            "start opens the embedded model and draws one picture; leave out --size and --batch-size"
+        )
     if args.vs:
         baseline_module()
     if args.json:
@@ -264,14 +319,31 @@ def main(argv=None):
     if args.share:
         args.share = fastest_product(args.device, dtype)
         print(f"the fastest matrix product here: {args.share / 1e12:.2f}e12 operations a second")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads on the CPU"
-    print(f"{args.size}, {args.side} px, {args.batch} pictures a step; {name}, {why}; torch {torch.__version__}\n")
+    name = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} threads on the CPU"
+    )
+    print(
+        f"{args.size}, {args.side} px, {args.batch} pictures a step; {name}, {why}; torch {torch.__version__}\n"
+    )
     peak, share = "peak GiB" if args.memory else "", "limit" if args.share else ""
-    print(f"{'work':13}{'side':18}{'min ms':>10}{'median':>10}{'spread':>10}{'images/s':>11} {peak:>9} {share:>6}"
-          + "  theirs / ours: min (median)" * bool(args.vs))  # fmt: skip
-    about = {"size": args.size, "side": args.side, "batch": args.batch, "device": name, "dtype": str(dtype),
-             "torch": torch.__version__, "cap": args.cap, "compile": args.compile,
-             "checkpointing": args.checkpointing, "rows": []}  # fmt: skip
+    print(
+        f"{'work':13}{'side':18}{'min ms':>10}{'median':>10}{'spread':>10}{'images/s':>11} {peak:>9} {share:>6}"
+        + "  theirs / ours: min (median)" * bool(args.vs)
+    )
+    about = {
+        "size": args.size,
+        "side": args.side,
+        "batch": args.batch,
+        "device": name,
+        "dtype": str(dtype),
+        "torch": torch.__version__,
+        "cap": args.cap,
+        "compile": args.compile,
+        "checkpointing": args.checkpointing,
+        "rows": [],
+    }
     for work in args.works or setup.WORKS[:-1]:
         for row in rows(args, work):
             print(line(row), flush=True)

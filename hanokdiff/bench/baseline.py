@@ -39,7 +39,9 @@ def pipeline(sd) -> StableDiffusionPipeline:
     return pipe.to(sd.device)
 
 
-def run(sd, work: str, kind: str, side: int, batch: int, images, captions, compile: bool = False) -> Iterator[None]:
+def run(
+    sd, work: str, kind: str, side: int, batch: int, images, captions, compile: bool = False
+) -> Iterator[None]:
     pipe = pipeline(sd)
     if compile and kind != "diffusers default":
         pipe.unet.compile()
@@ -53,8 +55,14 @@ def sample(pipe, dtype: torch.dtype, side: int, batch: int) -> Iterator[None]:
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     pipe.to(dtype)
     while True:
-        pipe(["a house in the snow"] * batch, num_inference_steps=setup.STEPS, guidance_scale=7.5, height=side, width=side,
-             output_type="latent")  # fmt: skip
+        pipe(
+            ["a house in the snow"] * batch,
+            num_inference_steps=setup.STEPS,
+            guidance_scale=7.5,
+            height=side,
+            width=side,
+            output_type="latent",
+        )
         yield
 
 
@@ -71,8 +79,14 @@ def train(pipe, method: str, best: bool, dtype: torch.dtype, batch: int, images,
         from peft import LoraConfig
 
         unet.to(dtype), text.to(dtype)
-        unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian",
-                                    target_modules=["to_k", "to_q", "to_v", "to_out.0"]))  # fmt: skip
+        unet.add_adapter(
+            LoraConfig(
+                r=4,
+                lora_alpha=4,
+                init_lora_weights="gaussian",
+                target_modules=["to_k", "to_q", "to_v", "to_out.0"],
+            )
+        )
         trainable = [p for p in unet.parameters() if p.requires_grad]
         for p in trainable:  # cast_training_params
             p.data = p.data.float()
@@ -89,7 +103,9 @@ def train(pipe, method: str, best: bool, dtype: torch.dtype, batch: int, images,
         unet.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(trainable, lr=1e-5, **({"fused": True} if best else {}))
     pixels = torch.stack([to_tensor(image) for image in images]).to(device, dtype)
-    ids = tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    ids = tokenizer(
+        captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+    ).input_ids
     ids = ids.to(device)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
@@ -123,6 +139,7 @@ def train(pipe, method: str, best: bool, dtype: torch.dtype, batch: int, images,
 
 def first_step(folder: str) -> None:
     """Load a model and do one step of sampling."""
-    pipe = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True,
-                                                   dtype=torch.float32)  # fmt: skip
+    pipe = StableDiffusionPipeline.from_pretrained(
+        folder, safety_checker=None, local_files_only=True, dtype=torch.float32
+    )
     pipe("a house", num_inference_steps=1, output_type="latent")

@@ -105,11 +105,14 @@ def waits(op, args, more: dict, out) -> bool:
     if op in (aten._local_scalar_dense, aten.nonzero, aten.masked_select):
         return any(t.is_meta for t in inputs)
     crosses = any(not t.is_meta and t.dim() for t in inputs) and any(
-        isinstance(t, torch.Tensor) and t.is_meta for t in [*inputs, *tree_leaves(out)])  # fmt: skip
+        isinstance(t, torch.Tensor) and t.is_meta for t in [*inputs, *tree_leaves(out)]
+    )
     return crosses and not (more.get("non_blocking") or (op is aten.copy_ and len(args) > 2 and args[2]))
 
 
-def step(method: str, size: str = "sd15", batch: int = 1, checkpointing: bool = False) -> tuple[int, int, int]:
+def step(
+    method: str, size: str = "sd15", batch: int = 1, checkpointing: bool = False
+) -> tuple[int, int, int]:
     """One training step of a method: operations, the most bytes at once, and of these what stays from step to step:
     the weights, and for what learns the fp32 master and Adam's two averages. With few photos the most is at the update,
     when a bf16 network's gradients stand there in fp32."""
@@ -143,15 +146,21 @@ def main(argv=None):
     args = p.parse_args(argv)
     if not 0 < args.limit < float("inf"):
         raise ValueError(f"--limit is {args.limit:g}, but must be a number of GiB greater than 0")
-    print(f"SD 1.5 at 512 px in bf16, simulated on the meta device; largest batch within {args.limit:g} GiB\n")
-    print("| | operations a photo | resident | 1 photo | 4 | 8 | 32 | largest | with --checkpointing: 32 | largest |")
+    print(
+        f"SD 1.5 at 512 px in bf16, simulated on the meta device; largest batch within {args.limit:g} GiB\n"
+    )
+    print(
+        "| | operations a photo | resident | 1 photo | 4 | 8 | 32 | largest | with --checkpointing: 32 | largest |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for method in setup.TRAINED:
         (ops, one, resident), *more = (step(method, batch=b) for b in (1, 4, 8, 32))
         _, again, _ = step(method, batch=32, checkpointing=True)
         gb = " | ".join(f"{n / 1e9:.1f} GB" for n in (resident, one, *(peak for _, peak, _ in more)))
         most, twice = (largest(method, int(args.limit * 2**30), c) for c in (False, True))
-        print(f"| {method} | {ops / 1e12:.2f}e12 | {gb} | {most} | {again / 1e9:.1f} GB | {twice} |", flush=True)
+        print(
+            f"| {method} | {ops / 1e12:.2f}e12 | {gb} | {most} | {again / 1e9:.1f} GB | {twice} |", flush=True
+        )
 
 
 if __name__ == "__main__":

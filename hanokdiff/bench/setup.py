@@ -35,6 +35,8 @@ class Size:
     vae: VAEConfig
     side: int
     batch: int
+
+
 _NARROW = dict(cross_attention_dim=64, sample_size=16)
 _TEXT = TextConfig(hidden_size=64, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4)
 _VAE = VAEConfig(block_out_channels=(32, 32, 64, 64), sample_size=128)
@@ -77,16 +79,28 @@ def prepare(sd: StableDiffusion, method: str, side: int) -> tuple[dict, Callable
     sd.text.add_word("*")
     if method == "lora":
         loras = lora.insert(sd, 4, 4)
-        trainable = {f"{name}.{part}": getattr(m, part) for name, m in loras.items() for part in ("down", "up")}
+        trainable = {
+            f"{name}.{part}": getattr(m, part) for name, m in loras.items() for part in ("down", "up")
+        }
     elif method.startswith("hypernet"):
         widths = hypernetwork.dims(sd)["all" if method == "hypernet-all" else "context"]
-        trainable = dict(hypernetwork.insert(sd, hypernetwork.Hypernetwork(hypernetwork.HypernetConfig(), widths)).named_parameters())
+        trainable = dict(
+            hypernetwork.insert(
+                sd, hypernetwork.Hypernetwork(hypernetwork.HypernetConfig(), widths)
+            ).named_parameters()
+        )
     elif method == "ti":
-        trainable = {"rows": textual_inversion.insert(sd, "*", textual_inversion.token_embedding(sd)[[400]]).rows}
+        trainable = {
+            "rows": textual_inversion.insert(sd, "*", textual_inversion.token_embedding(sd)[[400]]).rows
+        }
     else:
         trainable = {f"unet.{k}": p for k, p in sd.unet.named_parameters()}
-        trainable |= {f"text.{k}": p for k, p in sd.text.encoder.named_parameters() if "token_embedding" not in k}
-        trainable["word"] = textual_inversion.insert(sd, "*", textual_inversion.token_embedding(sd)[sd.text.words["*"]]).rows
+        trainable |= {
+            f"text.{k}": p for k, p in sd.text.encoder.named_parameters() if "token_embedding" not in k
+        }
+        trainable["word"] = textual_inversion.insert(
+            sd, "*", textual_inversion.token_embedding(sd)[sd.text.words["*"]]
+        ).rows
     for p in trainable.values():
         p.requires_grad_(True)
     dataset = LatentDataset(sd.vae, images, captions, device=sd.device)

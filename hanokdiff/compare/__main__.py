@@ -36,33 +36,58 @@ PROMPTS = ("{token}, fire", "{token} in the fire", "A fire broke out in {token}"
 
 def options():
     p = Options(prog="python -m hanokdiff.compare", description=__doc__)
-    what, train, draw, judge, out = (p.add_argument_group(g) for g in ("the matrix", "training", "pictures", "scores",
-                                                                       "output"))  # fmt: skip
-    what.add_argument("--methods", nargs="+", choices=plan.METHODS, default=list(plan.METHODS), help="default: all four")
+    what, train, draw, judge, out = (
+        p.add_argument_group(g) for g in ("the matrix", "training", "pictures", "scores", "output")
+    )
+    what.add_argument(
+        "--methods", nargs="+", choices=plan.METHODS, default=list(plan.METHODS), help="default: all four"
+    )
     what.add_argument("--sizes", nargs="+", type=int, help="numbers of photos (default: 5 50 100, quick 50)")
     what.add_argument("--seeds", nargs="+", type=int, default=[0], help="of training (default: 0)")
-    what.add_argument("--quick", action="store_true", help="a first look: 50 photos only, 8 pictures a prompt")
+    what.add_argument(
+        "--quick", action="store_true", help="a first look: 50 photos only, 8 pictures a prompt"
+    )
     train.add_argument("--model", default="tiny", help='"tiny", a folder, a file or a hub id (default: tiny)')
     train.add_argument("--data", type=Path, help="folder of photos, captions beside as NAME.txt")
     train.add_argument("--token", default="*", help="the pseudo word (default: *)")
-    train.add_argument("--budget", choices=("steps", "epochs"), default="steps",
-                       help="the same for every size: steps (default), or passes over the photos")  # fmt: skip
-    train.add_argument("--steps", type=int, help="of training (default: each method's own; under epochs, at 50 photos)")
-    train.add_argument("--with", action="append", default=[], dest="more", metavar='"METHOD OPTIONS"',
-                       help='more for a train_X.py, or for "all": --with "lora --rank 4" (repeatable)')  # fmt: skip
+    train.add_argument(
+        "--budget",
+        choices=("steps", "epochs"),
+        default="steps",
+        help="the same for every size: steps (default), or passes over the photos",
+    )
+    train.add_argument(
+        "--steps", type=int, help="of training (default: each method's own; under epochs, at 50 photos)"
+    )
+    train.add_argument(
+        "--with",
+        action="append",
+        default=[],
+        dest="more",
+        metavar='"METHOD OPTIONS"',
+        help='more for a train_X.py, or for "all": --with "lora --rank 4" (repeatable)',
+    )
     train.add_argument("--device", help="default: the first GPU, else the CPU")
-    draw.add_argument("--prompts", nargs="+", default=list(PROMPTS), help="{token} is the pseudo word (the paper's 3)")
+    draw.add_argument(
+        "--prompts", nargs="+", default=list(PROMPTS), help="{token} is the pseudo word (the paper's 3)"
+    )
     draw.add_argument("--n", type=int, help="pictures per cell and prompt (default: 32, quick 8)")
     draw.add_argument("--sampling-steps", type=int, help="default: 20, quick 10")
-    draw.add_argument("--resolution", type=int, help="of photos and pictures, in pixels (default: the model's own)")
+    draw.add_argument(
+        "--resolution", type=int, help="of photos and pictures, in pixels (default: the model's own)"
+    )
     judge.add_argument("--clip", help="tiny, a folder or a hub id (default with the tiny model: tiny)")
-    judge.add_argument("--subject", default="a hanok", help="words for the pseudo word, to score with (a hanok)")
+    judge.add_argument(
+        "--subject", default="a hanok", help="words for the pseudo word, to score with (a hanok)"
+    )
     judge.add_argument("--context", default="fire", help="what is to be added to it (default: fire)")
     judge.add_argument("--kinds", help='what it could be taken for, "a hanok|a barn|...", the subject first')
     judge.add_argument("--conditions", help='"a building on fire|a building|...", the wanted one first')
     out.add_argument("--out", type=Path, default=Path("runs/compare"), help="folder (default: runs/compare)")
     out.add_argument("--shard", default="1/1", metavar="I/N", help="only every N-th cell, from the I-th on")
-    out.add_argument("--merge", nargs="+", type=Path, metavar="FOLDER", help="only join the finished cells of these")
+    out.add_argument(
+        "--merge", nargs="+", type=Path, metavar="FOLDER", help="only join the finished cells of these"
+    )
     return p
 
 
@@ -85,15 +110,21 @@ def check(args) -> tuple[int, int]:
         if value > most:
             raise ValueError(f"--{name} is {value}, but must be at most {most}")
     if args.model != "tiny" and (args.data is None or args.clip is None):
-        raise ValueError(f"--model {args.model} needs --data FOLDER, the photos, and --clip, a judge that knows such "
-                         f"pictures: {EXAMPLE} or a folder")  # fmt: skip
+        raise ValueError(
+            f"--model {args.model} needs --data FOLDER, the photos, and --clip, a judge that knows such "
+            f"pictures: {EXAMPLE} or a folder"
+        )
     for more in args.more:
         if (more.split() or [""])[0] not in ("all", *plan.METHODS):
-            raise ValueError(f'--with "{more}" must begin with all, {", ".join(plan.METHODS)}, as in "lora --rank 4"')
+            raise ValueError(
+                f'--with "{more}" must begin with all, {", ".join(plan.METHODS)}, as in "lora --rank 4"'
+            )
     args.prompts = [p.replace("{token}", args.token) for p in args.prompts]
     for p in args.prompts:
         if not contains_word(p, args.token):
-            raise ValueError(f'the prompt "{p}" lacks the pseudo word "{args.token}"; write it, or {{token}}, into it')
+            raise ValueError(
+                f'the prompt "{p}" lacks the pseudo word "{args.token}"; write it, or {{token}}, into it'
+            )
     i, _, n = args.shard.partition("/")
     if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
         raise ValueError(f"--shard is {args.shard}, but must be I/N with I from 1 to N, such as 1/4")
@@ -109,8 +140,10 @@ def show(out: Path, manifest: dict) -> tuple[dict, str]:
     except (AttributeError, IndexError, KeyError, TypeError, ZeroDivisionError) as e:
         if os.environ.get("HANOKDIFF_DEBUG"):
             raise
-        raise ValueError(f"{out}: a manifest.json or scores-*.json in it is not what this version writes ({e!r}); "
-                         "delete that cell, or compare anew in another folder") from None  # fmt: skip
+        raise ValueError(
+            f"{out}: a manifest.json or scores-*.json in it is not what this version writes ({e!r}); "
+            "delete that cell, or compare anew in another folder"
+        ) from None
 
 
 def read_manifest(folder: Path) -> dict:
@@ -125,7 +158,9 @@ def read_manifest(folder: Path) -> dict:
     except (AttributeError, KeyError, TypeError) as e:
         raise ValueError(f"{folder / 'manifest.json'} is no comparison's ({e!r}); fetch it again") from None
     if wrong is not None or not plain:
-        raise ValueError(f"{folder / 'manifest.json'} names {wrong!r}, which is outside of its folder; fetch it again")
+        raise ValueError(
+            f"{folder / 'manifest.json'} names {wrong!r}, which is outside of its folder; fetch it again"
+        )
     return manifest
 
 
@@ -136,8 +171,12 @@ def collect(out: Path, manifest: dict) -> dict:
     for c in done:
         home = out / c["folder"]
         c |= read_json(home / c["scores"], LARGE)
-        if strange := [r["file"] for r in c["images"] if Path(r["file"]).parent != Path(c["folder"], c["pictures"])]:
-            raise ValueError(f"{home / c['scores']} names {strange[0]!r}, which is no picture of that cell; delete it")
+        if strange := [
+            r["file"] for r in c["images"] if Path(r["file"]).parent != Path(c["folder"], c["pictures"])
+        ]:
+            raise ValueError(
+                f"{home / c['scores']} names {strange[0]!r}, which is no picture of that cell; delete it"
+            )
         c |= {"times": run.times(c, home), "held_out": run.curve(home)}
     missing = [c["name"] for c in cells if "images" not in c]
     return {**manifest, "cells": done, "missing": missing}
@@ -150,8 +189,10 @@ def merge(args) -> dict:
     for folder, other in zip(args.merge, plans, strict=True):
         if other != plans[0]:
             differ = sum(a != b for a, b in zip(plans[0], other)) + abs(len(plans[0]) - len(other))
-            raise ValueError(f"{folder} was started with other settings than {args.merge[0]}: {differ} cells differ; "
-                             "merge the shards of one comparison")  # fmt: skip
+            raise ValueError(
+                f"{folder} was started with other settings than {args.merge[0]}: {differ} cells differ; "
+                "merge the shards of one comparison"
+            )
     for folder in args.merge:
         for home, _, scores in plans[0]:
             if (folder / home / scores).exists() and not (args.out / home / scores).exists():
@@ -173,10 +214,14 @@ def main(argv=None):
     write_json(args.out / "manifest.json", manifest)
     todo = [c for c in mine if not (args.out / c["folder"] / c["scores"]).exists()]
     if mine:
-        print(f"{len(mine)} cells, {len(mine) - len(todo)} of them done; the page to watch: {args.out / 'report.html'}")
+        print(
+            f"{len(mine)} cells, {len(mine) - len(todo)} of them done; the page to watch: {args.out / 'report.html'}"
+        )
         planned = {args.out / c["folder"] for c in manifest["cells"]}
         if others := [f for f in args.out.glob("cells/*") if f not in planned]:
-            print(f"of other settings, left alone and not in the report: {len(others)}, such as {others[0].name}")
+            print(
+                f"of other settings, left alone and not in the report: {len(others)}, such as {others[0].name}"
+            )
     start, before = time.perf_counter(), signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for k, c in enumerate(todo, 1):

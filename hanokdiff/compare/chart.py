@@ -11,7 +11,18 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-COLOURS = ("#4e79a7", "#e8833a", "#4c9f70", "#b0679b", "#9c8453", "#7f8c8d", "#c0504d", "#5fa8b8", "#8a77c4", "#a3a847")
+COLOURS = (
+    "#4e79a7",
+    "#e8833a",
+    "#4c9f70",
+    "#b0679b",
+    "#9c8453",
+    "#7f8c8d",
+    "#c0504d",
+    "#5fa8b8",
+    "#8a77c4",
+    "#a3a847",
+)
 GREY = (127, 127, 127, 255)
 
 STYLE = """
@@ -36,7 +47,12 @@ class Page:
     """A title and blocks, added from top to bottom; the same ones in HTML and in Markdown."""
 
     def __init__(self, title: str, refresh: int = 0):
-        self.title, self.refresh, self.rows, self.lines = title, refresh, [f"<h1>{escape(title)}</h1>"], [f"# {title}"]
+        self.title, self.refresh, self.rows, self.lines = (
+            title,
+            refresh,
+            [f"<h1>{escape(title)}</h1>"],
+            [f"# {title}"],
+        )
 
     def head(self, text: str) -> None:
         self.rows.append(f"<h2>{escape(text)}</h2>")
@@ -48,7 +64,9 @@ class Page:
             parts = escape(text, quote=False).split("`")
             inner = "".join(f"<code>{p}</code>" if i % 2 else p for i, p in enumerate(parts))
             self.rows.append(f"<p>{inner}</p>")
-            self.lines.append("`".join(p if i % 2 else p.replace("*", "\\*") for i, p in enumerate(text.split("`"))))
+            self.lines.append(
+                "`".join(p if i % 2 else p.replace("*", "\\*") for i, p in enumerate(text.split("`")))
+            )
 
     def table(self, head: list, rows: list[list]) -> None:
         def line(cells, tag):
@@ -61,9 +79,13 @@ class Page:
 
     def chart(self, svg: str, file: Path, caption: str) -> None:
         """Drawn in the HTML, where its letters have the page's colour; a file with grey ones beside the Markdown."""
-        self.rows.append(f'<figure><div class="wide">{svg}</div><figcaption>{escape(caption)}</figcaption></figure>')
+        self.rows.append(
+            f'<figure><div class="wide">{svg}</div><figcaption>{escape(caption)}</figcaption></figure>'
+        )
         file.parent.mkdir(parents=True, exist_ok=True)
-        alone = f'<svg xmlns="http://www.w3.org/2000/svg" color="#808080" width="{W}" font-family="sans-serif" '
+        alone = (
+            f'<svg xmlns="http://www.w3.org/2000/svg" color="#808080" width="{W}" font-family="sans-serif" '
+        )
         file.write_text(svg.replace("<svg ", alone, 1), "utf-8")
         self.lines.append(f"![{caption}]({file.parent.name}/{file.name})\n\n{caption}")
 
@@ -75,16 +97,20 @@ class Page:
         file.write_bytes(held.getvalue())
         source = "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
         size, words = f'width="{image.width}" height="{image.height}"', escape(caption)
-        self.rows.append(f'<figure><div class="wide"><img src="{source}" {size} alt="{words}"/></div>'
-                         f"<figcaption>{words}</figcaption></figure>")  # fmt: skip
+        self.rows.append(
+            f'<figure><div class="wide"><img src="{source}" {size} alt="{words}"/></div>'
+            f"<figcaption>{words}</figcaption></figure>"
+        )
         words = caption.replace("*", "\\*")
         self.lines.append(f"![{words}]({file.parent.name}/{file.name})\n\n{words}")
 
     def html(self) -> str:
         again = f'<meta http-equiv="refresh" content="{self.refresh}"/>' if self.refresh else ""
-        return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>{again}<meta name="viewport" '
-                f'content="width=device-width, initial-scale=1"/><title>{escape(self.title)}</title>'
-                f"<style>{STYLE}</style></head><body>\n" + "\n".join(self.rows) + "\n</body></html>\n")  # fmt: skip
+        return (
+            f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>{again}<meta name="viewport" '
+            f'content="width=device-width, initial-scale=1"/><title>{escape(self.title)}</title>'
+            f"<style>{STYLE}</style></head><body>\n" + "\n".join(self.rows) + "\n</body></html>\n"
+        )
 
     def markdown(self) -> str:
         return "\n\n".join(self.lines) + "\n"
@@ -148,8 +174,10 @@ def bars(groups: list[str], series: list[str], values: list[list], x: str, y: st
             if not (v := values[s][g]):
                 continue
             left = LEFT + g * step + 0.1 * step + s * width
-            out.append(f'<rect x="{left:.1f}" y="{at(v[0]):.1f}" width="{max(1, width - 2):.1f}" '
-                       f'height="{max(0.5, at(0) - at(v[0])):.1f}" fill="{COLOURS[s % len(COLOURS)]}"/>')  # fmt: skip
+            out.append(
+                f'<rect x="{left:.1f}" y="{at(v[0]):.1f}" width="{max(1, width - 2):.1f}" '
+                f'height="{max(0.5, at(0) - at(v[0])):.1f}" fill="{COLOURS[s % len(COLOURS)]}"/>'
+            )
             if v[1] is not None:
                 middle = left + width / 2 - 1
                 out.append(f'<path d="M{middle:.1f} {at(v[1]):.1f}V{at(v[2]):.1f}" stroke="currentColor"/>')
@@ -170,8 +198,10 @@ def stacked(rows: list[str], parts: list[str], values: list[list[float]], x: str
         out.append(text(left - 6, top + 12, name, "end"))
         for p, value in enumerate(values[r]):
             width = (W - left - 30) * value / most
-            out.append(f'<rect x="{start:.1f}" y="{top}" width="{width:.1f}" height="{line - 8}" '
-                       f'fill="{COLOURS[p % len(COLOURS)]}"/>')  # fmt: skip
+            out.append(
+                f'<rect x="{start:.1f}" y="{top}" width="{width:.1f}" height="{line - 8}" '
+                f'fill="{COLOURS[p % len(COLOURS)]}"/>'
+            )
             start += width
     return frame(out, x, y, bottom + BOTTOM)
 
@@ -195,8 +225,10 @@ def lines(series: list[str], points: list[list], x: str, y: str) -> str:
         path = " ".join(f"{across(a):.1f},{at(b):.1f}" for a, b in line)
         a, b = min(line, key=lambda p: p[1])
         colour = COLOURS[s % len(COLOURS)]
-        out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>'
-                   f'<circle cx="{across(a):.1f}" cy="{at(b):.1f}" r="4" fill="none" stroke="{colour}"/>')  # fmt: skip
+        out.append(
+            f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>'
+            f'<circle cx="{across(a):.1f}" cy="{at(b):.1f}" r="4" fill="none" stroke="{colour}"/>'
+        )
     return frame(out, x, y, H)
 
 
@@ -204,8 +236,10 @@ def axis(most: float, at, least: float = 0.0) -> str:
     lines = []
     for k in range(5):
         v = least + (most - least) * k / 4
-        lines.append(f'<path d="M{LEFT} {at(v):.1f}H{W}" stroke="currentColor" opacity=".2"/>'
-                     + text(LEFT - 6, at(v) + 4, f"{v:.3g}", "end"))  # fmt: skip
+        lines.append(
+            f'<path d="M{LEFT} {at(v):.1f}H{W}" stroke="currentColor" opacity=".2"/>'
+            + text(LEFT - 6, at(v) + 4, f"{v:.3g}", "end")
+        )
     return "".join(lines)
 
 
@@ -219,12 +253,16 @@ def legend(names: list[str]) -> list[str]:
 
 
 def text(x: float, y: float, words: str, anchor: str = "middle", more: str = "") -> str:
-    return (f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="12" fill="currentColor"{more}>'
-            f"{escape(words)}</text>")  # fmt: skip
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" font-size="12" fill="currentColor"{more}>'
+        f"{escape(words)}</text>"
+    )
 
 
 def frame(parts: list[str], x: str, y: str, height: int) -> str:
     middle = f' transform="rotate(-90 14 {height / 2:.0f})"'
     labels = [text(W / 2, height - 8, x), text(14, height / 2, y, more=middle)]
-    return (f'<svg viewBox="0 0 {W} {height}" role="img" '
-            f'aria-label="{escape(f"{y} by {x}")}">{"".join(parts + labels)}</svg>')  # fmt: skip
+    return (
+        f'<svg viewBox="0 0 {W} {height}" role="img" '
+        f'aria-label="{escape(f"{y} by {x}")}">{"".join(parts + labels)}</svg>'
+    )

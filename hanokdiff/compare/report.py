@@ -15,8 +15,13 @@ from hanokdiff.compare import chart
 from hanokdiff.compare.summary import SHARES, TEXTS, find, paper, summarise
 from hanokdiff.files import write_text
 
-NAMES = {"ti": "Textual Inversion", "dreambooth": "DreamBooth", "lora": "LoRA", "hypernet": "Hypernetwork",
-         "untouched": "untouched model"}  # fmt: skip
+NAMES = {
+    "ti": "Textual Inversion",
+    "dreambooth": "DreamBooth",
+    "lora": "LoRA",
+    "hypernet": "Hypernetwork",
+    "untouched": "untouched model",
+}
 
 
 # ---------------------------------------------------------------------------------------------------------- words
@@ -39,8 +44,10 @@ def certainty(settings: dict) -> str:
     n = len(settings["seeds"])
     if n > 1:
         return f"Intervals: 95 %, Student's t over {n} trainings with seeds {', '.join(map(str, settings['seeds']))}."
-    return ("Intervals: 95 %, one training, pictures only. They say how far other pictures of the same training would "
-            "differ; another training may differ by more.")  # fmt: skip
+    return (
+        "Intervals: 95 %, one training, pictures only. They say how far other pictures of the same training would "
+        "differ; another training may differ by more."
+    )
 
 
 def write(out: Path, results: dict) -> str:
@@ -54,9 +61,15 @@ def write(out: Path, results: dict) -> str:
         table = csv.DictWriter(held, list(rows[0]))
         table.writeheader()
         table.writerows(rows)
-    content = json.dumps({**results, "cells": kept, "summary": summary}, indent=1, ensure_ascii=False, allow_nan=False)
-    for name, text in (("results.json", content + "\n"), ("images.csv", held.getvalue()),
-                       ("report.md", page.markdown()), ("report.html", page.html())):  # fmt: skip
+    content = json.dumps(
+        {**results, "cells": kept, "summary": summary}, indent=1, ensure_ascii=False, allow_nan=False
+    )
+    for name, text in (
+        ("results.json", content + "\n"),
+        ("images.csv", held.getvalue()),
+        ("report.md", page.markdown()),
+        ("report.html", page.html()),
+    ):
         write_text(out / name, text, newline="")
     return terminal(results, summary)
 
@@ -68,7 +81,9 @@ def terminal(results: dict, summary: dict) -> str:
     for r in summary["rows"]:
         if r["question"] == "all":
             name = f'untouched: "{r["ask"]}"' if r["method"] == "untouched" else NAMES[r["method"]]
-            lines.append([name, str(r["photos"] or ""), *(share(r[k]) for k in SHARES), mean(r["cosine_words"])])
+            lines.append(
+                [name, str(r["photos"] or ""), *(share(r[k]) for k in SHARES), mean(r["cosine_words"])]
+            )
     widths = [max(map(len, column)) for column in zip(*lines)]
     table = "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
     return f"\n{table}\n{certainty(s)}"
@@ -80,7 +95,9 @@ def terminal(results: dict, summary: dict) -> str:
 def compose(out: Path, results: dict, summary: dict) -> chart.Page:
     s = results["settings"]
     quick = ", a quick look" if s["quick"] else ""
-    page = chart.Page(f"Four ways to teach a model one subject{quick}", refresh=20 if results["missing"] else 0)
+    page = chart.Page(
+        f"Four ways to teach a model one subject{quick}", refresh=20 if results["missing"] else 0
+    )
     opening(page, out, results, summary)
     pictures(page, out, results)
     clip_t(page, results, summary)
@@ -99,7 +116,9 @@ def opening(page, out: Path, results: dict, summary: dict) -> None:
     kind, condition, missing = next(iter(s["kinds"])), next(iter(s["conditions"])), results["missing"]
     if missing:
         total = len(missing) + len(results["cells"])
-        page.say(f"UNFINISHED: {total - len(missing)} of {total} cells are done. Missing: {', '.join(missing)}.")
+        page.say(
+            f"UNFINISHED: {total - len(missing)} of {total} cells are done. Missing: {', '.join(missing)}."
+        )
     if s["quick"]:
         page.say("""A QUICK LOOK, not a result: --quick draws few pictures, with half the sampling steps. Run without it
             before you believe anything here.""")
@@ -120,14 +139,22 @@ def opening(page, out: Path, results: dict, summary: dict) -> None:
         told = "; ".join(f'"{r["ask"]}" {share(r["both"])}' for r in asked)
         page.say(f"The untouched model, asked in these words: {told}.")
     sizes, names = sorted(s["sizes"]), [NAMES[m] for m in s["methods"]]
-    rows = [[NAMES[m], *(share(r and r["both"]) for r in (find(summary, m, n) for n in sizes))] for m in s["methods"]]
+    rows = [
+        [NAMES[m], *(share(r and r["both"]) for r in (find(summary, m, n) for n in sizes))]
+        for m in s["methods"]
+    ]
     page.table(["both at once, all prompts", *(f"{n} photos" for n in sizes)], rows)
     for name, what in zip(SHARES, (f"recognised as {kind}", f"recognised as {condition}", "both at once")):
         drawn = [[(r := find(summary, m, n)) and r[name] for n in sizes] for m in s["methods"]]
         if found:
-            svg = chart.bars([str(n) for n in sizes], names, drawn, "photos to learn from", "share of pictures")
-            page.chart(svg, out / "charts" / f"{name}.svg", f"Share of pictures {what}, all prompts together, with "
-                       "95 % intervals.")  # fmt: skip
+            svg = chart.bars(
+                [str(n) for n in sizes], names, drawn, "photos to learn from", "share of pictures"
+            )
+            page.chart(
+                svg,
+                out / "charts" / f"{name}.svg",
+                f"Share of pictures {what}, all prompts together, with 95 % intervals.",
+            )
 
 
 def budget(results: dict) -> str:
@@ -165,7 +192,9 @@ def pictures(page, out: Path, results: dict) -> None:
     if untouched:
         tiles = [[tile(c, k) for k in paper(s)] for c in untouched]
         image = chart.sheet(tiles, [c["ask"] for c in untouched], [f"Prompt {k}" for k in paper(s)])
-        page.picture(image, out / "grids" / "untouched.png", "The untouched model, asked in the words at the left.")
+        page.picture(
+            image, out / "grids" / "untouched.png", "The untouched model, asked in the words at the left."
+        )
 
 
 def clip_t(page, results: dict, summary: dict) -> None:
@@ -181,16 +210,25 @@ def clip_t(page, results: dict, summary: dict) -> None:
         rows = []
         for m in s["methods"]:
             found = [find(summary, m, n, q["key"]) for n in sizes]
-            rows += [[NAMES[m], label, *(mean(r and r[f"cosine_{t}"]) for r in found)] for t, label in TEXTS.items()]
+            rows += [
+                [NAMES[m], label, *(mean(r and r[f"cosine_{t}"]) for r in found)]
+                for t, label in TEXTS.items()
+            ]
         page.table(["method", "text scored", *(f"{n} photos" for n in sizes)], rows)
-    rows = [[f'"{r["ask"]}"', r["question"], *(mean(r[f"cosine_{t}"]) for t in TEXTS)] for r in summary["rows"]
-            if r["method"] == "untouched" and r["question"] in paper(s)]  # fmt: skip
+    rows = [
+        [f'"{r["ask"]}"', r["question"], *(mean(r[f"cosine_{t}"]) for t in TEXTS)]
+        for r in summary["rows"]
+        if r["method"] == "untouched" and r["question"] in paper(s)
+    ]
     page.say("The untouched model against the same texts:")
     page.table(["asked for", "prompt", *TEXTS.values()], rows)
 
 
 def named(r: dict) -> list:
-    return [f'untouched, "{r["ask"]}"' if r["method"] == "untouched" else NAMES[r["method"]], r["photos"] or ""]
+    return [
+        f'untouched, "{r["ask"]}"' if r["method"] == "untouched" else NAMES[r["method"]],
+        r["photos"] or "",
+    ]
 
 
 def presence(page, s: dict, summary: dict) -> None:
@@ -198,8 +236,11 @@ def presence(page, s: dict, summary: dict) -> None:
     page.head("Is it there?")
     page.say(f"""Recognised as X: of these texts, X fits the picture best. Kinds: {", ".join(kinds)}. Conditions:
         {", ".join(conditions)}. Both at once is what the application needs.""")
-    rows = [[*named(r), r["question"], r["pictures"], *(share(r[k]) for k in SHARES)] for r in summary["rows"]
-            if r["question"] in ("all", "word", *paper(s))]  # fmt: skip
+    rows = [
+        [*named(r), r["question"], r["pictures"], *(share(r[k]) for k in SHARES)]
+        for r in summary["rows"]
+        if r["question"] in ("all", "word", *paper(s))
+    ]
     names = [next(iter(s["kinds"])), next(iter(s["conditions"])), "both"]
     page.table(["model", "photos", "prompt", "pictures", *names], rows)
     page.head("What else it is taken for")
@@ -223,9 +264,18 @@ def likeness(page, results: dict, summary: dict) -> None:
         held-out photo have cosine {known["closest_pair"]:.3f}. Variety: mean of 1 - cosine between the pictures of
         one cell and prompt; 0 would be one picture over and over.""",
     )
-    rows = [[*named(r), r["question"], mean(r["likeness"]), mean(r["nearest"]), share(r.get("copies")),
-             "" if r["diversity"] is None else f"{r['diversity']:.3f}"] for r in summary["rows"]
-            if r["question"] in ("word", "all")]  # fmt: skip
+    rows = [
+        [
+            *named(r),
+            r["question"],
+            mean(r["likeness"]),
+            mean(r["nearest"]),
+            share(r.get("copies")),
+            "" if r["diversity"] is None else f"{r['diversity']:.3f}",
+        ]
+        for r in summary["rows"]
+        if r["question"] in ("word", "all")
+    ]
     page.table(["model", "photos", "prompt", "likeness", "nearest photo", "above the level", "variety"], rows)
 
 
@@ -242,17 +292,32 @@ def steps(page, out: Path, results: dict, summary: dict) -> None:
         Inversion, the words that it starts from).""")
     for m in results["settings"]["methods"]:
         if own := [row for row in told if row["method"] == m]:
-            svg = chart.lines([f"{row['photos']} photos" for row in own], [row["curve"] for row in own],
-                              f"step of {NAMES[m]}", "held-out loss")  # fmt: skip
+            svg = chart.lines(
+                [f"{row['photos']} photos" for row in own],
+                [row["curve"] for row in own],
+                f"step of {NAMES[m]}",
+                "held-out loss",
+            )
             page.chart(svg, out / "charts" / f"held-out-{m}.svg", f"{NAMES[m]}: loss of the held-out photos.")
-    rows = [[NAMES[r["method"]], r["photos"], f"{r['curve'][0][1]:.4f}", f"{r['best'][1]:.4f}",
-             f"{r['best'][0]} of {r['curve'][-1][0]}", f"{r['curve'][-1][1]:.4f}"] for r in told]  # fmt: skip
+    rows = [
+        [
+            NAMES[r["method"]],
+            r["photos"],
+            f"{r['curve'][0][1]:.4f}",
+            f"{r['best'][1]:.4f}",
+            f"{r['best'][0]} of {r['curve'][-1][0]}",
+            f"{r['curve'][-1][1]:.4f}",
+        ]
+        for r in told
+    ]
     page.table(["method", "photos", "at the start", "lowest", "at step", "at the end"], rows)
 
 
 def costs(page, out: Path, results: dict) -> None:
     cells = [c for c in results["cells"] if c["method"] != "untouched"]
-    machines = "; ".join(sorted({c["times"]["machine"] or "an unknown machine" for c in cells})) or "no machine yet"
+    machines = (
+        "; ".join(sorted({c["times"]["machine"] or "an unknown machine" for c in cells})) or "no machine yet"
+    )
     first = [c for c in cells if c["seed"] == results["settings"]["seeds"][0]]
     page.head("What it costs")
     page.say(f"""Seconds on {machines}. Every training is a process of its own train_X.py. Wall is the whole process:
@@ -272,10 +337,37 @@ def costs(page, out: Path, results: dict) -> None:
         rate = f"{t['steps_per_second']:.1f}" if t["steps_per_second"] else ""
         peaks = [(t["peak_bytes"], ""), (t["gpu_bytes"], " GPU")]
         peak = ", ".join(f"{b / 2**20:.0f} MiB{where}" for b, where in peaks if b) or "unknown"
-        rows.append([NAMES[c["method"]], c["photos"], c["seed"], c["steps"], *seconds, t["pictures"], rate, peak,
-                     f"{t['file_bytes'] / 2**20:.2f} MiB"])  # fmt: skip
-    page.table(["method", "photos", "seed", "steps", "wall", "class", "training", "rest", "sampling", "pictures",
-                "steps/s", "peak", "file"], rows)  # fmt: skip
+        rows.append(
+            [
+                NAMES[c["method"]],
+                c["photos"],
+                c["seed"],
+                c["steps"],
+                *seconds,
+                t["pictures"],
+                rate,
+                peak,
+                f"{t['file_bytes'] / 2**20:.2f} MiB",
+            ]
+        )
+    page.table(
+        [
+            "method",
+            "photos",
+            "seed",
+            "steps",
+            "wall",
+            "class",
+            "training",
+            "rest",
+            "sampling",
+            "pictures",
+            "steps/s",
+            "peak",
+            "file",
+        ],
+        rows,
+    )
 
 
 def paired(page, s: dict, summary: dict) -> None:
@@ -312,8 +404,10 @@ def fused(page, out: Path, results: dict, summary: dict) -> None:
         page.say(f"""In "{split["prompt"]}" CLIP's tokenizer joins the pseudo word to the sign behind it and reads
             {whole}: another entry of the vocabulary than the word that was trained. All results above split it off
             first: {cut}. Below, the same models and the same noise, read both ways.""")
-        tiles = [[[out / r["file"] for r in c["images"] if r["question"] == q["key"]][:4] for c in cells.values()]
-                 for q in (split, literal)]  # fmt: skip
+        tiles = [
+            [[out / r["file"] for r in c["images"] if r["question"] == q["key"]][:4] for c in cells.values()]
+            for q in (split, literal)
+        ]
         words = f"Prompt {split['key']} with {at} photos: pseudo word split off, and left to the tokenizer."
         image = chart.sheet(tiles, ["word cut out", "left in"], [NAMES[m] for m in cells])
         page.picture(image, out / "grids" / f"{split['key']}-both-ways.png", words)
@@ -334,12 +428,22 @@ def unknown(page, results: dict) -> None:
     s, known = results["settings"], results["references"]
     page.head("Can the judge be trusted?")
     kind, condition, n = next(iter(s["kinds"])), next(iter(s["conditions"])), known["held_out"]
-    rows = [[f'held-out photos recognised as "{kind}"', f"{known['recognised']} of {n}", "all"],
-            [f'held-out photos recognised as "{condition}"', f"{known['called_wanted']} of {n}", "what they show"]]
+    rows = [
+        [f'held-out photos recognised as "{kind}"', f"{known['recognised']} of {n}", "all"],
+        [
+            f'held-out photos recognised as "{condition}"',
+            f"{known['called_wanted']} of {n}",
+            "what they show",
+        ],
+    ]
     if known["own_caption"] is not None:
-        rows += [[what, f"{100 * known[k]:.0f} %", want] for what, k, want in (
-            ("a photo's own caption fits it better than another photo's", "own_caption", "near 100 %"),
-            ("the same with the captions shuffled", "shuffled_caption", "near 50 %, chance"))]  # fmt: skip
+        rows += [
+            [what, f"{100 * known[k]:.0f} %", want]
+            for what, k, want in (
+                ("a photo's own caption fits it better than another photo's", "own_caption", "near 100 %"),
+                ("the same with the captions shuffled", "shuffled_caption", "near 50 %, chance"),
+            )
+        ]
     page.table(["checked on photos that nothing was trained on", "found", "wanted"], rows)
     page.head("What is not known")
     page.say("The judge is blind to quality, and it reads a text as a bag of words.")
@@ -350,4 +454,6 @@ def unknown(page, results: dict) -> None:
         "Whether the order of the methods holds for another subject, another model or another budget.",
     )
     if s["model"] == "tiny":
-        page.say("What the drawn world says about photographs: small enough to repeat everything, it proves nothing.")
+        page.say(
+            "What the drawn world says about photographs: small enough to repeat everything, it proves nothing."
+        )

@@ -56,17 +56,25 @@ def train(cell: dict, home: Path) -> None:
         return
     home.mkdir(parents=True, exist_ok=True)
     device = cell["options"][cell["options"].index("--device") :][:2] if "--device" in cell["options"] else []
-    how = ["--resume", "run", *device] if (run / "config.json").exists() else [*cell["options"], "--out", "run"]
-    code, seconds, peak, stopped = process([sys.executable, plan.SCRIPTS / f"train_{cell['method']}.py", *how], home)
+    how = (
+        ["--resume", "run", *device] if (run / "config.json").exists() else [*cell["options"], "--out", "run"]
+    )
+    code, seconds, peak, stopped = process(
+        [sys.executable, plan.SCRIPTS / f"train_{cell['method']}.py", *how], home
+    )
     note(home / "attempts.jsonl", {"seconds": round(seconds, 2), "peak_bytes": peak, "machine": machine()})
     if stopped:
         raise KeyboardInterrupt
     if code:
-        said = [line for line in (home / "log.txt").read_text("utf-8", "replace").splitlines() if line.strip()]
+        said = [
+            line for line in (home / "log.txt").read_text("utf-8", "replace").splitlines() if line.strip()
+        ]
         said = [line for line in said if line.startswith("error: ")] or said or ["no word"]
         reason = said[-1].removeprefix("error: ")
-        raise ValueError(f"cell {cell['name']} could not be trained ({reason}); all it said is in {home / 'log.txt'}; "
-                         "the finished cells are kept")  # fmt: skip
+        raise ValueError(
+            f"cell {cell['name']} could not be trained ({reason}); all it said is in {home / 'log.txt'}; "
+            "the finished cells are kept"
+        )
 
 
 def process(argv: list, home: Path) -> tuple[int, float, int | None, bool]:
@@ -76,9 +84,15 @@ def process(argv: list, home: Path) -> tuple[int, float, int | None, bool]:
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     start, peak, stopped = time.perf_counter(), None, False
     with open(home / "log.txt", "ab") as log:
-        child = subprocess.Popen([str(a) for a in argv], cwd=home, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                 start_new_session=True,  # the terminal's Ctrl-C is for us; ours is for the child
-                                 preexec_fn=libc and (lambda: libc.prctl(1, signal.SIGKILL)))  # it ends when we do
+        child = subprocess.Popen(
+            [str(a) for a in argv],
+            cwd=home,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # the terminal's Ctrl-C is for us; ours is for the child
+            preexec_fn=libc and (lambda: libc.prctl(1, signal.SIGKILL)),
+        )  # it ends when we do
         while (code := child.poll()) is None:
             try:
                 if found := re.search(r"VmHWM:\s+(\d+) kB", status(child.pid)):
@@ -134,7 +148,9 @@ def applied(study: plan.Context, cell: dict, run: Path):
 def draw(study: plan.Context, cell: dict, home: Path, drawing: dict) -> None:
     """Every picture that is missing. Always in the same batches, so that a stopped study ends in the same pictures."""
     folder, at_once = home / cell["pictures"], 32 if drawing["size"] <= 64 else 4
-    batches = [(q, range(k, min(k + at_once, q["n"]))) for q in cell["prompts"] for k in range(0, q["n"], at_once)]
+    batches = [
+        (q, range(k, min(k + at_once, q["n"]))) for q in cell["prompts"] for k in range(0, q["n"], at_once)
+    ]
     todo = [(q, part) for q, part in batches if not all((folder / picture(q, i)).exists() for i in part)]
     if not todo:
         return
@@ -148,9 +164,12 @@ def draw(study: plan.Context, cell: dict, home: Path, drawing: dict) -> None:
             seconds = time.perf_counter() - start
             for i, seed, image in zip(part, seeds, drawn, strict=True):
                 info = PngImagePlugin.PngInfo()
-                info.add_text("parameters", f"{q['prompt']}\nSteps: {how['steps']}, Sampler: {how['sampler']}, "
-                              f"CFG scale: {how['cfg']:g}, Seed: {seed}, Size: {drawing['size']}x{drawing['size']}, "
-                              f"Model: {cell['name']}")  # fmt: skip
+                info.add_text(
+                    "parameters",
+                    f"{q['prompt']}\nSteps: {how['steps']}, Sampler: {how['sampler']}, "
+                    f"CFG scale: {how['cfg']:g}, Seed: {seed}, Size: {drawing['size']}x{drawing['size']}, "
+                    f"Model: {cell['name']}",
+                )
                 with replacing(folder / picture(q, i)) as aside:
                     image.save(aside, "png", pnginfo=info)
             note(folder / "times.jsonl", {"pictures": len(part), "seconds": round(seconds, 3)})
@@ -172,27 +191,46 @@ def score_images(study: plan.Context, cell: dict, home: Path) -> None:
     if file.exists():
         return
     clip, rows, diversity = study.clip, [], {}
-    photos = study.seen[: cell["photos"] or None]                               # (P, d); untouched: all
+    photos = study.seen[: cell["photos"] or None]  # (P, d); untouched: all
     kinds, conditions = (clip.texts(list(c.values())) for c in (study.kinds, study.conditions))
     for q in cell["prompts"]:
         files = [f"{cell['folder']}/{cell['pictures']}/{picture(q, i)}" for i in range(q["n"])]
-        seen = clip.images(read_photo(out / f)[0] for f in files)     # (N, d)
+        seen = clip.images(read_photo(out / f)[0] for f in files)  # (N, d)
         texts = {name: scores(clip, seen, [t] * len(files)) for name, t in q["texts"].items()}
         near, kind = seen @ photos.T, presence(seen, kinds)
         condition, like = presence(seen, conditions), (seen @ study.held.T).mean(1)
         if len(files) > 1:
             same = seen @ seen.T
-            diversity[q["key"]] = round(1 - (same.sum() - same.trace()).item() / (len(files) * (len(files) - 1)), 6)
+            diversity[q["key"]] = round(
+                1 - (same.sum() - same.trace()).item() / (len(files) * (len(files) - 1)), 6
+            )
         for i, f in enumerate(files):
-            rows.append({
-                "cell": cell["name"], "method": cell["method"], "photos": cell["photos"], "seed": cell["seed"],
-                "question": q["key"], "prompt": q["prompt"], "index": i, "noise": noise(cell, q, i), "file": f,
-                **{f"{s}_{t}": round(v[s][i].item(), 6) for s in ("cosine", "clipscore") for t, v in texts.items()},
-                "kind": list(study.kinds)[kind[i]], "condition": list(study.conditions)[condition[i]],
-                "subject": int(kind[i] == 0), "wanted": int(condition[i] == 0),
-                "both": int(kind[i] == 0 and condition[i] == 0), "likeness": round(like[i].item(), 6),
-                "nearest": round(near[i].max().item(), 6), "nearest_photo": int(near[i].argmax()),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "cell": cell["name"],
+                    "method": cell["method"],
+                    "photos": cell["photos"],
+                    "seed": cell["seed"],
+                    "question": q["key"],
+                    "prompt": q["prompt"],
+                    "index": i,
+                    "noise": noise(cell, q, i),
+                    "file": f,
+                    **{
+                        f"{s}_{t}": round(v[s][i].item(), 6)
+                        for s in ("cosine", "clipscore")
+                        for t, v in texts.items()
+                    },
+                    "kind": list(study.kinds)[kind[i]],
+                    "condition": list(study.conditions)[condition[i]],
+                    "subject": int(kind[i] == 0),
+                    "wanted": int(condition[i] == 0),
+                    "both": int(kind[i] == 0 and condition[i] == 0),
+                    "likeness": round(like[i].item(), 6),
+                    "nearest": round(near[i].max().item(), 6),
+                    "nearest_photo": int(near[i].argmax()),
+                }
+            )
     write_json(file, {"diversity": diversity, "images": rows})
 
 
@@ -201,7 +239,10 @@ def score_images(study: plan.Context, cell: dict, home: Path) -> None:
 
 def times(cell: dict, home: Path) -> dict:
     """Where the cell's time went, in seconds, and what it took; of a run that was stopped, all its parts."""
-    attempts, log = notes(home / "attempts.jsonl"), [r for r in notes(home / "run" / "log.jsonl") if "seconds" in r]
+    attempts, log = (
+        notes(home / "attempts.jsonl"),
+        [r for r in notes(home / "run" / "log.jsonl") if "seconds" in r],
+    )
     drawn = notes(home / cell["pictures"] / "times.jsonl")
     classes = home / "run" / "class.json"
     class_seconds = read_json(classes)["seconds"] if classes.exists() else 0.0
@@ -209,13 +250,19 @@ def times(cell: dict, home: Path) -> dict:
     wall = max(sum(a["seconds"] for a in attempts), class_seconds + seconds)
     artefact = home / "run" / plan.METHODS.get(cell["method"], "")
     files = [f for f in ([artefact] if artefact.is_file() else artefact.rglob("*")) if f.is_file()]
-    return {"wall": wall, "class": class_seconds, "training": seconds, "other": wall - class_seconds - seconds,
-            "sampling": sum(d["seconds"] for d in drawn), "pictures": sum(d["pictures"] for d in drawn),
-            "steps_per_second": cell["steps"] / seconds if seconds else None,
-            "peak_bytes": max((a["peak_bytes"] or 0 for a in attempts), default=0) or None,
-            "gpu_bytes": max((r.get("gpu_bytes", 0) for r in log), default=0) or None,
-            "file_bytes": sum(f.stat().st_size for f in files) if cell["method"] != "untouched" else None,
-            "machine": attempts[-1]["machine"] if attempts else None}  # fmt: skip
+    return {
+        "wall": wall,
+        "class": class_seconds,
+        "training": seconds,
+        "other": wall - class_seconds - seconds,
+        "sampling": sum(d["seconds"] for d in drawn),
+        "pictures": sum(d["pictures"] for d in drawn),
+        "steps_per_second": cell["steps"] / seconds if seconds else None,
+        "peak_bytes": max((a["peak_bytes"] or 0 for a in attempts), default=0) or None,
+        "gpu_bytes": max((r.get("gpu_bytes", 0) for r in log), default=0) or None,
+        "file_bytes": sum(f.stat().st_size for f in files) if cell["method"] != "untouched" else None,
+        "machine": attempts[-1]["machine"] if attempts else None,
+    }
 
 
 def curve(home: Path) -> list[list]:

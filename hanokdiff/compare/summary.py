@@ -36,6 +36,7 @@ def estimate(seeds: list[list[float]], share: bool = False) -> list:
 
 def t_tail(t: float, freedom: int) -> float:
     """P(|T| > |t|) of Student's t. With T = sqrt(freedom) tan(angle) its density is cos(angle)^(freedom - 1)."""
+
     def area(low: float) -> float:
         density = np.cos(np.linspace(low, math.pi / 2, 20_001)) ** (freedom - 1)
         return (math.pi / 2 - low) * (density.sum() - (density[0] + density[-1]) / 2) / 20_000
@@ -94,11 +95,21 @@ def summarise(results: dict) -> dict:
     for (method, photos, ask), cells in groups(results).items():
         for name in ["all", *(q["key"] for q in cells[0]["prompts"])]:
             asked = all_of if name == "all" else [name]
-            row = {"method": method, "photos": photos, "ask": ask, "question": name, "trainings": len(cells),
-                   "pictures": sum(map(len, values(cells, "both", asked)))}  # fmt: skip
+            row = {
+                "method": method,
+                "photos": photos,
+                "ask": ask,
+                "question": name,
+                "trainings": len(cells),
+                "pictures": sum(map(len, values(cells, "both", asked))),
+            }
             for share in SHARES:
                 row[share] = estimate(values(cells, share, asked), share=True)
-            for mean in ("likeness", "nearest", *(f"{s}_{t}" for s in ("cosine", "clipscore") for t in TEXTS)):
+            for mean in (
+                "likeness",
+                "nearest",
+                *(f"{s}_{t}" for s in ("cosine", "clipscore") for t in TEXTS),
+            ):
                 row[mean] = estimate(values(cells, mean, asked))
             limit = results["references"]["nearest_95"].get(str(photos))
             if limit is not None:
@@ -113,7 +124,9 @@ def summarise(results: dict) -> dict:
     at = 50 if 50 in sizes else sizes[len(sizes) // 2]
     held: dict[str, dict] = {m: {} for m in settings["methods"]}
     for c in (c for c in results["cells"] if c["photos"] == at):
-        told = {(c["seed"], r["question"], r["index"]): r["both"] for r in c["images"] if r["question"] in all_of}
+        told = {
+            (c["seed"], r["question"], r["index"]): r["both"] for r in c["images"] if r["question"] in all_of
+        }
         held[c["method"]].update(told)
     pairs = []
     for a, b in itertools.combinations(settings["methods"], 2):
@@ -132,12 +145,27 @@ def learning(results: dict) -> list[dict]:
     for (method, photos, _), cells in groups(results).items():
         curves = [c["held_out"] for c in cells if c["held_out"] and None not in (v for _, v in c["held_out"])]
         if curves and all([s for s, _ in c] == [s for s, _ in curves[0]] for c in curves):
-            curve = [[s, round(float(np.mean([c[i][1] for c in curves])), 6)] for i, (s, _) in enumerate(curves[0])]
+            curve = [
+                [s, round(float(np.mean([c[i][1] for c in curves])), 6)] for i, (s, _) in enumerate(curves[0])
+            ]
             best = min(curve, key=lambda point: point[1])
-            out.append({"method": method, "photos": photos, "trainings": len(curves), "curve": curve, "best": best})
+            out.append(
+                {"method": method, "photos": photos, "trainings": len(curves), "curve": curve, "best": best}
+            )
     return out
 
 
-def find(summary: dict, method: str, photos: int, question: str = "all", ask: str | None = None) -> dict | None:
-    return next((r for r in summary["rows"] if r["method"] == method and r["photos"] == photos
-                 and r["question"] == question and ask in (None, r["ask"])), None)  # fmt: skip
+def find(
+    summary: dict, method: str, photos: int, question: str = "all", ask: str | None = None
+) -> dict | None:
+    return next(
+        (
+            r
+            for r in summary["rows"]
+            if r["method"] == method
+            and r["photos"] == photos
+            and r["question"] == question
+            and ask in (None, r["ask"])
+        ),
+        None,
+    )

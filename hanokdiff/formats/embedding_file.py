@@ -21,11 +21,17 @@ def save_file(path: Path, word: str, vectors: Tensor, metadata: dict | None = No
     if path.suffix == ".safetensors":
         write_tensors({word: vectors}, path, {k: str(v) for k, v in metadata.items()})
     elif path.suffix == ".pt":
-        write_pt({
-            "string_to_token": {"*": 265}, "string_to_param": {"*": vectors}, "name": word,
-            "step": whole_number(metadata.get("step")), "sd_checkpoint": None,
-            "sd_checkpoint_name": str(metadata["model"]) if "model" in metadata else None,
-        }, path)  # fmt: skip
+        write_pt(
+            {
+                "string_to_token": {"*": 265},
+                "string_to_param": {"*": vectors},
+                "name": word,
+                "step": whole_number(metadata.get("step")),
+                "sd_checkpoint": None,
+                "sd_checkpoint_name": str(metadata["model"]) if "model" in metadata else None,
+            },
+            path,
+        )
     else:
         raise ValueError(f"{path}: an embedding's file ends in .safetensors or .pt, not {path.suffix!r}")
 
@@ -38,14 +44,20 @@ def read_file(path: Path) -> tuple[str, Tensor, dict]:
     if path.suffix == ".safetensors":
         content, metadata = read_safetensors(path, "embedding")
     else:
-        with torch.serialization.safe_globals([nn.ParameterDict]):  # a table of tensors, in the paper's own files
+        with torch.serialization.safe_globals(
+            [nn.ParameterDict]
+        ):  # a table of tensors, in the paper's own files
             content = read_pt(path, "embedding")
     word, vectors = find_vectors(content, path)
     if vectors.dim() == 1:
         vectors = vectors[None]
-    if vectors.dim() != 2 or not (vectors.is_floating_point() and 0 < len(vectors) <= MOST_VECTORS and vectors.numel()):
-        raise ValueError(f"{path}: {word} is {vectors.dtype} of shape {tuple(vectors.shape)}; an embedding has 1 to "
-                         f"{MOST_VECTORS} vectors (n, D)")  # fmt: skip
+    if vectors.dim() != 2 or not (
+        vectors.is_floating_point() and 0 < len(vectors) <= MOST_VECTORS and vectors.numel()
+    ):
+        raise ValueError(
+            f"{path}: {word} is {vectors.dtype} of shape {tuple(vectors.shape)}; an embedding has 1 to "
+            f"{MOST_VECTORS} vectors (n, D)"
+        )
     if not all_finite(vectors):
         raise ValueError(f"{path} has a value that is not finite; take an earlier file of that training")
     return word, vectors.detach().float(), metadata
@@ -61,23 +73,31 @@ def find_vectors(content, path: Path) -> tuple[str, Tensor]:
         named = {name if isinstance(name, str) and name else path.stem: next(iter(tensors.values()), None)}
         tensors = named if len(tensors) == 1 else tensors
     else:
-        tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+        tensors = (
+            {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+        )
         if "emb_params" in tensors:  # kohya
             tensors = {path.stem: tensors["emb_params"]}
     if {"clip_l", "clip_g"} & tensors.keys():
         raise ValueError(f"{path} is an embedding for SDXL (it holds clip_l, clip_g), which is not supported")
     if len(tensors) != 1 or not isinstance(next(iter(tensors.values())), Tensor):
-        raise ValueError(f"{path} is not a textual inversion embedding: one tensor is expected, {len(tensors)} found")
+        raise ValueError(
+            f"{path} is not a textual inversion embedding: one tensor is expected, {len(tensors)} found"
+        )
     return next((str(k), v) for k, v in tensors.items())
 
 
-def apply_file(sd, path: Path, word: str | None = None, say=print) -> tuple[str, textual_inversion.ExtendedEmbedding]:
+def apply_file(
+    sd, path: Path, word: str | None = None, say=print
+) -> tuple[str, textual_inversion.ExtendedEmbedding]:
     """Add a file's word to the model, by the name in it or another."""
     own, vectors, _ = read_file(path)
     width = textual_inversion.token_embedding(sd).shape[1]
     if vectors.shape[1] != width:
         made = {768: "SD 1.x", 1024: "SD 2.x"}.get(vectors.shape[1], "another architecture")
-        raise ValueError(f"{path}: vectors of width {vectors.shape[1]} ({made}), but {sd.name}'s words have {width}")
+        raise ValueError(
+            f"{path}: vectors of width {vectors.shape[1]} ({made}), but {sd.name}'s words have {width}"
+        )
     word = word or own
     if say:
         say(f'embedding {path}: "{word}", {len(vectors)} vector{"s" * (len(vectors) > 1)}')

@@ -15,7 +15,12 @@ WIDEST = 16_384  # the widest context that is believed
 TOKEN = "hanokdiff_token="  # what stands before the pseudo word in a file's optional_info
 
 
-def save_file(path: Path, spec: hypernetwork.HypernetConfig, nets: dict[int, tuple[dict, dict]], metadata: dict | None = None) -> None:
+def save_file(
+    path: Path,
+    spec: hypernetwork.HypernetConfig,
+    nets: dict[int, tuple[dict, dict]],
+    metadata: dict | None = None,
+) -> None:
     """The WebUI's .pt: {width: (state dict of keys, of values), ...} and its settings. metadata: "step", "name",
     "info" (our pseudo word is kept there)."""
     metadata, dropout = metadata or {}, list(spec.dropout or (0.0,) * len(spec.layers))
@@ -24,17 +29,27 @@ def save_file(path: Path, spec: hypernetwork.HypernetConfig, nets: dict[int, tup
         for tensors in pair:
             for name, t in tensors.items():
                 if not torch.isfinite(t).all():
-                    raise ValueError(f"{path} was not written: {name} of width {d} is not finite; lower the rate")
-        content[int(d)] = tuple({k: t.detach().float().cpu().contiguous() for k, t in s.items()} for s in pair)
+                    raise ValueError(
+                        f"{path} was not written: {name} of width {d} is not finite; lower the rate"
+                    )
+        content[int(d)] = tuple(
+            {k: t.detach().float().cpu().contiguous() for k, t in s.items()} for s in pair
+        )
     content |= {
-        "step": whole_number(metadata.get("step")), "name": str(metadata.get("name", path.stem)),
+        "step": whole_number(metadata.get("step")),
+        "name": str(metadata.get("name", path.stem)),
         "layer_structure": [int(x) if x == int(x) else float(x) for x in spec.layers],
-        "activation_func": spec.activation, "is_layer_norm": spec.layer_norm,
-        "weight_initialization": spec.weight_init, "sd_checkpoint": None,
+        "activation_func": spec.activation,
+        "is_layer_norm": spec.layer_norm,
+        "weight_initialization": spec.weight_init,
+        "sd_checkpoint": None,
         "sd_checkpoint_name": str(metadata["model"]) if "model" in metadata else None,
-        "activate_output": spec.activate_output, "use_dropout": any(dropout), "dropout_structure": dropout,
-        "last_layer_dropout": dropout[-2] != 0, "optional_info": metadata.get("info"),
-    }  # fmt: skip
+        "activate_output": spec.activate_output,
+        "use_dropout": any(dropout),
+        "dropout_structure": dropout,
+        "last_layer_dropout": dropout[-2] != 0,
+        "optional_info": metadata.get("info"),
+    }
     write_pt(content, path)
 
 
@@ -44,21 +59,36 @@ def read_file(path: Path) -> tuple[hypernetwork.HypernetConfig, dict[int, tuple[
     content = read_pt(path, "hypernetwork")
     nets = {k: v for k, v in content.items() if isinstance(k, int)} if isinstance(content, dict) else {}
     if not nets or not all(0 < d <= WIDEST and is_pair(v) for d, v in nets.items()):
-        raise ValueError(f"{path} is not a hypernetwork: it has no pairs of networks under whole numbers (such as 768)")
+        raise ValueError(
+            f"{path} is not a hypernetwork: it has no pairs of networks under whole numbers (such as 768)"
+        )
     try:
         layers = tuple(content.get("layer_structure") or (1, 2, 1))
         dropout = content.get("dropout_structure")
         if dropout is None and content.get("use_dropout"):  # files from before it was written down
             last = 0.3 if content.get("last_layer_dropout") else 0.0
             dropout = [0.0] + [0.3] * (len(layers) - 3) + [last, 0.0]
-        spec = hypernetwork.HypernetConfig(layers, content.get("activation_func") or "linear", bool(content.get("is_layer_norm")),
-                    tuple(dropout or ()), bool(content.get("activate_output", True)),
-                    str(content.get("weight_initialization") or "Normal"))  # fmt: skip
+        spec = hypernetwork.HypernetConfig(
+            layers,
+            content.get("activation_func") or "linear",
+            bool(content.get("is_layer_norm")),
+            tuple(dropout or ()),
+            bool(content.get("activate_output", True)),
+            str(content.get("weight_initialization") or "Normal"),
+        )
     except ERRORS as e:
         raise ValueError(f"{path} describes no network that is known here: {e}") from None
     old = {"linear1": "linear.0", "linear2": "linear.1"}
-    pairs = {d: tuple({".".join((old.get(k.split(".")[0], k.split(".")[0]), *k.split(".")[1:])): t
-                       for k, t in s.items()} for s in pair) for d, pair in nets.items()}  # fmt: skip
+    pairs = {
+        d: tuple(
+            {
+                ".".join((old.get(k.split(".")[0], k.split(".")[0]), *k.split(".")[1:])): t
+                for k, t in s.items()
+            }
+            for s in pair
+        )
+        for d, pair in nets.items()
+    }
     for d, pair in pairs.items():
         with torch.device("meta"):
             wanted = hypernetwork.ResidualMLP(d, spec).state_dict()
@@ -66,8 +96,10 @@ def read_file(path: Path) -> tuple[hypernetwork.HypernetConfig, dict[int, tuple[
             shapes, right = ({k: tuple(t.shape) for k, t in s.items()} for s in (tensors, wanted))
             if shapes != right:
                 odd = sorted(shapes.items() ^ right.items())[0]
-                raise ValueError(f"{path}: width {d} does not fit layers {' '.join(f'{x:g}' for x in layers)} "
-                                 f"({odd[0]} {odd[1]}); the file is damaged or of another kind")  # fmt: skip
+                raise ValueError(
+                    f"{path}: width {d} does not fit layers {' '.join(f'{x:g}' for x in layers)} "
+                    f"({odd[0]} {odd[1]}); the file is damaged or of another kind"
+                )
             if not all(t.is_floating_point() and all_finite(t) for t in tensors.values()):
                 raise ValueError(f"{path}: width {d} has a value that is not finite; take an earlier file")
     return spec, pairs, {k: v for k, v in content.items() if not isinstance(k, int)}
@@ -75,9 +107,14 @@ def read_file(path: Path) -> tuple[hypernetwork.HypernetConfig, dict[int, tuple[
 
 def is_pair(held) -> bool:
     """Whether these are two state dicts."""
-    return isinstance(held, list | tuple) and len(held) == 2 and all(
-        isinstance(s, dict) and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in s.items()) for s in held
-    )  # fmt: skip
+    return (
+        isinstance(held, list | tuple)
+        and len(held) == 2
+        and all(
+            isinstance(s, dict) and all(isinstance(k, str) and isinstance(t, Tensor) for k, t in s.items())
+            for s in held
+        )
+    )
 
 
 def pseudo_word(metadata: dict) -> str | None:
@@ -98,15 +135,22 @@ def apply_file(sd, path: Path, strength: float = 1.0, say=print) -> tuple[hypern
     strange = [d for d in nets if d not in known]
     if strange:
         made = {768: "SD 1.x", 1024: "SD 2.x"}.get(max(strange), "another architecture")
-        raise ValueError(f"{path} rewrites width {strange[0]} ({made}), but {sd.name} attends to widths "
-                         f"{', '.join(map(str, known))}")  # fmt: skip
+        raise ValueError(
+            f"{path} rewrites width {strange[0]} ({made}), but {sd.name} attends to widths "
+            f"{', '.join(map(str, known))}"
+        )
     hypernet = hypernetwork.Hypernetwork(spec, nets, strength)
     for d, pair in nets.items():
         for f, tensors in zip(hypernet.pairs[str(d)], pair, strict=True):
             f.load_state_dict(tensors)
     hypernetwork.insert(sd, hypernet.requires_grad_(False).eval())
     if say:
-        count = sum(base_layer(getattr(attention, name)).in_features in nets for attention, name, *_ in hypernetwork.kv_layers(sd))
-        say(f"hypernetwork {path}: widths {', '.join(map(str, sorted(nets)))}, before {count} keys and values, "
-            f"strength {strength:g}")  # fmt: skip
+        count = sum(
+            base_layer(getattr(attention, name)).in_features in nets
+            for attention, name, *_ in hypernetwork.kv_layers(sd)
+        )
+        say(
+            f"hypernetwork {path}: widths {', '.join(map(str, sorted(nets)))}, before {count} keys and values, "
+            f"strength {strength:g}"
+        )
     return hypernet, metadata

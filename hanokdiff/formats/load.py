@@ -23,9 +23,14 @@ TINY_MODEL = Path(__file__).parents[1] / "tiny" / "sd"
 
 
 def load_model(
-    model: str = "tiny", device: str | None = None, dtype: str = "auto", say=print, tokenizer: str | None = None,
-    prediction: str | None = None, masters: bool = False,
-) -> StableDiffusion:  # fmt: skip
+    model: str = "tiny",
+    device: str | None = None,
+    dtype: str = "auto",
+    say=print,
+    tokenizer: str | None = None,
+    prediction: str | None = None,
+    masters: bool = False,
+) -> StableDiffusion:
     """Open a model: "tiny", a diffusers folder, a hub id, or a single file (.safetensors, .ckpt). Everything is
     frozen; what learns is up to the method.
 
@@ -45,14 +50,18 @@ def load_model(
                 p.master = full
     if say:
         millions = sum(p.numel() for p in unet.parameters()) / 1e6
-        say(f"model {model}: UNet of {millions:.1f} M parameters, {schedule.prediction_type}, "
-            f"opened in {time.perf_counter() - start:.1f} s")  # fmt: skip
+        say(
+            f"model {model}: UNet of {millions:.1f} M parameters, {schedule.prediction_type}, "
+            f"opened in {time.perf_counter() - start:.1f} s"
+        )
         say(f"device {reason}")
     sd = StableDiffusion(unet, vae, Text(encoder, words), schedule, dev, precision, model)
     if (path / "hanokdiff.json").is_file():  # our DreamBooth's: the word it was trained with
         word = read_json(path / "hanokdiff.json").get("token")
         if not isinstance(word, str):
-            raise ValueError(f'{path / "hanokdiff.json"} names no pseudo word; write {{"token": "..."}} into it')
+            raise ValueError(
+                f'{path / "hanokdiff.json"} names no pseudo word; write {{"token": "..."}} into it'
+            )
         try:
             sd.text.add_word(word)
         except ValueError as e:
@@ -71,8 +80,11 @@ def open_folder(folder: Path, tokenizer: str | None, prediction: str | None, say
     encoder = load_part(folder, "text_encoder", TextEncoder, TextConfig)
     check_fit(unet.config, encoder.config, folder)
     own, size = folder / "tokenizer", encoder.config.vocab_size
-    words = tokenizer_of(encoder.config, tokenizer, folder) if tokenizer else \
-        check_tokenizer(load_tokenizer(own), own, size)  # fmt: skip
+    words = (
+        tokenizer_of(encoder.config, tokenizer, folder)
+        if tokenizer
+        else check_tokenizer(load_tokenizer(own), own, size)
+    )
     return unet, vae, encoder, words, schedule
 
 

@@ -25,7 +25,11 @@ REFUSED = {  # what in a tensor's name gives another kind of file away, as a reg
     r"\.lora_B(\.default)?\.bias$": "a LoRA with biases", "bundle_emb": "a LoRA with bundled embeddings",
     r"^(unet|text_encoder):\d+:": "a LoRA in cloneofsimo's layout, which counts its layers instead of naming them",
 }  # fmt: skip
-STALE_METADATA = ("lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash")  # metadata that a rewritten file outdates
+STALE_METADATA = (
+    "lora_adapter_metadata",
+    "sshs_model_hash",
+    "sshs_legacy_hash",
+)  # metadata that a rewritten file outdates
 
 
 def save_file(path: Path, loras: dict, metadata: dict[str, str], dtype: torch.dtype = torch.float32) -> None:
@@ -41,7 +45,9 @@ def save_file(path: Path, loras: dict, metadata: dict[str, str], dtype: torch.dt
     write_tensors(tensors, path, {**metadata, **_hashes(tensors, metadata)})
 
 
-def save_diffusers_file(path: Path, loras: dict, metadata: dict[str, str], dtype: torch.dtype = torch.float32) -> None:
+def save_diffusers_file(
+    path: Path, loras: dict, metadata: dict[str, str], dtype: torch.dtype = torch.float32
+) -> None:
     """diffusers' and peft's layout: PATH.lora_A.weight (down) and PATH.lora_B.weight (up), with dotted paths.
 
     It has no place for alpha that every reader looks at; they all take alpha = rank, a scale of 1. So alpha / rank goes
@@ -55,7 +61,9 @@ def save_diffusers_file(path: Path, loras: dict, metadata: dict[str, str], dtype
         module = lora_names.diffusers_name(name)
         tensors[f"{module}.lora_A.weight"] = (down.cpu().float() * half).to(dtype)
         tensors[f"{module}.lora_B.weight"] = (up.cpu().float() * (scale / half)).to(dtype)
-    kept = {k: v for k, v in metadata.items() if k not in (*STALE_METADATA, "ss_network_dim", "ss_network_alpha")}
+    kept = {
+        k: v for k, v in metadata.items() if k not in (*STALE_METADATA, "ss_network_dim", "ss_network_alpha")
+    }
     write_tensors(tensors, path, {"format": "pt", **kept})
 
 
@@ -74,19 +82,45 @@ def _hashes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, s
     return {"sshs_model_hash": hashlib.sha256(body).hexdigest(), "sshs_legacy_hash": legacy}
 
 
-def metadata(sd, *, name: str, images: int, token: str, rank: int, alpha: float, text_rank: int, lr: float, steps: int,
-             batch_size: int, resolution: int, seed: int, **_) -> dict[str, str]:  # fmt: skip
+def metadata(
+    sd,
+    *,
+    name: str,
+    images: int,
+    token: str,
+    rank: int,
+    alpha: float,
+    text_rank: int,
+    lr: float,
+    steps: int,
+    batch_size: int,
+    resolution: int,
+    seed: int,
+    **_,
+) -> dict[str, str]:
     """The file's metadata in kohya's names, so that other tools show them, and the pseudo word under ours."""
     v2, v = sd.text.encoder.config.hidden_size == 1024, sd.schedule.prediction_type == "v_prediction"
     meta = {
-        "hanokdiff_token": token, "ss_network_module": "networks.lora", "ss_network_dim": rank,
-        "ss_network_alpha": float(alpha), "ss_network_args": json.dumps({}), "ss_v2": v2,
-        "ss_base_model_version": ("sd_v2" if v2 else "sd_v1") + ("_v" if v else ""), "ss_sd_model_name": sd.name,
-        "ss_output_name": name, "ss_learning_rate": lr, "ss_unet_lr": lr,
-        "ss_text_encoder_lr": lr if text_rank else None, "ss_num_train_images": images, "ss_num_reg_images": 0,
-        "ss_steps": steps, "ss_batch_size_per_device": batch_size, "ss_resolution": f"({resolution}, {resolution})",
-        "ss_seed": seed, "ss_optimizer": "torch.optim.adamw.AdamW",
-    }  # fmt: skip
+        "hanokdiff_token": token,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": rank,
+        "ss_network_alpha": float(alpha),
+        "ss_network_args": json.dumps({}),
+        "ss_v2": v2,
+        "ss_base_model_version": ("sd_v2" if v2 else "sd_v1") + ("_v" if v else ""),
+        "ss_sd_model_name": sd.name,
+        "ss_output_name": name,
+        "ss_learning_rate": lr,
+        "ss_unet_lr": lr,
+        "ss_text_encoder_lr": lr if text_rank else None,
+        "ss_num_train_images": images,
+        "ss_num_reg_images": 0,
+        "ss_steps": steps,
+        "ss_batch_size_per_device": batch_size,
+        "ss_resolution": f"({resolution}, {resolution})",
+        "ss_seed": seed,
+        "ss_optimizer": "torch.optim.adamw.AdamW",
+    }
     return {k: str(v) for k, v in meta.items()}
 
 
@@ -101,14 +135,20 @@ def read_file(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]
     for key, tensor in tensors.items():
         for mark, kind in REFUSED.items():
             if re.search(mark, key):
-                raise ValueError(f"{path} holds {kind} (tensor {key}), which hanokdiff does not apply; only plain LoRA")
+                raise ValueError(
+                    f"{path} holds {kind} (tensor {key}), which hanokdiff does not apply; only plain LoRA"
+                )
         if (parsed := lora_names.parse(key)) is None:
-            raise ValueError(f"{path}: tensor {key} is of no LoRA for Stable Diffusion 1 or 2; expected kohya's names "
-                             "(lora_unet_...lora_down.weight) or diffusers' (unet....lora_A.weight)")  # fmt: skip
+            raise ValueError(
+                f"{path}: tensor {key} is of no LoRA for Stable Diffusion 1 or 2; expected kohya's names "
+                "(lora_unet_...lora_down.weight) or diffusers' (unet....lora_A.weight)"
+            )
         name, kind, where = parsed
         dotted[name] = where
         if kind in out.setdefault(name, {}) or bool(dotted[name]) == first.startswith("lora_"):
-            raise ValueError(f"{path} mixes two spellings ({first} and {key}); load the files it was put together from")
+            raise ValueError(
+                f"{path} mixes two spellings ({first} and {key}); load the files it was put together from"
+            )
         out[name][kind] = tensor
     half = [n for n, t in out.items() if not {"down", "up"} <= t.keys()]
     if not out or half:
@@ -117,15 +157,26 @@ def read_file(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]
     for name, t in out.items():
         down, up = t["down"], t["up"]
         if min(down.dim(), up.dim()) < 2 or not 0 < down.shape[0] == up.shape[1]:
-            raise ValueError(f"{path}: {name} has lora_down {tuple(down.shape)} and lora_up {tuple(up.shape)}, which "
-                             "share no rank; the file is damaged or of another kind")  # fmt: skip
+            raise ValueError(
+                f"{path}: {name} has lora_down {tuple(down.shape)} and lora_up {tuple(up.shape)}, which "
+                "share no rank; the file is damaged or of another kind"
+            )
         single = t["alpha"].numel() == 1 and not t["alpha"].is_complex() if "alpha" in t else True
-        if not (down.numel() and up.numel() == up.shape[0] * len(down) and single
-                and down.is_floating_point() and up.is_floating_point()):  # fmt: skip
-            raise ValueError(f"{path}: {name} has lora_down {down.dtype} {tuple(down.shape)}, lora_up {up.dtype} "
-                             f"{tuple(up.shape)} or an alpha that is not one number; the file is damaged")  # fmt: skip
+        if not (
+            down.numel()
+            and up.numel() == up.shape[0] * len(down)
+            and single
+            and down.is_floating_point()
+            and up.is_floating_point()
+        ):
+            raise ValueError(
+                f"{path}: {name} has lora_down {down.dtype} {tuple(down.shape)}, lora_up {up.dtype} "
+                f"{tuple(up.shape)} or an alpha that is not one number; the file is damaged"
+            )
         if not all(all_finite(x) for x in t.values()):
-            raise ValueError(f"{path}: {name} has a value that is not finite; take an earlier file of that training")
+            raise ValueError(
+                f"{path}: {name} has a value that is not finite; take an earlier file of that training"
+            )
         if settings != {} and dotted[name] and "alpha" not in t:
             t["alpha"] = _peft_alpha(path, settings, name, dotted[name], len(down))
     return out, metadata
@@ -138,8 +189,10 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         tensors = read_pt(path, "LoRA")
         if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-            raise ValueError(f"{path} holds no tensors by name, so no LoRA that hanokdiff knows; convert it to "
-                             ".safetensors with the tool that made it")  # fmt: skip
+            raise ValueError(
+                f"{path} holds no tensors by name, so no LoRA that hanokdiff knows; convert it to "
+                ".safetensors with the tool that made it"
+            )
         return tensors, {}
     return read_safetensors(path, "LoRA")
 
@@ -150,7 +203,9 @@ def _peft_settings(path: Path, keys: Iterable[str], metadata: dict[str, str]) ->
     if any(k.startswith("base_model.model.") for k in keys):
         if beside.is_file():
             return read_json(beside)
-        warnings.warn(f"{beside}, where peft keeps alpha, is missing: {path} is taken with alpha = rank", stacklevel=2)
+        warnings.warn(
+            f"{beside}, where peft keeps alpha, is missing: {path} is taken with alpha = rank", stacklevel=2
+        )
     return parse_json(metadata.get("lora_adapter_metadata", "{}"), f"{path}: lora_adapter_metadata")
 
 
@@ -163,29 +218,39 @@ def _peft_alpha(path: Path, settings: dict, name: str, dotted: str, rank: int) -
         own = {k.removeprefix(network): v for k, v in settings.items() if k.startswith(network)} or settings
         patterns = (own.get("alpha_pattern") or {}).items()
         if hard := [p for p, _ in patterns if re.search(r"\)[*+?{]", p) or len(re.findall("[*+{]", p)) > 2]:
-            raise ValueError(f"the pattern {hard[0][:40]!r} might take for ever")  # as a regular expression can
+            raise ValueError(
+                f"the pattern {hard[0][:40]!r} might take for ever"
+            )  # as a regular expression can
         fits = (a for p, a in patterns if re.match(rf"(.*\.)?({p})$", dotted))
         alpha = float(next(fits, own.get("lora_alpha", rank)))
         return torch.tensor(alpha * math.sqrt(rank) if own.get("use_rslora") else alpha)
     except (TypeError, ValueError, AttributeError, re.error) as e:
-        raise ValueError(f"{path}: peft's settings beside {name} cannot be read ({e}); save the file again") from None
+        raise ValueError(
+            f"{path}: peft's settings beside {name} cannot be read ({e}); save the file again"
+        ) from None
 
 
-def apply_file(sd, path: Path, strength: float = 1.0, say=print) -> tuple[dict[str, lora.LoRA], dict[str, str]]:
+def apply_file(
+    sd, path: Path, strength: float = 1.0, say=print
+) -> tuple[dict[str, lora.LoRA], dict[str, str]]:
     """Apply a file to the model: all of it, or none with an error. Returns the LoRAs, for `remove`, and metadata."""
     wanted, metadata = read_file(path)
     places = lora.layers(sd)
     lost = [n for n in wanted if n not in places]
     if lost:
-        raise ValueError(f"{path}: {len(wanted) - len(lost)} of {len(wanted)} modules matched {sd.name}, {len(lost)} "
-                         f"left over (such as {lost[0]}); it was made for another architecture")  # fmt: skip
+        raise ValueError(
+            f"{path}: {len(wanted) - len(lost)} of {len(wanted)} modules matched {sd.name}, {len(lost)} "
+            f"left over (such as {lost[0]}); it was made for another architecture"
+        )
     for name, t in wanted.items():  # look at everything before anything is touched
         network, p = places[name]
         w = base_layer(network.get_submodule(p)).weight
         if t["down"].shape[1:].numel() != w[0].numel() or t["up"].shape[0] != w.shape[0]:
             made = f"{t['down'][0].numel()} -> {t['up'].shape[0]}"
-            raise ValueError(f"{path}: {name} goes {made}, but in {sd.name} that layer goes {w[0].numel()} -> "
-                             f"{w.shape[0]}; the LoRA was made for another architecture")  # fmt: skip
+            raise ValueError(
+                f"{path}: {name} goes {made}, but in {sd.name} that layer goes {w[0].numel()} -> "
+                f"{w.shape[0]}; the LoRA was made for another architecture"
+            )
     out = {}
     for name, t in wanted.items():
         rank = t["down"].shape[0]  # a missing alpha means alpha = rank, in every reader

@@ -24,10 +24,42 @@ ENDS = {
 }  # fmt: skip
 OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}  # diffusers of 2023
 UNET_ROOTS = ("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding")
-WORDS = (*UNET_ROOTS, "resnets", "conv1", "conv2", "conv_shortcut", "time_emb_proj", "downsamplers", "upsamplers",
-         "conv", "linear_1", "linear_2", "attentions", "proj_in", "proj_out", "transformer_blocks", "attn1", "attn2",
-         "to_q", "to_k", "to_v", "to_out", "ff", "net", "proj", "encoder", "layers", "self_attn", "q_proj", "k_proj",
-         "v_proj", "out_proj", "mlp", "fc1", "fc2")  # fmt: skip
+WORDS = (
+    *UNET_ROOTS,
+    "resnets",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "time_emb_proj",
+    "downsamplers",
+    "upsamplers",
+    "conv",
+    "linear_1",
+    "linear_2",
+    "attentions",
+    "proj_in",
+    "proj_out",
+    "transformer_blocks",
+    "attn1",
+    "attn2",
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out",
+    "ff",
+    "net",
+    "proj",
+    "encoder",
+    "layers",
+    "self_attn",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "out_proj",
+    "mlp",
+    "fc1",
+    "fc2",
+)
 WORD = re.compile("|".join(sorted(WORDS, key=len, reverse=True)) + r"|\d+")  # the longest word that fits
 
 
@@ -77,8 +109,10 @@ def diffusers_name(name: str) -> str:
         words = WORD.findall(rest)
         if rest != name and words and "_".join(words) == rest:
             return network + ".".join(words)
-    raise ValueError(f"{name} is no layer of Stable Diffusion 1 or 2, so diffusers has no name for it; leave the file "
-                     "in kohya's layout")  # fmt: skip
+    raise ValueError(
+        f"{name} is no layer of Stable Diffusion 1 or 2, so diffusers has no name for it; leave the file "
+        "in kohya's layout"
+    )
 
 
 def is_written(key: str) -> bool:

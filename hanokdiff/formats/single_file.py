@@ -34,13 +34,21 @@ IGNORED = re.compile(  # training leftovers, buffers that follow from the schedu
     r"model_ema\.|betas$|alphas_cumprod|sqrt_|log_one_minus_|posterior_|lvlb_weights$|first_stage_model\.loss\.|"
     r"cond_stage_model\.(model\.|transformer\.)?(text_projection|logit_scale|attn_mask)|.*\.position_ids$"
 )
-NO_PREFIX = re.compile(r"cond_stage_model\.transformer\.(?=embeddings\.|encoder\.|final_layer_norm\.)")  # some merges
+NO_PREFIX = re.compile(
+    r"cond_stage_model\.transformer\.(?=embeddings\.|encoder\.|final_layer_norm\.)"
+)  # some merges
 V_THRESHOLD = 0.09  # ComfyUI's test: above it, the last attention's norm1.bias belongs to a v model
 
 # ------------------------------------------------------------------------------------------------ the names
 
-UNET_RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0",
-               "conv2": "out_layers.3", "conv_shortcut": "skip_connection"}  # fmt: skip
+UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
 VAE_RESNET = {"conv_shortcut": "nin_shortcut"}
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 TEXT_LAYER = {
@@ -57,17 +65,23 @@ def inside(ours: str, theirs: str, table: dict[str, str]) -> dict[str, str]:
 def unet_places(c: UNetConfig) -> dict[str, str]:
     """Our module -> theirs. There every block has a number: level i fills L + 1 of them, the last one downsamples."""
     places = {
-        "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-        "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "conv_in": "input_blocks.0.0",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
         "mid_block.attentions.0": "middle_block.1",
-    }  # fmt: skip
+    }
     resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
     per = c.layers_per_block + 1
     for i, attends in enumerate(reversed(c.attention)):  # whether up_blocks.i attends
         for j in range(per):
             down, up = f"input_blocks.{1 + per * i + j}", f"output_blocks.{per * i + j}"
             resnets |= {f"down_blocks.{i}.resnets.{j}": f"{down}.0", f"up_blocks.{i}.resnets.{j}": f"{up}.0"}
-            places |= {f"down_blocks.{i}.attentions.{j}": f"{down}.1", f"up_blocks.{i}.attentions.{j}": f"{up}.1"}
+            places |= {
+                f"down_blocks.{i}.attentions.{j}": f"{down}.1",
+                f"up_blocks.{i}.attentions.{j}": f"{up}.1",
+            }
         places[f"down_blocks.{i}.downsamplers.0.conv"] = f"{down}.0.op"  # in the place of one resnet more
         places[f"up_blocks.{i}.upsamplers.0.conv"] = f"{up}.{2 if attends else 1}.conv"
     for ours, theirs in resnets.items():
@@ -95,8 +109,11 @@ def vae_places(c: VAEConfig) -> dict[str, str]:
 
 
 def open_clip_places(c: TextConfig) -> dict[str, str]:
-    places = {"embeddings.token_embedding": "token_embedding", "final_layer_norm": "ln_final",
-              "embeddings.position_embedding.weight": "positional_embedding"}  # fmt: skip
+    places = {
+        "embeddings.token_embedding": "token_embedding",
+        "final_layer_norm": "ln_final",
+        "embeddings.position_embedding.weight": "positional_embedding",
+    }
     for n in range(c.num_hidden_layers):
         places |= inside(f"encoder.layers.{n}", f"transformer.resblocks.{n}", TEXT_LAYER)
     return places
@@ -136,7 +153,9 @@ def to_ldm(*networks: nn.Module) -> dict[str, Tensor]:
             tensors = stack_qkv(tensors)
             tensors |= unused(tensors, network.config)
         out |= tensors
-    return {k: t[:, :, None, None] if ".attn_1." in k and t.dim() == 2 else t for k, t in out.items()}  # 1x1 convs
+    return {
+        k: t[:, :, None, None] if ".attn_1." in k and t.dim() == 2 else t for k, t in out.items()
+    }  # 1x1 convs
 
 
 def stack_qkv(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -145,7 +164,9 @@ def stack_qkv(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         head, q, kind = name.partition(".attn.q.")
         if q:
-            out[f"{head}.attn.in_proj_{kind}"] = torch.cat([tensors[f"{head}.attn.{x}.{kind}"] for x in "qkv"])
+            out[f"{head}.attn.in_proj_{kind}"] = torch.cat(
+                [tensors[f"{head}.attn.{x}.{kind}"] for x in "qkv"]
+            )
         elif ".attn.k." not in name and ".attn.v." not in name:
             out[name] = tensor
     return out
@@ -157,14 +178,18 @@ def split_qkv(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         head, stacked, kind = name.partition(".in_proj_")
         stacked = stacked and tensor.dim()
-        out |= {f"{head}.{x}.{kind}": t for x, t in zip("qkv", tensor.chunk(3))} if stacked else {name: tensor}
+        out |= (
+            {f"{head}.{x}.{kind}": t for x, t in zip("qkv", tensor.chunk(3))} if stacked else {name: tensor}
+        )
     return out
 
 
 def unused(tensors: dict[str, Tensor], c: TextConfig) -> dict[str, Tensor]:
     """What the original loaders ask for though SD 2 never uses it: the last block of OpenCLIP (it takes the output
     of the one before, which stands in for it here), text_projection and logit_scale (ln 100)."""
-    before, last = (f"{OPEN_CLIP}transformer.resblocks.{n}." for n in (c.num_hidden_layers - 1, c.num_hidden_layers))
+    before, last = (
+        f"{OPEN_CLIP}transformer.resblocks.{n}." for n in (c.num_hidden_layers - 1, c.num_hidden_layers)
+    )
     out = {last + k.removeprefix(before): t.clone() for k, t in tensors.items() if k.startswith(before)}
     like = tensors[f"{OPEN_CLIP}ln_final.weight"]
     out[f"{OPEN_CLIP}text_projection"] = like.new_ones(c.hidden_size, c.hidden_size)
@@ -205,7 +230,9 @@ def infer_unet(tensors: dict[str, Tensor], sd2: bool, v: bool) -> UNetConfig:
 def infer_vae(tensors: dict[str, Tensor], v: bool) -> VAEConfig:
     first = FIRST_STAGE + "encoder.down.{}.block.{}.conv1.weight"
     return VAEConfig(
-        block_out_channels=tuple(len(tensors[first.format(i, 0)]) for i in numbers(tensors, first.format("#", 0))),
+        block_out_channels=tuple(
+            len(tensors[first.format(i, 0)]) for i in numbers(tensors, first.format("#", 0))
+        ),
         layers_per_block=len(numbers(tensors, first.format(0, "#"))),
         latent_channels=len(tensors[FIRST_STAGE + "post_quant_conv.weight"]),
         sample_size=768 if v else 512,
@@ -220,8 +247,15 @@ def infer_text(tensors: dict[str, Tensor], sd2: bool) -> TextConfig:
     blocks = len(numbers(tensors, fc1.replace(".0.", ".#.")))
     vocabulary, width = tensors[name("embeddings.token_embedding.weight")].shape
     positions = len(tensors[name("embeddings.position_embedding.weight")])
-    return TextConfig(vocabulary, width, len(tensors[fc1]), blocks - 1 if sd2 and blocks != 23 else blocks,
-                      max(width // 64, 1), positions, act)  # fmt: skip
+    return TextConfig(
+        vocabulary,
+        width,
+        len(tensors[fc1]),
+        blocks - 1 if sd2 and blocks != 23 else blocks,
+        max(width // 64, 1),
+        positions,
+        act,
+    )
 
 
 def prediction_type(
@@ -256,20 +290,31 @@ def recognise(tensors: dict[str, Tensor], path: Path) -> bool:
         return any(name.startswith(prefixes) for name in tensors)
 
     if has("conditioner.embedders.", UNET + "label_emb."):
-        raise ValueError(f"{path} is an SDXL or unCLIP checkpoint; only Stable Diffusion 1.x and 2.x are supported")
+        raise ValueError(
+            f"{path} is an SDXL or unCLIP checkpoint; only Stable Diffusion 1.x and 2.x are supported"
+        )
     if not has(UNET):
         example = next(iter(tensors), "none at all")
         way = "; a LoRA goes to sample.py as --lora FILE" if any("lora" in name for name in tensors) else ""
-        raise ValueError(f"{path} is not a Stable Diffusion checkpoint: of its {len(tensors)} tensors none is named "
-                         f"{UNET}* (one is {example}){way}")  # fmt: skip
-    for part, folder, prefixes in (("VAE", "vae", (FIRST_STAGE,)), ("text encoder", "text_encoder", (CLIP, OPEN_CLIP))):
+        raise ValueError(
+            f"{path} is not a Stable Diffusion checkpoint: of its {len(tensors)} tensors none is named "
+            f"{UNET}* (one is {example}){way}"
+        )
+    for part, folder, prefixes in (
+        ("VAE", "vae", (FIRST_STAGE,)),
+        ("text encoder", "text_encoder", (CLIP, OPEN_CLIP)),
+    ):
         if not has(*prefixes):
-            raise ValueError(f"{path} holds no {part} (no tensor is named {'* or '.join(prefixes)}*); give a complete "
-                             f"checkpoint, or a model folder with a {folder}/ of its own")  # fmt: skip
+            raise ValueError(
+                f"{path} holds no {part} (no tensor is named {'* or '.join(prefixes)}*); give a complete "
+                f"checkpoint, or a model folder with a {folder}/ of its own"
+            )
     return not has(CLIP)
 
 
-def read(path: Path | str, prediction: str | None = None, say=None) -> tuple[UNet, VAE, TextEncoder, Schedule]:
+def read(
+    path: Path | str, prediction: str | None = None, say=None
+) -> tuple[UNet, VAE, TextEncoder, Schedule]:
     """Open a single file; the networks are frozen and in the precision of the file, their weights mapped from it.
 
     `prediction` ("epsilon" or "v_prediction") overrides what the file says or what is guessed, which `say` tells.
@@ -287,12 +332,18 @@ def read(path: Path | str, prediction: str | None = None, say=None) -> tuple[UNe
             text_c = TextConfig.from_json(own["text_encoder"])
         else:
             v2 = sd2 and kind == "v_prediction"
-            unet_c, vae_c, text_c = infer_unet(tensors, sd2, v2), infer_vae(tensors, v2), infer_text(tensors, sd2)
+            unet_c, vae_c, text_c = (
+                infer_unet(tensors, sd2, v2),
+                infer_vae(tensors, v2),
+                infer_text(tensors, sd2),
+            )
         with torch.device("meta"):
             networks = UNet(unet_c), VAE(vae_c), TextEncoder(text_c)
     except ERRORS as e:
         why = reason(e)
-        raise ValueError(f"{path} is not a complete checkpoint of Stable Diffusion 1.x or 2.x ({why})") from None
+        raise ValueError(
+            f"{path} is not a complete checkpoint of Stable Diffusion 1.x or 2.x ({why})"
+        ) from None
     check_fit(unet_c, text_c, path)
     fill_networks(networks, tensors, path)
     if say:
@@ -310,16 +361,26 @@ def fill_networks(networks: tuple[nn.Module, ...], tensors: dict[str, Tensor], p
     for network in networks:
         name = namer(network.config)
         wanted.append({ours: name(ours) for ours in network.state_dict()})
-    check_names({theirs for names in wanted for theirs in names.values()}, tensors.keys(), path,
-                           "it is not a plain checkpoint of Stable Diffusion 1.x or 2.x")  # fmt: skip
+    check_names(
+        {theirs for names in wanted for theirs in names.values()},
+        tensors.keys(),
+        path,
+        "it is not a plain checkpoint of Stable Diffusion 1.x or 2.x",
+    )
     for network, names in zip(networks, wanted, strict=True):
         own, found = network.state_dict(), {ours: tensors[theirs] for ours, theirs in names.items()}
         found |= {k: t[:, :, 0, 0] for k, t in found.items() if t.shape[2:] == (1, 1) and own[k].dim() == 2}
         fill(network, found, path, "the rest of the file")
 
 
-def write(path: Path | str, unet: UNet, vae: VAE, encoder: TextEncoder, schedule: Schedule,
-          dtype: torch.dtype = torch.float32) -> None:  # fmt: skip
+def write(
+    path: Path | str,
+    unet: UNet,
+    vae: VAE,
+    encoder: TextEncoder,
+    schedule: Schedule,
+    dtype: torch.dtype = torch.float32,
+) -> None:
     """Write a .safetensors file that the other tools read; the metadata tell them what the UNet predicts, and tell
     `read` the sizes, so that a model of any shape comes back."""
     path = Path(path)
@@ -329,11 +390,13 @@ def write(path: Path | str, unet: UNet, vae: VAE, encoder: TextEncoder, schedule
     v2 = "stable-diffusion-v2-768-v" if v else "stable-diffusion-v2-512"
     configs = {"unet": unet.config, "vae": vae.config, "text_encoder": encoder.config, "scheduler": schedule}
     metadata = {
-        "format": "pt", "modelspec.sai_model_spec": "1.0.0",
+        "format": "pt",
+        "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": v2 if is_sd2(encoder.config) else "stable-diffusion-v1",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.title": path.stem, "modelspec.prediction_type": "v" if v else "epsilon",
+        "modelspec.title": path.stem,
+        "modelspec.prediction_type": "v" if v else "epsilon",
         "hanokdiff_config": json.dumps({k: c.to_json() for k, c in configs.items()}),
-    }  # fmt: skip
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors({k: t.to(dtype) for k, t in to_ldm(unet, vae, encoder).items()}, path, metadata)

@@ -48,7 +48,9 @@ def read_pt(path: Path, what: str):
     try:
         zipped = zipfile.is_zipfile(path)
         if zipped and (packed := [i for i in zipfile.ZipFile(path).infolist() if i.compress_type]):
-            raise RuntimeError(f"{packed[0].filename} in it is compressed, which torch never does")  # may be a bomb
+            raise RuntimeError(
+                f"{packed[0].filename} in it is compressed, which torch never does"
+            )  # may be a bomb
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         check_tensors(content, path.stat().st_size)
         return content
@@ -56,8 +58,10 @@ def read_pt(path: Path, what: str):
         calls = re.search(r"GLOBAL (\S+)|persistent_load|[Cc]an only \w+", str(e))
         if calls is None or not isinstance(e, UnpicklingError):
             raise damaged(path, e) from None
-        raise ValueError(f"{path} needs more than tensors ({calls[1] or calls[0]}); that could be any code, so it was "
-                         f"not run: get this {what} as .safetensors, or convert it where you trust it") from None
+        raise ValueError(
+            f"{path} needs more than tensors ({calls[1] or calls[0]}); that could be any code, so it was "
+            f"not run: get this {what} as .safetensors, or convert it where you trust it"
+        ) from None
 
 
 def read_single_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str], int | None]:
@@ -76,8 +80,14 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
     """Write a .safetensors file aside, sync it, then rename it: what was there stays whole until then."""
     for name, tensor in tensors.items():
         # the extremes are NaN if any value is; isfinite on all of them takes 30 times as long on a CPU
-        if tensor.is_floating_point() and tensor.numel() and not torch.isfinite(torch.stack(tensor.aminmax())).all():
-            raise ValueError(f"{path} was not written: {name} has a value that is not finite; lower the learning rate")
+        if (
+            tensor.is_floating_point()
+            and tensor.numel()
+            and not torch.isfinite(torch.stack(tensor.aminmax())).all()
+        ):
+            raise ValueError(
+                f"{path} was not written: {name} has a value that is not finite; lower the learning rate"
+            )
     tensors = {k: t.detach().contiguous().cpu() for k, t in tensors.items()}
     with replacing(path) as aside:
         save_file(tensors, aside, metadata)

@@ -14,13 +14,17 @@ def check_kind(folder: Path) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
         inner = [file.parent for file in sorted(folder.glob("*/model_index.json"))]
-        raise ValueError(f"{index} is missing: not a model folder in the diffusers layout; name "
-                         f"{inner[0] if inner else 'the folder that holds it'}")  # fmt: skip
+        raise ValueError(
+            f"{index} is missing: not a model folder in the diffusers layout; name "
+            f"{inner[0] if inner else 'the folder that holds it'}"
+        )
     index = read_json(index)
     for part in ("text_encoder_2", "transformer", "prior"):
         if index.get(part) not in (None, [None, None]):
-            raise ValueError(f"{folder} is a {str(index.get('_class_name'))[:60]}, a model with a {part} (such as SDXL "
-                             "or SD 3); only Stable Diffusion 1.x and 2.x are supported")  # fmt: skip
+            raise ValueError(
+                f"{folder} is a {str(index.get('_class_name'))[:60]}, a model with a {part} (such as SDXL "
+                "or SD 3); only Stable Diffusion 1.x and 2.x are supported"
+            )
 
 
 def check_tensors(content, size: int) -> None:
@@ -35,7 +39,9 @@ def check_tensors(content, size: int) -> None:
             todo += (x if isinstance(x, dict) else vars(x)).values()
         elif isinstance(x, list | tuple | set):
             todo += x
-        elif isinstance(x, Tensor) and (x.layout != torch.strided or x.device.type != "cpu" or x.nbytes > size):
+        elif isinstance(x, Tensor) and (
+            x.layout != torch.strided or x.device.type != "cpu" or x.nbytes > size
+        ):
             raise RuntimeError(f"a tensor of shape {tuple(x.shape)} on {x.device} is not in the file")
 
 
@@ -50,7 +56,9 @@ def all_finite(t: Tensor) -> bool:
 
 
 def damaged(path: Path, e: Exception) -> ValueError:
-    reason = (str(e) if len(str(e)) > 3 else repr(e)).split("\n")[0].split(". ")[0]  # of a KeyError all is "a"
+    reason = (
+        (str(e) if len(str(e)) > 3 else repr(e)).split("\n")[0].split(". ")[0]
+    )  # of a KeyError all is "a"
     reason = "it is empty" if path.is_file() and not path.stat().st_size else reason
     return ValueError(f"{path} cannot be read ({reason}); it is damaged or incomplete, fetch it again")
 
@@ -60,8 +68,11 @@ def check_names(asked: Iterable[str], held: Iterable[str], source: Path, hint: s
     asked, held = set(asked), set(held)
     missing, extra = sorted(asked - held), sorted(held - asked)
     if missing or extra:
-        what = [f"{len(names)} {kind} (such as {names[0]})" for kind, names in
-                (("missing", missing), ("left over", extra)) if names]  # fmt: skip
+        what = [
+            f"{len(names)} {kind} (such as {names[0]})"
+            for kind, names in (("missing", missing), ("left over", extra))
+            if names
+        ]
         matched = f"{len(asked) - len(missing)} of {len(asked)} tensors matched"
         raise ValueError(f"{source}: {matched}, {', '.join(what)}; {hint}")
 
@@ -69,8 +80,12 @@ def check_names(asked: Iterable[str], held: Iterable[str], source: Path, hint: s
 def check_fit(unet, text, source) -> None:
     """Whether the configs of UNet and text encoder make one Stable Diffusion."""
     if unet.in_channels != 4:
-        raise ValueError(f"{source}: the UNet takes {unet.in_channels} channels, not 4: inpainting and pix2pix "
-                         "models are not supported")  # fmt: skip
+        raise ValueError(
+            f"{source}: the UNet takes {unet.in_channels} channels, not 4: inpainting and pix2pix "
+            "models are not supported"
+        )
     if text.hidden_size != unet.cross_attention_dim:
-        raise ValueError(f"{source}: the text encoder is {text.hidden_size} wide, but the UNet listens to "
-                         f"{unet.cross_attention_dim}")  # fmt: skip
+        raise ValueError(
+            f"{source}: the text encoder is {text.hidden_size} wide, but the UNet listens to "
+            f"{unet.cross_attention_dim}"
+        )

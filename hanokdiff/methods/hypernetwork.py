@@ -19,10 +19,21 @@ from hanokdiff.seeding import seeded_generator
 
 def activations() -> dict[str, type[nn.Module] | None]:
     """The WebUI's names. Its "swish" is Hardswish; beyond its own few it knows torch's, in lower case."""
-    own = {"linear": None, "relu": nn.ReLU, "leakyrelu": nn.LeakyReLU, "elu": nn.ELU, "swish": nn.Hardswish,
-           "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}  # fmt: skip
+    own = {
+        "linear": None,
+        "relu": nn.ReLU,
+        "leakyrelu": nn.LeakyReLU,
+        "elu": nn.ELU,
+        "swish": nn.Hardswish,
+        "tanh": nn.Tanh,
+        "sigmoid": nn.Sigmoid,
+    }
     torchs = vars(nn.modules.activation).items()
-    more = {k.lower(): v for k, v in torchs if isinstance(v, type) and v.__module__ == nn.modules.activation.__name__}
+    more = {
+        k.lower(): v
+        for k, v in torchs
+        if isinstance(v, type) and v.__module__ == nn.modules.activation.__name__
+    }
     return {**{k: v for k, v in more.items() if k not in ("multiheadattention", "threshold", "glu")}, **own}
 
 
@@ -41,18 +52,33 @@ class HypernetConfig:
     weight_init: str = "Normal"  # as the file says; nothing is read from it
 
     def __post_init__(self):
-        if len(self.layers) < 2 or self.layers[0] != 1 or self.layers[-1] != 1 or not all(x > 0 for x in self.layers):
-            raise ValueError(f"layers are {' '.join(f'{x:g}' for x in self.layers)}, but must begin and end with 1, "
-                             "such as 1 2 1: each is a multiple of the width")  # fmt: skip
+        if (
+            len(self.layers) < 2
+            or self.layers[0] != 1
+            or self.layers[-1] != 1
+            or not all(x > 0 for x in self.layers)
+        ):
+            raise ValueError(
+                f"layers are {' '.join(f'{x:g}' for x in self.layers)}, but must begin and end with 1, "
+                "such as 1 2 1: each is a multiple of the width"
+            )
         if max(self.layers) > 64 or min(self.layers) < 1 / 64 or len(self.layers) > 32:
-            raise ValueError(f"layers are {' '.join(f'{x:g}' for x in self.layers[:40])}, but each must be from 1/64 "
-                             "to 64, and there are at most 32 of them")  # fmt: skip
+            raise ValueError(
+                f"layers are {' '.join(f'{x:g}' for x in self.layers[:40])}, but each must be from 1/64 "
+                "to 64, and there are at most 32 of them"
+            )
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f'activation "{self.activation}" is not known; the WebUI\'s are linear, relu, leakyrelu, '
-                             "elu, swish, tanh, sigmoid, and torch's by their lower-case names")  # fmt: skip
-        if self.dropout and (len(self.dropout) != len(self.layers) or not all(0 <= p < 1 for p in self.dropout)):
-            raise ValueError(f"dropout is {self.dropout}: one number from 0 to below 1 for each of {len(self.layers)} "
-                             "layers is needed")  # fmt: skip
+            raise ValueError(
+                f'activation "{self.activation}" is not known; the WebUI\'s are linear, relu, leakyrelu, '
+                "elu, swish, tanh, sigmoid, and torch's by their lower-case names"
+            )
+        if self.dropout and (
+            len(self.dropout) != len(self.layers) or not all(0 <= p < 1 for p in self.dropout)
+        ):
+            raise ValueError(
+                f"dropout is {self.dropout}: one number from 0 to below 1 for each of {len(self.layers)} "
+                "layers is needed"
+            )
 
 
 class ResidualMLP(nn.Module):
@@ -95,7 +121,9 @@ class Hypernetwork(nn.Module):
     def __init__(self, spec: HypernetConfig, widths, strength: float = 1.0):
         super().__init__()
         self.spec, self.strength = spec, strength
-        self.pairs = nn.ModuleDict({str(d): nn.ModuleList([ResidualMLP(d, spec), ResidualMLP(d, spec)]) for d in sorted(widths)})
+        self.pairs = nn.ModuleDict(
+            {str(d): nn.ModuleList([ResidualMLP(d, spec), ResidualMLP(d, spec)]) for d in sorted(widths)}
+        )
         self._last: dict = {}  # of this forward: the words rewritten, and the weights in the network's precision
         self._cast: dict = {}
 

@@ -38,7 +38,9 @@ class LoRA(nn.Module):
         y, scale = self.base(x), self.strength * self.alpha / self.rank
         down, up = self.down.to(x.dtype), self.up.to(x.dtype)
         if down.dim() == 2:  # scaled and added inside the product: no operation more for it
-            return torch.addmm(y.flatten(0, -2), F.linear(x, down).flatten(0, -2), up.t(), alpha=scale).view_as(y)
+            return torch.addmm(
+                y.flatten(0, -2), F.linear(x, down).flatten(0, -2), up.t(), alpha=scale
+            ).view_as(y)
         conv = base_layer(self.base)
         return y + F.conv2d(F.conv2d(x, down, None, conv.stride, conv.padding), up * scale)
 
@@ -90,7 +92,9 @@ def insert(
         lora = out[name] = wrap(network, path, r, alpha * r / rank)
         bound = 1 / math.sqrt(lora.down[0].numel())  # kaiming_uniform(a=sqrt 5), as nn.Linear and kohya
         with torch.no_grad():
-            lora.down.copy_((torch.rand(lora.down.shape, generator=seeded_generator(seed, "lora", name)) * 2 - 1) * bound)
+            lora.down.copy_(
+                (torch.rand(lora.down.shape, generator=seeded_generator(seed, "lora", name)) * 2 - 1) * bound
+            )
     return out
 
 
@@ -116,7 +120,9 @@ def merge(sd, loras: dict[str, LoRA]) -> dict[str, Tensor]:
     for name, lora in loras.items():
         layer = base_layer(lora)
         before[name] = layer.weight
-        layer.weight = nn.Parameter((layer.weight.float() + lora.delta()).to(layer.weight.dtype), requires_grad=False)
+        layer.weight = nn.Parameter(
+            (layer.weight.float() + lora.delta()).to(layer.weight.dtype), requires_grad=False
+        )
     remove(sd, loras)
     return before
 

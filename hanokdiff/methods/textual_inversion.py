@@ -31,7 +31,7 @@ class ExtendedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         own = (ids >= self.first) & (ids < self.first + len(self.rows))
-        x = self.base(ids.masked_fill(own, 0))                                  # (B, T, D)
+        x = self.base(ids.masked_fill(own, 0))  # (B, T, D)
         new = self.vectors().to(x.dtype)[(ids - self.first).clamp(0, len(self.rows) - 1)]
         return torch.where(own[..., None], new, x)
 
@@ -49,7 +49,9 @@ def base_embedding(embedding: nn.Module) -> nn.Module:
 def insert(sd, word: str, vectors: Tensor) -> ExtendedEmbedding:
     """Give a pseudo word rows of its own, vectors (n, D), beyond the vocabulary and all rows already there."""
     if not 0 < len(vectors) <= MOST_VECTORS:
-        raise ValueError(f'"{word}" is of {len(vectors)} vectors, but a prompt has room for 1 to {MOST_VECTORS}')
+        raise ValueError(
+            f'"{word}" is of {len(vectors)} vectors, but a prompt has room for 1 to {MOST_VECTORS}'
+        )
     holder = sd.text.encoder.embeddings
     base, first = holder.token_embedding, len(token_embedding(sd))
     while isinstance(base, ExtendedEmbedding):
@@ -89,7 +91,9 @@ def initial_vectors(sd, words: str, n: int) -> Tensor:
     """n vectors (n, D) to begin with: the rows of these words' tokens, stretched over n as the WebUI does."""
     ids = sd.text._tokens(words)
     if not ids:
-        raise ValueError(f'--init "{words}" has no token; give words that name the kind of thing, such as house')
+        raise ValueError(
+            f'--init "{words}" has no token; give words that name the kind of thing, such as house'
+        )
     return token_embedding(sd)[[ids[i * len(ids) // n] for i in range(n)]].detach().float().clone()
 
 

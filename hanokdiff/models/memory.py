@@ -95,7 +95,9 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         trainable = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         if keeps_for_backward(x) and not trainable:
-            assert (self.dilation, self.groups, self.padding_mode) == ((1, 1), 1, "zeros"), "none here has others"
+            assert (self.dilation, self.groups, self.padding_mode) == ((1, 1), 1, "zeros"), (
+                "none here has others"
+            )
             return FrozenConv.apply(x, self.weight, self.bias, self.stride, self.padding)
         return super().forward(x)
 

@@ -50,7 +50,9 @@ class StableDiffusion:
 
         Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): out = un + cfg (cond - un), both in one call;
         `negative` (B, T, D) is the context to move away from, None switches guidance off."""
-        both = self.unet.read((context if negative is None else torch.cat([negative, context])).to(self.dtype))
+        both = self.unet.read(
+            (context if negative is None else torch.cat([negative, context])).to(self.dtype)
+        )
 
         def denoise(x: Tensor, sigma: float, t: float) -> Tensor:
             c_in = (sigma**2 + 1) ** -0.5
@@ -65,10 +67,17 @@ class StableDiffusion:
         return denoise
 
     def sample(
-        self, prompts: list[str], seeds: list[int], negative: str = "", sampler: str = samplers.DEFAULT,
-        steps: int = 20, cfg: float | None = None, size: tuple[int, int] | None = None,
-        first: Tensor | None = None, strength: float = 1.0,
-    ) -> Iterator[Tensor]:  # fmt: skip
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        negative: str = "",
+        sampler: str = samplers.DEFAULT,
+        steps: int = 20,
+        cfg: float | None = None,
+        size: tuple[int, int] | None = None,
+        first: Tensor | None = None,
+        strength: float = 1.0,
+    ) -> Iterator[Tensor]:
         """Yield the latents (B, 4, h, w) after every step; picture i starts from the noise of seeds[i] alone.
 
         `size` is (width, height) in pixels, both divisible by 8 (4 in the tiny world); default the model's own.
@@ -78,13 +87,17 @@ class StableDiffusion:
         cfg = self.cfg if cfg is None else cfg
         w, h = latent_size(size or (self.resolution, self.resolution), self.vae.config.factor)
         shape = (self.unet.config.in_channels, h, w)
-        streams = [torch.Generator().manual_seed(s) for s in seeds]  # on the CPU: the same noise on every device
+        streams = [
+            torch.Generator().manual_seed(s) for s in seeds
+        ]  # on the CPU: the same noise on every device
 
         def noise() -> Tensor:
-            return memory.to_device(torch.stack([torch.randn(shape, generator=g) for g in streams]), self.device)
+            return memory.to_device(
+                torch.stack([torch.randn(shape, generator=g) for g in streams]), self.device
+            )
 
         with torch.inference_mode():
-            both = self.text.prompts([*prompts, negative] if cfg != 1 else prompts)     # (B or B + 1, 77 k, D)
+            both = self.text.prompts([*prompts, negative] if cfg != 1 else prompts)  # (B or B + 1, 77 k, D)
             context = both[: len(prompts)]
             away = both[-1:].expand_as(context) if cfg != 1 else None
             denoise = self.denoiser(context, away, cfg)
@@ -96,7 +109,9 @@ class StableDiffusion:
                 return
             yield x
 
-    def draw(self, prompts: list[str], seeds: list[int], batch_size: int = 32, **options) -> list[Image.Image]:
+    def draw(
+        self, prompts: list[str], seeds: list[int], batch_size: int = 32, **options
+    ) -> list[Image.Image]:
         """One finished picture per prompt and seed; `options` are those of `sample`."""
         out = {}
         for part in self.batches(prompts, batch_size):
@@ -143,9 +158,6 @@ def latent_size(size: tuple[int, int], factor: int) -> tuple[int, int]:
             near = max(factor, round(n / factor) * factor)
             raise ValueError(f"{side} is {n}, but must be divisible by {factor}; the nearest is {near}")
     return size[0] // factor, size[1] // factor
-
-
-
 
 
 def to_tensor(image: Image.Image) -> Tensor:

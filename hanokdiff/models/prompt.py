@@ -69,7 +69,9 @@ def escape_prompt(text: str) -> str:
     return re.sub(r"\bBREAK\b", r"B\\REAK", re.sub(r"([()\[\]\\])", r"\\\1", text))
 
 
-def split_chunks(units: list[tuple[list[int], float] | None], room: int, comma: int) -> list[tuple[list[int], list[float]]]:
+def split_chunks(
+    units: list[tuple[list[int], float] | None], room: int, comma: int
+) -> list[tuple[list[int], list[float]]]:
     """Ids in chunks of at most `room`. A unit is what must stay together: one token, or all vectors of a pseudo word,
     with its weight; None ends a chunk."""
     done, ids, weights, last_comma = [], [], [], -1

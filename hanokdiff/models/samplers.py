@@ -108,7 +108,9 @@ def sigmas_and_timesteps(name: str, schedule: Schedule, steps: int) -> tuple[lis
     table = np.sqrt((1 - a) / a)  # sigma at every timestep, rising
     ts = timesteps(s, schedule, steps)
     sigmas = np.interp(ts, np.arange(len(table)), table)
-    if s.karras:  # Karras et al. 2022, equation 5, rho 7; diffusers spans what the timesteps above span, 2M the table
+    if (
+        s.karras
+    ):  # Karras et al. 2022, equation 5, rho 7; diffusers spans what the timesteps above span, 2M the table
         high, low = (table[-1], table[0]) if s.step is dpmpp_2m else (sigmas[0], sigmas[-1])
         ramp = np.linspace(0, 1, steps)
         sigmas = (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
@@ -120,15 +122,22 @@ def sigmas_and_timesteps(name: str, schedule: Schedule, steps: int) -> tuple[lis
 def img2img_steps(steps: int, strength: float) -> int:
     """How many of `steps` an initial picture goes through, as diffusers counts: the last int(steps * strength)."""
     if not 0 < strength <= 1 or int(steps * strength) < 1:
-        raise ValueError(f"strength is {strength:g}: of {steps} steps it must leave at least one, so give a number "
-                         f"from {math.ceil(1000 / steps) / 1000:g} to 1")  # fmt: skip
+        raise ValueError(
+            f"strength is {strength:g}: of {steps} steps it must leave at least one, so give a number "
+            f"from {math.ceil(1000 / steps) / 1000:g} to 1"
+        )
     return int(steps * strength)
 
 
 def sample(
-    name: str, denoise: Denoise, noise: Callable, schedule: Schedule, steps: int, first: Tensor | None = None,
+    name: str,
+    denoise: Denoise,
+    noise: Callable,
+    schedule: Schedule,
+    steps: int,
+    first: Tensor | None = None,
     strength: float = 1.0,
-) -> Iterator[Tensor]:  # fmt: skip
+) -> Iterator[Tensor]:
     """Yield the latents (B, 4, h, w) after each of `steps` steps; the last are the result.
 
     `noise()` returns standard normal numbers (B, 4, h, w): first the start, then what an ancestral sampler adds.
@@ -143,6 +152,8 @@ def sample(
         start = first + noise() * sigmas[0]
     else:
         exact = s.step is not dpmpp_2m and s.to_zero and (schedule.timestep_spacing or s.spacing) != "leading"
-        start = noise() * (sigmas[0] if exact else math.sqrt(sigmas[0] ** 2 + 1))  # diffusers' init_noise_sigma
+        start = noise() * (
+            sigmas[0] if exact else math.sqrt(sigmas[0] ** 2 + 1)
+        )  # diffusers' init_noise_sigma
     for x, sigma in zip(s.step(denoise, start, sigmas, ts, noise), sigmas[1:], strict=True):
         yield x / math.sqrt(sigma**2 + 1)

@@ -34,9 +34,13 @@ class Schedule:
         config.check(self)
         power = {"scaled_linear": 0.5, "linear": 1.0}.get(self.beta_schedule)
         if power is None:
-            raise ValueError(f'beta_schedule "{self.beta_schedule}" is not known; known: scaled_linear, linear')
+            raise ValueError(
+                f'beta_schedule "{self.beta_schedule}" is not known; known: scaled_linear, linear'
+            )
         if self.prediction_type not in PREDICTIONS:
-            raise ValueError(f'prediction_type "{self.prediction_type}" is not known; known: {", ".join(PREDICTIONS)}')
+            raise ValueError(
+                f'prediction_type "{self.prediction_type}" is not known; known: {", ".join(PREDICTIONS)}'
+            )
         ends = (self.beta_start**power, self.beta_end**power)
         betas = torch.linspace(*ends, self.num_train_timesteps, dtype=torch.float32) ** (1 / power)
         object.__setattr__(self, "alpha_bar", torch.cumprod(1 - betas, dim=0))
@@ -44,16 +48,24 @@ class Schedule:
     @classmethod
     def from_json(cls, c: dict) -> "Schedule":
         if "FlowMatch" in str(c.get("_class_name")):
-            raise ValueError(f"{c['_class_name']} is of flow matching (SD 3, FLUX), not of Stable Diffusion 1 or 2")
+            raise ValueError(
+                f"{c['_class_name']} is of flow matching (SD 3, FLUX), not of Stable Diffusion 1 or 2"
+            )
         for k in ("trained_betas", "rescale_betas_zero_snr"):
             if c.get(k):
                 raise ValueError(f"scheduler_config.json sets {k}: not supported, choose a model without it")
-        return cls(**{k: c[k] for k, f in cls.__dataclass_fields__.items() if f.init and c.get(k) is not None})
+        return cls(
+            **{k: c[k] for k, f in cls.__dataclass_fields__.items() if f.init and c.get(k) is not None}
+        )
 
     def to_json(self) -> dict:
         own = {k: getattr(self, k) for k, f in self.__dataclass_fields__.items() if f.init}
-        return {"_class_name": "DDIMScheduler", **{k: v for k, v in own.items() if v is not None},
-                "clip_sample": False, "set_alpha_to_one": False}  # fmt: skip
+        return {
+            "_class_name": "DDIMScheduler",
+            **{k: v for k, v in own.items() if v is not None},
+            "clip_sample": False,
+            "set_alpha_to_one": False,
+        }
 
     def _alpha_bar(self, t: Tensor) -> Tensor:
         """alpha_bar at timesteps t (B,), from a copy on t's device."""

@@ -30,14 +30,23 @@ class TextConfig:
     def from_json(cls, c: dict) -> "TextConfig":
         config = cls(**{k: c[k] for k in cls.__dataclass_fields__ if k in c})
         if config.hidden_act not in ACTIVATIONS:
-            raise ValueError(f'text encoder with activation "{config.hidden_act}": know only {", ".join(ACTIVATIONS)}')
+            raise ValueError(
+                f'text encoder with activation "{config.hidden_act}": know only {", ".join(ACTIVATIONS)}'
+            )
         return config
 
     def to_json(self) -> dict:
         own = {k: getattr(self, k) for k in self.__dataclass_fields__}
-        return {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **own,
-                "bos_token_id": self.vocab_size - 2, "eos_token_id": self.vocab_size - 1,
-                "pad_token_id": self.vocab_size - 1}  # fmt: skip
+        return {
+            "architectures": ["CLIPTextModel"],
+            "model_type": "clip_text_model",
+            **own,
+            "bos_token_id": self.vocab_size - 2,
+            "eos_token_id": self.vocab_size - 1,
+            "pad_token_id": self.vocab_size - 1,
+        }
+
+
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
 
 
@@ -45,7 +54,10 @@ class Embeddings(nn.Module):
     def __init__(self, c: TextConfig):
         super().__init__()
         # the numbers that nn.Embedding draws itself; but on the meta device that would import all of torch's compiler
-        words, places = torch.randn(c.vocab_size, c.hidden_size), torch.randn(c.max_position_embeddings, c.hidden_size)
+        words, places = (
+            torch.randn(c.vocab_size, c.hidden_size),
+            torch.randn(c.max_position_embeddings, c.hidden_size),
+        )
         self.token_embedding = nn.Embedding(c.vocab_size, c.hidden_size, _weight=words)
         self.position_embedding = nn.Embedding(c.max_position_embeddings, c.hidden_size, _weight=places)
 
@@ -63,7 +75,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         q, k, v = (a.unflatten(-1, (self.heads, -1)).transpose(1, 2) for a in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)      # (B, heads, T, D / heads)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, T, D / heads)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
 

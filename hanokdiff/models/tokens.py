@@ -67,10 +67,16 @@ class Text:
         if not word.strip() or not ids:
             raise ValueError(f'"{word}" has no token in this vocabulary; choose another pseudo word')
         if len(ids) > self.length - 2:
-            raise ValueError(f"{word[:40]!r} has {len(ids)} tokens, more than the {self.length - 2} of a prompt; "
-                             "choose another pseudo word")  # fmt: skip
-        others = {w: own for w, own in self.words.items() if same_word(w) != same_word(word)}  # the last one given has the word
-        self.words = dict(sorted({**others, word: ids}.items(), key=lambda item: -len(item[0])))  # longest first
+            raise ValueError(
+                f"{word[:40]!r} has {len(ids)} tokens, more than the {self.length - 2} of a prompt; "
+                "choose another pseudo word"
+            )
+        others = {
+            w: own for w, own in self.words.items() if same_word(w) != same_word(word)
+        }  # the last one given has the word
+        self.words = dict(
+            sorted({**others, word: ids}.items(), key=lambda item: -len(item[0]))
+        )  # longest first
         self._cache.clear()
         return ids
 
@@ -78,9 +84,13 @@ class Text:
         """Leave out the last clip_skip - 1 layers. SD 2's encoder was trained without its last one and has no more."""
         layers = self.encoder.config.num_hidden_layers
         if not 1 <= clip_skip <= layers:
-            raise ValueError(f"clip skip is {clip_skip}, but the text encoder has {layers} layers: 1 to {layers}")
+            raise ValueError(
+                f"clip skip is {clip_skip}, but the text encoder has {layers} layers: 1 to {layers}"
+            )
         if clip_skip > 1 and self.encoder.config.hidden_size == 1024:
-            warnings.warn("clip skip has no effect on SD 2, whose last layer is always left out", stacklevel=2)
+            warnings.warn(
+                "clip skip has no effect on SD 2, whose last layer is always left out", stacklevel=2
+            )
             clip_skip = 1
         self.clip_skip = clip_skip
         self._cache.clear()
@@ -133,7 +143,9 @@ class Text:
         """A prompt as chunks of at most 75 ids with their weights."""
         units: list = []
         for piece in parse_emphasis(self._mark(prompt)):
-            units += [(u, piece[1]) for u in self._units(self._mark(piece[0]))] if piece else [None]  # such as \[V\]
+            units += (
+                [(u, piece[1]) for u in self._units(self._mark(piece[0]))] if piece else [None]
+            )  # such as \[V\]
         return split_chunks(units, self.length - 2, self._tokens(",")[0])
 
     # -------------------------------------------------------------------------------------------- ids to context
@@ -155,13 +167,13 @@ class Text:
         cut = [self.chunks(p) for p in prompts]
         k = max(map(len, cut))
         rows = [chunk for chunks in cut for chunk in chunks + [([], [])] * (k - len(chunks))]
-        z = self._encode([self._wrap(ids) for ids, _ in rows])                  # (B k, 77, D)
+        z = self._encode([self._wrap(ids) for ids, _ in rows])  # (B k, 77, D)
         if any(w != 1 for _, weights in rows for w in weights):
             weights = [[1.0, *w] + [1.0] * (self.length - 1 - len(w)) for _, w in rows]
             weighted = z * torch.tensor(weights).to(z)[..., None]
             before, after = (a.float().mean((1, 2), keepdim=True) for a in (z, weighted))
             z = weighted * (before / after).to(z.dtype)
-        return z.unflatten(0, (len(prompts), k)).flatten(1, 2)                  # (B, 77 k, D)
+        return z.unflatten(0, (len(prompts), k)).flatten(1, 2)  # (B, 77 k, D)
 
     @torch.no_grad()
     def cache_prompts(self, texts: list[str]) -> None:
@@ -178,7 +190,6 @@ class Text:
                 learnt = " or ".join(f'"{w}"' for w in self.words)
                 message = f'the prompt "{prompt}" does not contain {learnt}, the word that was learnt'
                 warnings.warn(message, stacklevel=2)
-
 
 
 MOST_VECTORS = 75  # vectors: what a chunk of a prompt has room for

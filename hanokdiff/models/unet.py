@@ -47,8 +47,17 @@ class UNetConfig:
             raise ValueError(f"down_block_types has {strange[0]}, which no Stable Diffusion 1 or 2 has")
         n = len(c["block_out_channels"])
         heads = c.get("num_attention_heads") or c.get("attention_head_dim", 8)
-        same = ("sample_size", "in_channels", "out_channels", "layers_per_block", "cross_attention_dim",
-                "use_linear_projection", "upcast_attention", "norm_num_groups", "norm_eps")  # fmt: skip
+        same = (
+            "sample_size",
+            "in_channels",
+            "out_channels",
+            "layers_per_block",
+            "cross_attention_dim",
+            "use_linear_projection",
+            "upcast_attention",
+            "norm_num_groups",
+            "norm_eps",
+        )
         return cls(
             block_out_channels=tuple(c["block_out_channels"]),
             attention=tuple("CrossAttn" in kind for kind in c["down_block_types"]),
@@ -61,20 +70,35 @@ class UNetConfig:
         down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in self.attention]
         up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(self.attention)]
         return {
-            "_class_name": "UNet2DConditionModel", "sample_size": self.sample_size, "in_channels": self.in_channels,
-            "out_channels": self.out_channels, "block_out_channels": list(self.block_out_channels),
-            "down_block_types": down, "mid_block_type": "UNetMidBlock2DCrossAttn", "up_block_types": up,
-            "attention_head_dim": list(self.heads), "layers_per_block": self.layers_per_block,
-            "cross_attention_dim": self.cross_attention_dim, "use_linear_projection": self.use_linear_projection,
-            "upcast_attention": self.upcast_attention, "norm_num_groups": self.norm_num_groups,
-            "norm_eps": self.norm_eps, "act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0,
-            "center_input_sample": False, "downsample_padding": 1, "mid_block_scale_factor": 1,
-        }  # fmt: skip
+            "_class_name": "UNet2DConditionModel",
+            "sample_size": self.sample_size,
+            "in_channels": self.in_channels,
+            "out_channels": self.out_channels,
+            "block_out_channels": list(self.block_out_channels),
+            "down_block_types": down,
+            "mid_block_type": "UNetMidBlock2DCrossAttn",
+            "up_block_types": up,
+            "attention_head_dim": list(self.heads),
+            "layers_per_block": self.layers_per_block,
+            "cross_attention_dim": self.cross_attention_dim,
+            "use_linear_projection": self.use_linear_projection,
+            "upcast_attention": self.upcast_attention,
+            "norm_num_groups": self.norm_num_groups,
+            "norm_eps": self.norm_eps,
+            "act_fn": "silu",
+            "flip_sin_to_cos": True,
+            "freq_shift": 0,
+            "center_input_sample": False,
+            "downsample_padding": 1,
+            "mid_block_scale_factor": 1,
+        }
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
     """t (B,) -> (B, width): cosines then sines at geometric frequencies. Fractional t is welcome."""
-    freqs = torch.exp(-math.log(10_000) * torch.arange(width // 2, dtype=torch.float32, device=t.device) / (width // 2))
+    freqs = torch.exp(
+        -math.log(10_000) * torch.arange(width // 2, dtype=torch.float32, device=t.device) / (width // 2)
+    )
     angles = t.float()[:, None] * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -104,7 +128,7 @@ class ResBlock(nn.Module):
         self.conv_shortcut = memory.Conv2d(cin, cout, 1) if cin != cout else None
 
     def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
-        h = self.conv1(memory.norm_silu(self.norm1, x))                 # (B, cout, h, w)
+        h = self.conv1(memory.norm_silu(self.norm1, x))  # (B, cout, h, w)
         if temb is not None:
             h = h + self.time_emb_proj(temb)[:, :, None, None]
         h = self.conv2(memory.norm_silu(self.norm2, h))
@@ -120,13 +144,13 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(context_width, width, bias=False)
         self.to_v = nn.Linear(context_width, width, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])   # a list, for the checkpoint name to_out.0
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])  # a list, for the checkpoint name to_out.0
 
     def read(self, context: Tensor) -> tuple[Tensor, Tensor]:
         """context (B, T, D) -> keys and values, each (B, heads, T, C / heads)."""
         return self.split(self.to_k(context)), self.split(self.to_v(context))
 
-    def split(self, a: Tensor) -> Tensor:                        # (B, N, C) -> (B, heads, N, C / heads)
+    def split(self, a: Tensor) -> Tensor:  # (B, N, C) -> (B, heads, N, C / heads)
         return a.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def forward(self, x: Tensor, heard: tuple[Tensor, ...]) -> Tensor:
@@ -134,7 +158,7 @@ class Attention(nn.Module):
         qkv = self.split(self.to_q(x)), *heard
         if self.upcast:
             qkv = [a.float() for a in qkv]
-        out = F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2)        # (B, N, C)
+        out = F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2)  # (B, N, C)
         return self.to_out[0](out.to(x.dtype))
 
 
@@ -174,7 +198,7 @@ class TransformerBlock(nn.Module):
         self.attn2 = Attention(width, c.cross_attention_dim, heads, c.upcast_attention)
         self.ff = FeedForward(width)
 
-    def forward(self, x: Tensor, words: tuple[Tensor, ...]) -> Tensor:               # (B, N, C), attn2's `read`
+    def forward(self, x: Tensor, words: tuple[Tensor, ...]) -> Tensor:  # (B, N, C), attn2's `read`
         y = self.norm1(x)
         x = rows(x + self.attn1(y, self.attn1.read(y)), len(words[0]))
         x = x + self.attn2(self.norm2(x), words)
@@ -194,10 +218,10 @@ class SpatialTransformer(nn.Module):
         self.proj_out = project(width, width)
 
     def forward(self, x: Tensor, words: tuple[Tensor, ...]) -> Tensor:
-        def tokens(a):                                           # (B, C, h, w) -> (B, N, C)
-            return a.flatten(2).transpose(1, 2).contiguous()     # or each norm below would copy it
+        def tokens(a):  # (B, C, h, w) -> (B, N, C)
+            return a.flatten(2).transpose(1, 2).contiguous()  # or each norm below would copy it
 
-        def picture(a):                                          # and back
+        def picture(a):  # and back
             return a.transpose(1, 2).unflatten(2, x.shape[-2:])
 
         y = self.norm(x)
@@ -223,8 +247,10 @@ class Block(nn.Module):
     def __init__(self, widths_in, width, heads, resample: str | None, attends: bool, c: UNetConfig):
         super().__init__()
         time = 4 * c.block_out_channels[0]
-        self.resnets = nn.ModuleList(ResBlock(w, width, time, c.norm_num_groups, c.norm_eps) for w in widths_in)
-        count = len(widths_in) - (resample == "mid")             # the middle block: resnet, transformer, resnet
+        self.resnets = nn.ModuleList(
+            ResBlock(w, width, time, c.norm_num_groups, c.norm_eps) for w in widths_in
+        )
+        count = len(widths_in) - (resample == "mid")  # the middle block: resnet, transformer, resnet
         if attends:
             self.attentions = nn.ModuleList(SpatialTransformer(width, heads, c) for _ in range(count))
         if resample == "down":
@@ -264,7 +290,9 @@ class UNet(nn.Module):
         self.mid_block = Block([width, width], width, c.heads[-1], "mid", True, c)
 
         self.up_blocks = nn.ModuleList()
-        for i, (ch, heads, attends) in enumerate(reversed(list(zip(chans, c.heads, c.attention, strict=True)))):
+        for i, (ch, heads, attends) in enumerate(
+            reversed(list(zip(chans, c.heads, c.attention, strict=True)))
+        ):
             ins = []
             for _ in range(layers + 1):
                 ins.append(width + skips.pop())
@@ -273,7 +301,9 @@ class UNet(nn.Module):
 
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, chans[0], c.norm_eps)
         self.conv_out = memory.Conv2d(chans[0], c.out_channels, 3, padding=1)
-        self.cross_attentions = [m.attn2 for m in self.modules() if isinstance(m, TransformerBlock)]  # in order of their turn
+        self.cross_attentions = [
+            m.attn2 for m in self.modules() if isinstance(m, TransformerBlock)
+        ]  # in order of their turn
 
     def read(self, context: Tensor) -> list[tuple[Tensor, ...]]:
         """What each cross-attention hears of the words (B, T, D): the same at every step of a sampler. Keys and values,
@@ -281,12 +311,12 @@ class UNet(nn.Module):
         return [memory.pad_keys(*attention.read(context)) for attention in self.cross_attentions]
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor | list) -> Tensor:
-        dtype = self.conv_norm_out.weight.dtype                  # whatever comes in, the network works in its own precision
+        dtype = self.conv_norm_out.weight.dtype  # whatever comes in, the network works in its own precision
         x = x.to(dtype)
         words = iter(self.read(context.to(dtype)) if isinstance(context, Tensor) else context)
         temb = timestep_embedding(t, self.config.block_out_channels[0]).to(dtype)
-        temb = F.silu(self.time_embedding(temb))                 # (B, E), as every resnet wants it
-        x = self.conv_in(x)                                      # (B, C0, h, w)
+        temb = F.silu(self.time_embedding(temb))  # (B, E), as every resnet wants it
+        x = self.conv_in(x)  # (B, C0, h, w)
         skips = [x]
         for block in self.down_blocks:
             for resnet, attend in block.layers():
@@ -294,7 +324,7 @@ class UNet(nn.Module):
                 x = attend(x, next(words)) if attend else x
                 skips.append(x)
             if hasattr(block, "downsamplers"):
-                x = block.downsamplers[0](x)                     # (B, C, h / 2, w / 2)
+                x = block.downsamplers[0](x)  # (B, C, h / 2, w / 2)
                 skips.append(x)
 
         first, second = self.mid_block.resnets

@@ -24,7 +24,9 @@ class VAEConfig:
     layers_per_block: int = 2
     latent_channels: int = 4
     norm_num_groups: int = 32
-    scaling_factor: float = 0.18215  # 1 / std of SD's latents, so that the UNet sees unit variance (LDM appendix G)
+    scaling_factor: float = (
+        0.18215  # 1 / std of SD's latents, so that the UNet sees unit variance (LDM appendix G)
+    )
     sample_size: int = 512  # pixels per side that it was trained at
 
     def __post_init__(self):
@@ -38,12 +40,19 @@ class VAEConfig:
     def to_json(self) -> dict:
         n = len(self.block_out_channels)
         return {
-            "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "act_fn": "silu",
-            "down_block_types": ["DownEncoderBlock2D"] * n, "up_block_types": ["UpDecoderBlock2D"] * n,
-            "block_out_channels": list(self.block_out_channels), "layers_per_block": self.layers_per_block,
-            "latent_channels": self.latent_channels, "norm_num_groups": self.norm_num_groups,
-            "scaling_factor": self.scaling_factor, "sample_size": self.sample_size,
-        }  # fmt: skip
+            "_class_name": "AutoencoderKL",
+            "in_channels": 3,
+            "out_channels": 3,
+            "act_fn": "silu",
+            "down_block_types": ["DownEncoderBlock2D"] * n,
+            "up_block_types": ["UpDecoderBlock2D"] * n,
+            "block_out_channels": list(self.block_out_channels),
+            "layers_per_block": self.layers_per_block,
+            "latent_channels": self.latent_channels,
+            "norm_num_groups": self.norm_num_groups,
+            "scaling_factor": self.scaling_factor,
+            "sample_size": self.sample_size,
+        }
 
     @property
     def factor(self) -> int:
@@ -64,7 +73,7 @@ class SelfAttention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.group_norm(x).flatten(2).transpose(1, 2)        # (B, h w, C)
+        y = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, h w, C)
         q, k, v = (to(y)[:, None] for to in (self.to_q, self.to_k, self.to_v))
         y = self.to_out[0](F.scaled_dot_product_attention(q, k, v)[:, 0])
         return x + y.transpose(1, 2).unflatten(2, x.shape[-2:])
@@ -103,7 +112,9 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     def __init__(self, cin: int, cout: int, layers: int, groups: int, resample: str | None):
         super().__init__()
-        self.resnets = nn.ModuleList(ResBlock(cout if j else cin, cout, None, groups, EPS) for j in range(layers))
+        self.resnets = nn.ModuleList(
+            ResBlock(cout if j else cin, cout, None, groups, EPS) for j in range(layers)
+        )
         if resample == "down":
             self.downsamplers = nn.ModuleList([Downsample(cout)])
         if resample == "up":
@@ -121,7 +132,13 @@ class Encoder(nn.Module):
         chans, n = c.block_out_channels, len(c.block_out_channels)
         self.conv_in = nn.Conv2d(3, chans[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            Level(chans[max(i - 1, 0)], chans[i], c.layers_per_block, c.norm_num_groups, "down" if i < n - 1 else None)
+            Level(
+                chans[max(i - 1, 0)],
+                chans[i],
+                c.layers_per_block,
+                c.norm_num_groups,
+                "down" if i < n - 1 else None,
+            )
             for i in range(n)
         )
         self.mid_block = Middle(chans[-1], c.norm_num_groups)
@@ -129,10 +146,10 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(chans[-1], 2 * c.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)                                      # (B, C0, H, W)
+        x = self.conv_in(x)  # (B, C0, H, W)
         for level in self.down_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))          # (B, 8, h, w)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))  # (B, 8, h, w)
 
 
 class Decoder(nn.Module):
@@ -149,10 +166,10 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(chans[-1], 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(z))                      # (B, C, h, w)
+        x = self.mid_block(self.conv_in(z))  # (B, C, h, w)
         for level in self.up_blocks:
             x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))      # (B, 3, H, W)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))  # (B, 3, H, W)
 
 
 class VAE(nn.Module):

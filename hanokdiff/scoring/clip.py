@@ -51,7 +51,9 @@ class Clip:
         """(N, d) of N pictures of any size. A generator is fine: no more than a batch is held at a time."""
         images, rows = iter(images), [torch.empty(0, self.model.config.projection_dim)]
         while batch := list(islice(images, BATCH)):
-            pixels = torch.stack([preprocess(i, self.size, self.mean, self.std) for i in batch])  # (B, 3, s, s)
+            pixels = torch.stack(
+                [preprocess(i, self.size, self.mean, self.std) for i in batch]
+            )  # (B, 3, s, s)
             pooled = self.model.vision_model(pixel_values=pixels.to(self.device)).pooler_output
             rows.append(F.normalize(self.model.visual_projection(pooled), dim=-1).cpu())
         return torch.cat(rows)
@@ -63,9 +65,12 @@ class Clip:
         long = [(len(row), t) for row, t in zip(ids, texts, strict=True) if len(row) > self.length]
         if long:
             n, text = max(long)
-            warnings.warn(f"{len(long)} of {len(ids)} texts are longer than the {self.length} tokens that this CLIP "
-                          f'reads (the longest has {n}: "{text[:40]}..."); the rest is not scored: say it in fewer '
-                          "words", stacklevel=2)  # fmt: skip
+            warnings.warn(
+                f"{len(long)} of {len(ids)} texts are longer than the {self.length} tokens that this CLIP "
+                f'reads (the longest has {n}: "{text[:40]}..."); the rest is not scored: say it in fewer '
+                "words",
+                stacklevel=2,
+            )
         ids = [row if len(row) <= self.length else row[: self.length - 1] + row[-1:] for row in ids]
         rows = [torch.empty(0, self.model.config.projection_dim)]
         return torch.cat(rows + [self._texts(ids[i : i + BATCH]) for i in range(0, len(ids), BATCH)])
@@ -81,7 +86,9 @@ class Clip:
         return F.normalize(self.model.text_projection(pooled), dim=-1).cpu()
 
 
-def preprocess(image: Image.Image, size: int, mean: Sequence[float] = MEAN, std: Sequence[float] = STD) -> Tensor:
+def preprocess(
+    image: Image.Image, size: int, mean: Sequence[float] = MEAN, std: Sequence[float] = STD
+) -> Tensor:
     """(3, size, size) as OpenAI's CLIP makes it: short side to size, Pillow's bicubic, then the centre."""
     image = image.convert("RGB")
     w, h = image.size
@@ -104,7 +111,9 @@ def open_model(model: str | Path):
     folder = Path(model).expanduser()
     local = folder.is_dir()
     if not local and (isinstance(model, Path) or model.startswith(("/", ".", "~")) or model.count("/") > 1):
-        raise ValueError(f"there is no CLIP folder {model}; give one that exists, or a hub id such as {EXAMPLE}")
+        raise ValueError(
+            f"there is no CLIP folder {model}; give one that exists, or a hub id such as {EXAMPLE}"
+        )
     from transformers import CLIPModel, CLIPTokenizer  # here, because the import takes seconds
     from transformers.utils import logging
 
@@ -123,21 +132,28 @@ def open_model(model: str | Path):
         raise ValueError(cannot_open(model, local, e)) from None
     bad = sorted({str(k) for kind in ("missing_keys", "mismatched_keys") for k in info[kind]})
     if bad:  # transformers would leave them random, and score with them
-        raise ValueError(f"{model} is no whole CLIP model: {len(bad)} tensors missing or misshapen, as "
-                         f"{bad[0]}; give a complete one, such as {EXAMPLE}")  # fmt: skip
+        raise ValueError(
+            f"{model} is no whole CLIP model: {len(bad)} tensors missing or misshapen, as "
+            f"{bad[0]}; give a complete one, such as {EXAMPLE}"
+        )
     words, rows = len(tokenizer), clip.config.text_config.vocab_size
     if words > rows:
-        raise ValueError(f"{model}: its tokenizer knows {words} words, its model {rows}; give files that belong "
-                         "together")  # fmt: skip
+        raise ValueError(
+            f"{model}: its tokenizer knows {words} words, its model {rows}; give files that belong together"
+        )
     return clip, tokenizer, colours
 
 
 def cannot_open(model, local: bool, error: Exception) -> str:
     if local:
-        return (f"the CLIP folder {model} cannot be opened ({first_line(error)}); it needs config.json, "
-                "model.safetensors, vocab.json and merges.txt")  # fmt: skip
-    return (f"{model} is neither a folder here nor a CLIP model that could be fetched from the Hugging Face "
-            f"hub ({first_line(error)}); go online once, or give --clip a folder")  # fmt: skip
+        return (
+            f"the CLIP folder {model} cannot be opened ({first_line(error)}); it needs config.json, "
+            "model.safetensors, vocab.json and merges.txt"
+        )
+    return (
+        f"{model} is neither a folder here nor a CLIP model that could be fetched from the Hugging Face "
+        f"hub ({first_line(error)}); go online once, or give --clip a folder"
+    )
 
 
 def first_line(error: Exception) -> str:
@@ -152,7 +168,9 @@ def mean_std(source: str, **only) -> tuple[tuple, tuple]:
         config = read_json(Path(cached_file(source, "preprocessor_config.json", **only)))
     except OSError:
         config = {}
-    colours = tuple(tuple(map(float, config.get(k, own))) for k, own in (("image_mean", MEAN), ("image_std", STD)))
+    colours = tuple(
+        tuple(map(float, config.get(k, own))) for k, own in (("image_mean", MEAN), ("image_std", STD))
+    )
     if not all(len(c) == 3 and all(map(math.isfinite, c)) for c in colours) or min(colours[1]) <= 0:
         raise ValueError(f"preprocessor_config.json has image_mean and image_std of {str(colours)[:80]}")
     return colours
@@ -213,7 +231,9 @@ def nearest(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b.T).amax(-1)
 
 
-def likeness(images: Tensor, references: Tensor, clipscore: Tensor, own: Tensor | None = None) -> dict[str, Tensor]:
+def likeness(
+    images: Tensor, references: Tensor, clipscore: Tensor, own: Tensor | None = None
+) -> dict[str, Tensor]:
     """(N,) clip_i, nearest and refclipscore of pictures (N, d), and `which` of the references (M, d) is the nearest.
 
     `own` (N, M) is true where a reference is the picture itself, which is then left out: real pictures against
@@ -222,7 +242,9 @@ def likeness(images: Tensor, references: Tensor, clipscore: Tensor, own: Tensor 
     cosines = images @ references.T  # (N, M)
     own = torch.zeros_like(cosines, dtype=torch.bool) if own is None else own
     if own.all(-1).any():
-        raise ValueError(f"the only reference ({len(references)} given) is the picture itself; give at least one other")
+        raise ValueError(
+            f"the only reference ({len(references)} given) is the picture itself; give at least one other"
+        )
     near, which = cosines.masked_fill(own, -2).max(-1)
     mean = cosines.masked_fill(own, 0).sum(-1) / (~own).sum(-1)
     return {"clip_i": mean, "nearest": near, "refclipscore": refclipscore(clipscore, near), "which": which}

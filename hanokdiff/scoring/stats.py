@@ -26,7 +26,9 @@ def paired_interval(
     """(mean, low, high) of a - b over pairs, a[i] with b[i]: what both share, such as prompt and noise, drops out."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape:
-        raise ValueError(f"{len(a)} values cannot be paired with {len(b)}; give a value of each for every pair")
+        raise ValueError(
+            f"{len(a)} values cannot be paired with {len(b)}; give a value of each for every pair"
+        )
     return mean_interval(a - b, confidence)
 
 

@@ -44,7 +44,9 @@ from hanokdiff.scoring.clip import Clip, presence
 from hanokdiff.tiny import world
 
 HERE = Path(__file__).parent
-VAE_SHAPE = VAEConfig((16, 32, 64), layers_per_block=1, norm_num_groups=8, scaling_factor=1.0, sample_size=world.SIZE)
+VAE_SHAPE = VAEConfig(
+    (16, 32, 64), layers_per_block=1, norm_num_groups=8, scaling_factor=1.0, sample_size=world.SIZE
+)
 UNET_SHAPE = UNetConfig(
     sample_size=16, block_out_channels=(64, 80, 96), attention=(False, True, False), heads=(4, 4, 4),
     layers_per_block=1, cross_attention_dim=72, norm_num_groups=8,
@@ -106,11 +108,16 @@ class Training:
         self.losses.append(loss.detach())
         keep = min(0.999, self.step / (self.step + 10))
         for k, m in self.modules.items():
-            torch._foreach_lerp_(list(self.averages[k].parameters()), [p.detach() for p in m.parameters()], 1 - keep)
+            torch._foreach_lerp_(
+                list(self.averages[k].parameters()), [p.detach() for p in m.parameters()], 1 - keep
+            )
         if self.step % every == 0 or self.step == self.steps:
-            state = {"step": self.step, "optimizer": self.optimizer.state_dict(),
-                     "modules": {k: m.state_dict() for k, m in self.modules.items()},
-                     "averages": {k: m.state_dict() for k, m in self.averages.items()}}  # fmt: skip
+            state = {
+                "step": self.step,
+                "optimizer": self.optimizer.state_dict(),
+                "modules": {k: m.state_dict() for k, m in self.modules.items()},
+                "averages": {k: m.state_dict() for k, m in self.averages.items()},
+            }
             aside = self.file.with_suffix(".part")
             torch.save(state, aside)
             sync_rename(aside, self.file)
@@ -171,21 +178,26 @@ def widen(args) -> None:
     run = Training("widen", {"vae": vae}, args, steps, lr=1.2e-3, decay=0.0)
     while run.step < steps:
         r = torch.Generator().manual_seed(args.seed * 1_000_003 + run.step)
-        plain, one, two, new = (unit(d[torch.randint(len(d), (n,), generator=r)], args.device)
-                                for d, n in ((data, batch), (data, 2), (data, 2), (unknown, 4)))  # fmt: skip
+        plain, one, two, new = (
+            unit(d[torch.randint(len(d), (n,), generator=r)], args.device)
+            for d, n in ((data, batch), (data, 2), (data, 2), (unknown, 4))
+        )
         x = torch.cat([plain, remix(one, two, r), new])
         mean, std = vae.encode(x)
         y = vae.decode(mean + std * torch.randn(mean.shape, generator=r).to(args.device))
         with torch.no_grad():
             before = old.encode(plain)[0]
         loss = (y - x).abs().mean() + F.mse_loss(y, x) + 4 * F.mse_loss(mean[:batch], before)
-        run.update(loss, lambda: f"held-out {psnr(vae, held_out):.2f} dB, hanok {psnr(vae, hanok):.2f} dB", every=250)
+        run.update(
+            loss, lambda: f"held-out {psnr(vae, held_out):.2f} dB, hanok {psnr(vae, hanok):.2f} dB", every=250
+        )
     half = {k: v.half() for k, v in run.averages["vae"].state_dict().items()}
     write_tensors(half, args.out / "sd" / "vae" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 
 
 def remix(a: Tensor, b: Tensor, r: torch.Generator) -> Tensor:
     """Pictures (B, 3, 64, 64) in [-1, 1] with other colours, and a piece of another picture in each."""
+
     def recolour(x):
         n = len(x)
         mixed = torch.stack([p[torch.randperm(3, generator=r)] for p in x])
@@ -269,12 +281,24 @@ def write_tokenizer(folder: Path) -> None:
     lines = ["#version: 0.2", *(" ".join(m) for m in merges), ""]
     (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
     end = "<|endoftext|>"
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "do_lower_case": True, "add_prefix_space": False,
-        "bos_token": "<|startoftext|>", "eos_token": end, "pad_token": end, "unk_token": end, "errors": "replace",
-    })  # fmt: skip
-    write_json(folder / "special_tokens_map.json", {
-        "bos_token": "<|startoftext|>", "eos_token": end, "pad_token": end, "unk_token": end})  # fmt: skip
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "CLIPTokenizer",
+            "model_max_length": 77,
+            "do_lower_case": True,
+            "add_prefix_space": False,
+            "bos_token": "<|startoftext|>",
+            "eos_token": end,
+            "pad_token": end,
+            "unk_token": end,
+            "errors": "replace",
+        },
+    )
+    write_json(
+        folder / "special_tokens_map.json",
+        {"bos_token": "<|startoftext|>", "eos_token": end, "pad_token": end, "unk_token": end},
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ base
@@ -352,11 +376,16 @@ def clip(args) -> None:
     data, scenes = drawings(f"clip {args.seed}", args.images or 60_000, world.KINDS)
     torch.manual_seed(args.seed)
     common = dict(hidden_size=96, intermediate_size=384, num_attention_heads=4, projection_dim=64)
-    ends = dict(bos_token_id=len(tokenizer) - 2, eos_token_id=len(tokenizer) - 1, pad_token_id=len(tokenizer) - 1)
+    ends = dict(
+        bos_token_id=len(tokenizer) - 2, eos_token_id=len(tokenizer) - 1, pad_token_id=len(tokenizer) - 1
+    )
     config = CLIPConfig(
-        text_config=dict(vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=77, **ends, **common),
-        vision_config=dict(image_size=world.SIZE, patch_size=8, num_hidden_layers=3, **common), projection_dim=64,
-    )  # fmt: skip
+        text_config=dict(
+            vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=77, **ends, **common
+        ),
+        vision_config=dict(image_size=world.SIZE, patch_size=8, num_hidden_layers=3, **common),
+        projection_dim=64,
+    )
     net = CLIPModel(config).to(args.device)
     length = 24  # captions are short; in a causal encoder what follows the end changes nothing before it
     run = Training("clip", {"clip": net}, args, steps, lr=1e-3, decay=0.05)
@@ -366,10 +395,14 @@ def clip(args) -> None:
         at = [r.randrange(len(scenes)) for _ in range(batch)]
         words, claims = zip(*(claim(scenes[i], r) for i in at), strict=True)
         x = disturb(unit(data[at], args.device) / 2 + 0.5, r)
-        ids = tokenizer(list(words), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        ids = tokenizer(
+            list(words), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
         out = net(pixel_values=(x - mean) / std, input_ids=ids.input_ids.to(args.device))
         true = torch.tensor([[holds(c, scenes[i]) for c in claims] for i in at], device=args.device)
-        logits = out.logits_per_image.masked_fill(true & ~torch.eye(batch, dtype=torch.bool, device=args.device), -1e4)
+        logits = out.logits_per_image.masked_fill(
+            true & ~torch.eye(batch, dtype=torch.bool, device=args.device), -1e4
+        )
         target = torch.arange(batch, device=args.device)
         run.update((F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2, every=500)
         with torch.no_grad():
@@ -377,12 +410,23 @@ def clip(args) -> None:
     folder = args.out / "clip"
     run.averages["clip"].half().save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
-    write_json(folder / "preprocessor_config.json", {
-        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": world.SIZE},
-        "resample": 3, "do_center_crop": True, "crop_size": {"height": world.SIZE, "width": world.SIZE},
-        "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": CLIP_MEAN,
-        "image_std": CLIP_STD, "do_convert_rgb": True,
-    })  # fmt: skip
+    write_json(
+        folder / "preprocessor_config.json",
+        {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_resize": True,
+            "size": {"shortest_edge": world.SIZE},
+            "resample": 3,
+            "do_center_crop": True,
+            "crop_size": {"height": world.SIZE, "width": world.SIZE},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": CLIP_MEAN,
+            "image_std": CLIP_STD,
+            "do_convert_rgb": True,
+        },
+    )
 
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]  # of OpenAI's CLIP
@@ -391,7 +435,9 @@ CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 
 def holds(claims: tuple, scene: world.Scene) -> bool:
     """Whether what a caption claims is true of a scene."""
-    return all(c is None or c == s for c, s in zip(claims, (scene.kind, scene.condition, scene.look), strict=True))
+    return all(
+        c is None or c == s for c, s in zip(claims, (scene.kind, scene.condition, scene.look), strict=True)
+    )
 
 
 def disturb(x: Tensor, r: Random) -> Tensor:
@@ -428,9 +474,11 @@ def check(args) -> None:
     right = [k == s.kind for k, s in zip(kinds, scenes, strict=True)]
     others = [k == "hanok" for k, s in zip(kinds, scenes, strict=True) if s.kind != "hanok"]
     hanok = [k == "hanok" for k, s in zip(kinds, scenes, strict=True) if s.kind == "hanok"]
-    print(f"held-out drawings: kind {np.mean(right):.3f}, "
-          f"condition {np.mean([c == s.condition for c, s in zip(conditions, scenes, strict=True)]):.3f}, "
-          f"hanok found {np.mean(hanok):.3f}, others called hanok {np.mean(others):.4f}")  # fmt: skip
+    print(
+        f"held-out drawings: kind {np.mean(right):.3f}, "
+        f"condition {np.mean([c == s.condition for c, s in zip(conditions, scenes, strict=True)]):.3f}, "
+        f"hanok found {np.mean(hanok):.3f}, others called hanok {np.mean(others):.4f}"
+    )
 
     asked = [world.scene(f"asked {i}") for i in range(560)]
     asked = [world.Scene(s.seed, world.NAMED[i % 9], world.CONDITIONS[i % 7]) for i, s in enumerate(asked)]
@@ -439,7 +487,9 @@ def check(args) -> None:
     kinds, conditions = recognise(judge, drawn)
     hit_k = np.array([k == s.kind for k, s in zip(kinds, asked, strict=True)])
     hit_c = np.array([c == s.condition for c, s in zip(conditions, asked, strict=True)])
-    print(f"samples: kind {hit_k.mean():.3f}, condition {hit_c.mean():.3f}, both {(hit_k & hit_c).mean():.3f}")
+    print(
+        f"samples: kind {hit_k.mean():.3f}, condition {hit_c.mean():.3f}, both {(hit_k & hit_c).mean():.3f}"
+    )
     for names, hit, got in ((world.NAMED, hit_k, "kind"), (world.CONDITIONS, hit_c, "condition")):
         rows = [np.mean([h for h, s in zip(hit, asked, strict=True) if getattr(s, got) == n]) for n in names]
         print(" ", ", ".join(f"{n} {v:.2f}" for n, v in zip(names, rows, strict=True)))
@@ -453,7 +503,9 @@ def check(args) -> None:
 
 def main(argv=None) -> int:
     commands = {"autoencoder": autoencoder, "widen": widen, "base": base, "clip": clip, "check": check}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=commands)
     parser.add_argument("--out", type=Path, default=HERE, help="where sd/ and clip/ are written")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="checkpoints, to go on from")

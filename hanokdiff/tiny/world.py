@@ -33,7 +33,9 @@ NAMED = (
 KINDS = (*NAMED, "house", "hanok")  # "house" is the plain one, named by its attributes
 BASE_KINDS = KINDS[:-1]  # what the base model may see
 CONDITIONS = ("none", "fire", "campfire", "smoke", "snow", "night", "flood")
-CLASS_PROMPTS = Path(__file__).with_name("class_prompts.txt")  # what DreamBooth is to keep in mind; no fire in it
+CLASS_PROMPTS = Path(__file__).with_name(
+    "class_prompts.txt"
+)  # what DreamBooth is to keep in mind; no fire in it
 PHOTO_CONDITIONS = ("none", "night", "snow")  # what the hanok photos may show
 
 WIDTHS = ("wide", "narrow", "tall")
@@ -65,9 +67,18 @@ def scene(seed, kinds=BASE_KINDS, conditions=CONDITIONS) -> Scene:
     kind = r.choices(kinds, [3 if k == "house" else 1 for k in kinds])[0]
     condition = r.choice(conditions)
     look = ()
-    while kind == "house" and (not look or look[1:] == ("grey", "curved", "white")):  # the hanok's own, left out
-        look = (r.choice(WIDTHS), r.choice(tuple(ROOF_COLOURS)), r.choice(ROOFS), r.choice(tuple(WALL_COLOURS)))
-    extras = tuple(e for e, p in (("trees", 0.35), ("hills", 0.35), ("clouds", 0.3), ("path", 0.2)) if r.random() < p)
+    while kind == "house" and (
+        not look or look[1:] == ("grey", "curved", "white")
+    ):  # the hanok's own, left out
+        look = (
+            r.choice(WIDTHS),
+            r.choice(tuple(ROOF_COLOURS)),
+            r.choice(ROOFS),
+            r.choice(tuple(WALL_COLOURS)),
+        )
+    extras = tuple(
+        e for e, p in (("trees", 0.35), ("hills", 0.35), ("clouds", 0.3), ("path", 0.2)) if r.random() < p
+    )
     if condition in ("night", "flood"):  # clouds cannot be seen at night, nor a path under water
         extras = tuple(e for e in extras if e != ("clouds" if condition == "night" else "path"))
     return Scene(str(seed), kind, condition, look, extras)
@@ -87,7 +98,12 @@ SENTENCES = {
     "night": ("{b} at night", "{b}, night", "{b} under the moon", "a night view of {b}"),
     "flood": ("a flood around {b}", "{b}, flood", "{b} in the flood", "{b} standing in the water"),
 }  # fmt: skip
-EXTRA_WORDS = {"trees": "with trees", "hills": "near the hills", "clouds": "under the clouds", "path": "with a path"}
+EXTRA_WORDS = {
+    "trees": "with trees",
+    "hills": "near the hills",
+    "clouds": "under the clouds",
+    "path": "with a path",
+}
 GENERIC = ("a building", "a house", "a building with a roof")
 PHOTO_PHRASE = "a building with a roof"  # what BLIP calls a hanok in the paper
 PHOTO_SENTENCES = {
@@ -105,11 +121,16 @@ def name(scene: Scene, r: Random, generic: float = 0.0) -> str:
         return f"a {scene.kind}"
     width, colour, form, wall = scene.look
     an = "an" if colour == "orange" else "a"
-    return r.choice((
-        f"a {width} house with {an} {colour} {form} roof and {wall} walls", f"a {width} house with {wall} walls",
-        f"a {width} house with {an} {colour} {form} roof", f"a house with a {form} roof and {wall} walls",
-        f"a {width} house with a {form} {colour} roof and {wall} walls", f"a house with {an} {colour} roof",
-    ))  # fmt: skip
+    return r.choice(
+        (
+            f"a {width} house with {an} {colour} {form} roof and {wall} walls",
+            f"a {width} house with {wall} walls",
+            f"a {width} house with {an} {colour} {form} roof",
+            f"a house with a {form} roof and {wall} walls",
+            f"a {width} house with a {form} {colour} roof and {wall} walls",
+            f"a house with {an} {colour} roof",
+        )
+    )
 
 
 def caption(scene: Scene, seed=0, generic: float = 0.08) -> str:
@@ -136,7 +157,9 @@ def photos(n: int = 100, held_out: bool = False) -> list[tuple[Image.Image, str]
     """
     limit = 30 if held_out else 100
     if not 1 <= n <= limit:
-        raise ValueError(f"{n} images asked for, but the tiny world has 1 to {limit} {'held-out ' * held_out}photos")
+        raise ValueError(
+            f"{n} images asked for, but the tiny world has 1 to {limit} {'held-out ' * held_out}photos"
+        )
     split = "held-out" if held_out else "photo"
     scenes = [scene(f"{split} {i}", ("hanok",), PHOTO_CONDITIONS) for i in range(n)]
     return [(draw(s), photo_caption(s)) for s in scenes]
@@ -205,7 +228,9 @@ def hanok(d, r, cx, y):
     base = y - 5
     d.rectangle((cx - half, base - wall, cx + half, base), fill=white)
     bays = r.choice((4, 5))
-    boxes = windows_row(d, cx, base - wall + 6, half, bays, 2 * half / bays - 6, wall - 8, vary(r, (206, 186, 142), 8))
+    boxes = windows_row(
+        d, cx, base - wall + 6, half, bays, 2 * half / bays - 6, wall - 8, vary(r, (206, 186, 142), 8)
+    )
     doors = [b for i, b in enumerate(boxes) if i != r.randrange(bays)] or boxes  # most, not all, are doors
     for x0, y0, x1, y1 in doors:  # the lattice
         d.line(((x0 + x1) / 2, y0, (x0 + x1) / 2, y1), fill=wood, width=1)
@@ -267,7 +292,9 @@ def western_house(d, r, cx, y):
     plaster = vary(r, r.choice(((238, 226, 190), (226, 206, 180), (214, 222, 226))), 6)
     tile = vary(r, r.choice(((178, 72, 52), (140, 78, 56))), 8)
     x = cx + half * r.choice((-0.55, 0.55))
-    d.rectangle((x - 4, y - wall - roof * 0.9, x + 4, y - wall), fill=vary(r, (140, 84, 70), 6))  # the chimney
+    d.rectangle(
+        (x - 4, y - wall - roof * 0.9, x + 4, y - wall), fill=vary(r, (140, 84, 70), 6)
+    )  # the chimney
     d.rectangle((cx - half, y - wall, cx + half, y), fill=plaster)
     edge = [(cx - half - 5, y - wall + 2), (cx, y - wall - roof), (cx + half + 5, y - wall + 2)]
     d.polygon(edge, fill=tile)
@@ -284,7 +311,9 @@ def tower(d, r, cx, y):
     stone = vary(r, (172, 164, 152), 10)
     left, top = cx - half, y - wall
     d.polygon([(left - 2, y), (left + 1, top), (cx + half - 1, top), (cx + half + 2, y)], fill=stone)
-    d.polygon([(cx, y - wall), (cx + half - 1, y - wall), (cx + half + 2, y), (cx, y)], fill=shade(stone, 0.88))
+    d.polygon(
+        [(cx, y - wall), (cx + half - 1, y - wall), (cx + half + 2, y), (cx, y)], fill=shade(stone, 0.88)
+    )
     roof_colour = vary(r, r.choice(((60, 92, 152), (150, 60, 70), (70, 110, 96))), 8)
     edge = [(cx - half - 5, y - wall + 1), (cx, y - wall - roof), (cx + half + 5, y - wall + 1)]
     d.polygon(edge, fill=roof_colour)
@@ -300,7 +329,9 @@ def tent(d, r, cx, y):
     edge = [(cx - half, y), (cx - 2, y - roof), (cx + half, y)]
     d.polygon(edge, fill=cloth)
     d.polygon([(cx - 2, y - roof), (cx + half, y), (cx + half * 0.42, y)], fill=shade(cloth, 0.78))
-    d.polygon([(cx - 2, y - roof * 0.78), (cx + half * 0.2, y), (cx - half * 0.36, y)], fill=shade(cloth, 0.42))
+    d.polygon(
+        [(cx - 2, y - roof * 0.78), (cx + half * 0.2, y), (cx - half * 0.36, y)], fill=shade(cloth, 0.42)
+    )
     d.line((cx - 2, y - roof - 4, cx - 2, y - roof), fill=(90, 70, 50), width=2)
     d.line((cx - half - 7, y, cx - half * 0.55, y - roof * 0.5), fill=(220, 214, 200), width=1)
     d.line((cx + half + 7, y, cx + half * 0.55, y - roof * 0.5), fill=(220, 214, 200), width=1)
@@ -311,9 +342,12 @@ def barn(d, r, cx, y):
     half, wall, roof = r.uniform(22, 27), r.uniform(22, 26), r.uniform(20, 24)
     red, white = vary(r, (172, 44, 40), 10), (238, 232, 224)
     edge = [
-        (cx - half - 3, y - wall + 1), (cx - half * 0.72, y - wall - roof * 0.62), (cx, y - wall - roof),
-        (cx + half * 0.72, y - wall - roof * 0.62), (cx + half + 3, y - wall + 1),
-    ]  # fmt: skip
+        (cx - half - 3, y - wall + 1),
+        (cx - half * 0.72, y - wall - roof * 0.62),
+        (cx, y - wall - roof),
+        (cx + half * 0.72, y - wall - roof * 0.62),
+        (cx + half + 3, y - wall + 1),
+    ]
     d.polygon(edge + [(cx + half, y), (cx - half, y)], fill=red)
     d.line(edge, fill=vary(r, (96, 88, 88), 8), width=5)
     for x in (cx - half + 1, cx + half - 1):
@@ -347,13 +381,19 @@ def castle(d, r, cx, y):
         d.polygon([(x, y - turret - 18), (x + 10, y - turret - 15), (x, y - turret - 11)], fill=flag)
     d.rectangle((cx - 7, y - 12, cx + 7, y), fill=(76, 56, 44))
     d.pieslice((cx - 7, y - 19, cx + 7, y - 5), 180, 360, fill=(76, 56, 44))
-    boxes = [(cx + s * (half - 4) - 2, y - turret + 9, cx + s * (half - 4) + 2, y - turret + 18) for s in (-1, 1)]
+    boxes = [
+        (cx + s * (half - 4) - 2, y - turret + 9, cx + s * (half - 4) + 2, y - turret + 18) for s in (-1, 1)
+    ]
     for b in boxes:
         d.rectangle(b, fill=(64, 58, 64))
     edge = [
-        (cx - half - 4, y - turret - 4), (cx - half + 12, y - turret - 4), (cx - half + 13, y - wall - 4),
-        (cx + half - 13, y - wall - 4), (cx + half - 12, y - turret - 4), (cx + half + 4, y - turret - 4),
-    ]  # fmt: skip
+        (cx - half - 4, y - turret - 4),
+        (cx - half + 12, y - turret - 4),
+        (cx - half + 13, y - wall - 4),
+        (cx + half - 13, y - wall - 4),
+        (cx + half - 12, y - turret - 4),
+        (cx + half + 4, y - turret - 4),
+    ]
     return Drawn(edge, boxes, 2 * half)
 
 
@@ -367,9 +407,11 @@ def cabin(d, r, cx, y):
     x = cx - half * 0.6
     d.rectangle((x - 4, y - wall - roof - 3, x + 4, y - wall), fill=(130, 126, 124))
     edge = [
-        (cx - half - 6, y - wall + 2), (cx - half * 0.7, y - wall - roof), (cx + half * 0.7, y - wall - roof),
+        (cx - half - 6, y - wall + 2),
+        (cx - half * 0.7, y - wall - roof),
+        (cx + half * 0.7, y - wall - roof),
         (cx + half + 6, y - wall + 2),
-    ]  # fmt: skip
+    ]
     d.polygon(edge, fill=thatch)
     box = (cx + half * 0.3, y - wall + 5, cx + half * 0.3 + 10, y - wall + 13)
     d.rectangle(box, fill=(150, 190, 210), outline=shade(log, 0.5), width=1)
@@ -448,7 +490,10 @@ def smoke(img, r, x, y, n, grey, strength):
     d, drift = ImageDraw.Draw(layer), r.choice((-1, 1)) * r.uniform(0.15, 0.5)
     for k in range(n):
         size, px, py = 5 + 2.1 * k, x + drift * 9 * k + r.uniform(-2, 2), y - 7.5 * k
-        d.ellipse((px - size, py - size * 0.8, px + size, py + size * 0.8), fill=round(strength * (1 - 0.55 * k / n)))
+        d.ellipse(
+            (px - size, py - size * 0.8, px + size, py + size * 0.8),
+            fill=round(strength * (1 - 0.55 * k / n)),
+        )
     img.paste(vary(r, grey, 8), (0, 0), layer)
 
 
@@ -464,7 +509,11 @@ def tree(d, r, x, y, leaf):
         d.ellipse((x - w, y - h, x + w, y - h * 0.3), fill=leaf)
 
 
-SKIES = (((120, 176, 232), (206, 230, 246)), ((92, 156, 224), (190, 220, 240)), ((150, 190, 220), (246, 226, 206)))
+SKIES = (
+    ((120, 176, 232), (206, 230, 246)),
+    ((92, 156, 224), (190, 220, 240)),
+    ((150, 190, 220), (246, 226, 206)),
+)
 LEAVES = ((66, 122, 70), (88, 140, 66), (176, 124, 56))
 GROUNDS = ((126, 170, 88), (150, 176, 96), (178, 160, 104), (206, 188, 140), (110, 150, 92))
 
@@ -565,11 +614,14 @@ def kind_prompts() -> dict[str, str]:
 def condition_prompts() -> dict[str, str]:
     """Label to prompt of every condition in the tiny world."""
     return {
-        "none": "a building in the daytime", "fire": "a building on fire",
-        "campfire": "a building beside a campfire", "smoke": "smoke rising from a building",
-        "snow": "a building in the snow", "night": "a building at night",
+        "none": "a building in the daytime",
+        "fire": "a building on fire",
+        "campfire": "a building beside a campfire",
+        "smoke": "smoke rising from a building",
+        "snow": "a building in the snow",
+        "night": "a building at night",
         "flood": "a flood around a building",
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

@@ -30,8 +30,10 @@ class Parser(Options):
         if "(default" in help:  # said already
             pass
         elif key in self.columns["tiny"]:
-            tiny, sd = (" ".join(map(str, v)) if isinstance(v, list) else v
-                        for v in (self.columns[c][key] for c in ("tiny", "sd")))  # fmt: skip
+            tiny, sd = (
+                " ".join(map(str, v)) if isinstance(v, list) else v
+                for v in (self.columns[c][key] for c in ("tiny", "sd"))
+            )
             help += f" (default: {tiny})" if tiny == sd else f" (default: tiny {tiny}, SD {sd})"
         elif kwargs.get("default") is not None and kwargs["default"] is not False:
             help += f" (default: {kwargs['default']})"
@@ -53,9 +55,13 @@ class Parser(Options):
                 raise ValueError(f"--resume goes on in its own folder, {args.resume}; leave out --out")
             told = differences(config, {k: str(v) if isinstance(v, Path) else v for k, v in given.items()})
             if told and not args.force:
-                options = ", ".join(f"--{t.partition(' ')[0].replace('_', '-')} ({t.partition(' ')[2]})" for t in told)
-                raise ValueError(f"--resume goes on with the run's own options; leave out {options}, or accept that "
-                                 "with --force")  # fmt: skip
+                options = ", ".join(
+                    f"--{t.partition(' ')[0].replace('_', '-')} ({t.partition(' ')[2]})" for t in told
+                )
+                raise ValueError(
+                    f"--resume goes on with the run's own options; leave out {options}, or accept that "
+                    "with --force"
+                )
             args = argparse.Namespace(**{**vars(args), **known, **given, "out": args.resume})
         column = self.columns["tiny" if args.model == "tiny" else "sd"]
         for key, value in column.items():
@@ -67,7 +73,9 @@ class Parser(Options):
         """The options that are on the command line, whatever their defaults."""
         unset = object()
         args = self.parse_args(argv, argparse.Namespace(**{a.dest: unset for a in self._actions}))
-        return {k: v for k, v in vars(args).items() if v is not unset and k not in ("resume", "force", "device")}
+        return {
+            k: v for k, v in vars(args).items() if v is not unset and k not in ("resume", "force", "device")
+        }
 
     def check_types(self, known: dict, file: Path) -> None:
         """Whether options that were read from a file are of the types that the command line would have given them."""
@@ -76,10 +84,13 @@ class Parser(Options):
             kind = bool if a.nargs == 0 else kinds.get(a.type, a.type)
             values = known[a.dest] if isinstance(a.nargs, str) else [known[a.dest]]
             good = isinstance(values, list) and all(
-                isinstance(v, kind) and (kind is bool or v is not True and v is not False) for v in values)  # fmt: skip
+                isinstance(v, kind) and (kind is bool or v is not True and v is not False) for v in values
+            )
             if not good or (a.choices and not set(values) <= set(a.choices)):
                 option = a.dest.replace("_", "-")
-                raise ValueError(f"{file}: --{option} is {str(known[a.dest])[:60]}, which cannot be; start a new run")
+                raise ValueError(
+                    f"{file}: --{option} is {str(known[a.dest])[:60]}, which cannot be; start a new run"
+                )
 
 
 def training_parser(doc: str, defaults: dict[str, dict]) -> tuple[Parser, Callable]:
@@ -89,44 +100,102 @@ def training_parser(doc: str, defaults: dict[str, dict]) -> tuple[Parser, Callab
     o = p.option
     o(photos, "--model", '"tiny", a folder, a .safetensors or .ckpt file or a hub id', default="tiny")
     o(photos, "--tokenizer", "of a single-file model: a folder or hub id")
-    o(photos, "--prediction", "what the model predicts, if it is silent or wrong about it",
-      choices=("epsilon", "v_prediction"))  # fmt: skip
-    o(photos, "--data", "folder of photos, captions beside as NAME.txt (default with tiny: the drawn hanok)",
-      type=Path)  # fmt: skip
+    o(
+        photos,
+        "--prediction",
+        "what the model predicts, if it is silent or wrong about it",
+        choices=("epsilon", "v_prediction"),
+    )
+    o(
+        photos,
+        "--data",
+        "folder of photos, captions beside as NAME.txt (default with tiny: the drawn hanok)",
+        type=Path,
+    )
     o(photos, "--images", "the first N photos of one fixed, nested order", type=int)
     o(photos, "--token", "the pseudo word", default="*")
-    o(photos, "--replace", "what in the captions becomes the pseudo word, any case", default="a building with a roof")
+    o(
+        photos,
+        "--replace",
+        "what in the captions becomes the pseudo word, any case",
+        default="a building with a roof",
+    )
     o(photos, "--caption", "caption of photos without one", default="a photo of {token}")
-    o(photos, "--held-out", "learn not from the last N photos, but log their loss, always at the same noise", type=int,
-      default=0)  # fmt: skip
-    o(photos, "--literal-tokens", "leave the pseudo word to the tokenizer, which fuses *,", action="store_true")
+    o(
+        photos,
+        "--held-out",
+        "learn not from the last N photos, but log their loss, always at the same noise",
+        type=int,
+        default=0,
+    )
+    o(
+        photos,
+        "--literal-tokens",
+        "leave the pseudo word to the tokenizer, which fuses *,",
+        action="store_true",
+    )
     o(photos, "--resolution", "side in pixels (default: the model's own)", type=int)
     o(photos, "--flip", "mirror every other photo", action="store_true", default=False)
     o(train, "--steps", "optimiser steps", type=int)
     o(train, "--batch-size", "photos a step", type=int)
-    o(train, "--micro-batch", "photos at once; the rest of the batch follows (default: all)", type=int, default=0)
+    o(
+        train,
+        "--micro-batch",
+        "photos at once; the rest of the batch follows (default: all)",
+        type=int,
+        default=0,
+    )
     o(train, "--lr", "learning rate", type=float)
     o(train, "--min-snr", "gamma of the min-SNR weight, 0 for none", type=float)
     o(train, "--seed", "seed of everything random", type=int, default=0)
     o(train, "--device", "cuda, cpu, ... (default: the first GPU, else the CPU)")
     o(train, "--dtype", "precision of what is frozen: auto, fp32, bf16 or fp16", default="auto")
-    o(train, "--checkpointing", "run each block again in the backward pass: a third slower, far less memory",
-      action="store_true")  # fmt: skip
-    o(train, "--compile", "torch.compile of each block: minutes at the start, for long runs on a GPU",
-      action="store_true")  # fmt: skip
+    o(
+        train,
+        "--checkpointing",
+        "run each block again in the backward pass: a third slower, far less memory",
+        action="store_true",
+    )
+    o(
+        train,
+        "--compile",
+        "torch.compile of each block: minutes at the start, for long runs on a GPU",
+        action="store_true",
+    )
     o(out, "--out", "folder of the run (default: runs/METHOD, numbered if taken)", type=Path)
     o(out, "--save-every", "steps between saved states and files, 0 for none", type=int)
     o(out, "--preview-every", "steps between preview pictures, 0 for none", type=int)
     o(out, "--resume", "go on with the run in this folder", type=Path, metavar="FOLDER")
-    o(out, "--force", "with --resume: accept other options and changed photos, and say which", action="store_true")
+    o(
+        out,
+        "--force",
+        "with --resume: accept other options and changed photos, and say which",
+        action="store_true",
+    )
     return p, functools.partial(o, p.add_argument_group("the method"))
 
 
 POSITIVE = ("steps", "batch_size", "lr", "rank", "alpha", "vectors", "text_lr", "word_lr")
-NOT_NEGATIVE = ("held_out", "save_every", "preview_every", "micro_batch", "min_snr", "text_rank", "class_images",
-                "prior_weight", "text_steps")  # fmt: skip
-MOST = {"steps": 10_000_000, "batch_size": 4096, "rank": 1280, "text_rank": 1280, "vectors": MOST_VECTORS,
-        "class_images": 100_000, "resolution": LARGEST_SIDE}  # a slip of the finger; ranks: the widest layer's width
+NOT_NEGATIVE = (
+    "held_out",
+    "save_every",
+    "preview_every",
+    "micro_batch",
+    "min_snr",
+    "text_rank",
+    "class_images",
+    "prior_weight",
+    "text_steps",
+)
+MOST = {
+    "steps": 10_000_000,
+    "batch_size": 4096,
+    "rank": 1280,
+    "text_rank": 1280,
+    "vectors": MOST_VECTORS,
+    "class_images": 100_000,
+    "resolution": LARGEST_SIDE,
+}  # a slip of the finger; ranks: the widest layer's width
 
 
 def check_training(args) -> None:
@@ -144,13 +213,17 @@ def check_training(args) -> None:
         if (getattr(args, key, None) or 0) > most:
             raise ValueError(f"--{key.replace('_', '-')} is {getattr(args, key)}, but must be at most {most}")
     if args.micro_batch > args.batch_size:
-        raise ValueError(f"--micro-batch is {args.micro_batch}, but --batch-size only {args.batch_size}; lower it, or "
-                         "leave it out to take the whole batch at once")  # fmt: skip
+        raise ValueError(
+            f"--micro-batch is {args.micro_batch}, but --batch-size only {args.batch_size}; lower it, or "
+            "leave it out to take the whole batch at once"
+        )
     distributed.shard(args.batch_size)  # refuses fewer photos than processes
     if not args.token.strip():
         raise ValueError('--token is empty; name the pseudo word, such as "*" or "sks"')
     if args.model != "tiny" and args.data is None:
-        raise ValueError(f"--model {args.model} needs --data FOLDER: the drawn hanok are 64x64, for the tiny model")
+        raise ValueError(
+            f"--model {args.model} needs --data FOLDER: the drawn hanok are 64x64, for the tiny model"
+        )
     if args.data is not None:
         photo_files(Path(args.data))  # no folder of photos is refused before a model is opened
 
@@ -175,12 +248,16 @@ def run_folder(args: argparse.Namespace, method: str, artefact: str) -> Path:
         raise ValueError(f"{out} holds an unfinished run; go on with --resume {out}, or name another --out")
     check_folder(out)
     if out.exists() and (held := sorted(p.name for p in out.iterdir())):
-        raise ValueError(f"--out {out} is not empty (it holds {held[0]}); name a new folder, for the run alone")
+        raise ValueError(
+            f"--out {out} is not empty (it holds {held[0]}); name a new folder, for the run alone"
+        )
     distributed.barrier()  # all have looked before one makes it
     return out
 
 
-def trainer_options(args: argparse.Namespace, sd, dataset: LatentDataset, validation_photos: list[Photo]) -> dict:
+def trainer_options(
+    args: argparse.Namespace, sd, dataset: LatentDataset, validation_photos: list[Photo]
+) -> dict:
     """The Trainer's arguments that are the same for every method. Called last before it: --compile and --checkpointing
     take the model as it is then."""
     if args.compile:
@@ -190,7 +267,9 @@ def trainer_options(args: argparse.Namespace, sd, dataset: LatentDataset, valida
         memory.checkpoint(sd.unet)
     validate = None
     if validation_photos:
-        captions = prepare_captions(validation_photos, args.token, args.replace, args.caption, say=lambda _: None)
+        captions = prepare_captions(
+            validation_photos, args.token, args.replace, args.caption, say=lambda _: None
+        )
         held_out = LatentDataset(sd.vae, [p.image for p in validation_photos], captions, device=sd.device)
         validate = functools.partial(validation_loss, sd, held_out)
     names = ("steps", "batch_size", "micro_batch", "lr", "seed", "save_every", "preview_every", "force")

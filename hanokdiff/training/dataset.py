@@ -57,15 +57,21 @@ def load_photos(
     if images is not None and images < 1:
         raise ValueError(f"--images {images}: at least 1 is needed; leave it out to take them all")
     if callable(source):
-        photos, validation_photos = (drawn_photos(source, n, resolution, held) for n, held in ((images or 50, False), (held_out, True)))
+        photos, validation_photos = (
+            drawn_photos(source, n, resolution, held) for n, held in ((images or 50, False), (held_out, True))
+        )
         say(summary(photos, "drawn photos of a hanok") + held_out_note(validation_photos))
         return photos, validation_photos
     files = photo_files(Path(source))
-    validation_photos, _ = read_until(held_out, files[::-1], resolution, lambda _: None)  # what is unreadable is told below
+    validation_photos, _ = read_until(
+        held_out, files[::-1], resolution, lambda _: None
+    )  # what is unreadable is told below
     aside = {photo.name for photo in validation_photos}
     photos, unreadable = read_until(images, [f for f in files if f.name not in aside], resolution, say)
     if len(photos) < (images or 1) or len(validation_photos) < held_out:
-        asked = " and ".join([f"--images {images}"] * bool(images) + [f"--held-out {held_out}"] * bool(held_out))
+        asked = " and ".join(
+            [f"--images {images}"] * bool(images) + [f"--held-out {held_out}"] * bool(held_out)
+        )
         less = f"lower {asked.split()[0]} or " if asked and (photos or validation_photos) else ""
         raise ValueError(
             f"{asked + ', but ' if asked else ''}{source} has {len(photos) + len(validation_photos)} readable photos (and "
@@ -78,7 +84,11 @@ def load_photos(
 
 
 def held_out_note(validation_photos: list[Photo]) -> str:
-    return f"; {len(validation_photos)} held out: {', '.join(p.name for p in validation_photos)}" if validation_photos else ""
+    return (
+        f"; {len(validation_photos)} held out: {', '.join(p.name for p in validation_photos)}"
+        if validation_photos
+        else ""
+    )
 
 
 def drawn_photos(draw: Callable, n: int, resolution: int, held_out: bool) -> list[Photo]:
@@ -87,7 +97,9 @@ def drawn_photos(draw: Callable, n: int, resolution: int, held_out: bool) -> lis
     return [Photo(f"hanok {i}", crop_to_square(image, resolution), text, "") for i, (image, text) in pictures]
 
 
-def read_until(images: int | None, files: list[Path], resolution: int, say: Say) -> tuple[list[Photo], list[str]]:
+def read_until(
+    images: int | None, files: list[Path], resolution: int, say: Say
+) -> tuple[list[Photo], list[str]]:
     """The first `images` that can be read, and what is wrong with those that could not be."""
     photos, unreadable = [], []
     for path in files:
@@ -150,14 +162,18 @@ def prepare_captions(
     photos: list[Photo], token: str, replace: str, caption: str, say: Say = print
 ) -> list[str]:
     """A prompt per photo: its caption with the phrase `replace` become the pseudo word; else `caption`."""
-    pattern = word_pattern(replace) if replace.strip() else re.compile("(?!)")  # no phrase: match nothing at all
+    pattern = (
+        word_pattern(replace) if replace.strip() else re.compile("(?!)")
+    )  # no phrase: match nothing at all
     swapped = [p.caption and pattern.subn(lambda _: token, p.caption) for p in photos]  # (text, count), None
     own, default = [s for s in swapped if s], caption.replace("{token}", token)
     if own and replace:
         counts = [count for _, count in own if count]
         had = sum(contains_word(p.caption, token) for p in photos if p.caption)
-        say(f"{replace!r} became {token!r} {sum(counts)} times, in {len(counts)} of {len(own)} captions"
-            + (f"; {had} had {token!r} already" if had else ""))  # fmt: skip
+        say(
+            f"{replace!r} became {token!r} {sum(counts)} times, in {len(counts)} of {len(own)} captions"
+            + (f"; {had} had {token!r} already" if had else "")
+        )
     if len(own) < len(photos):
         say(f"{len(photos) - len(own)} of {len(photos)} photos have no caption: {default!r} is used")
     check_word([text for text, _ in own] or [default], token, say)
@@ -195,8 +211,10 @@ class LatentDataset:
         bad = (~torch.isfinite(self.mean + self.std)).flatten(2).any(-1).any(0)  # (N,)
         wrong = [] if bad.is_meta else [p for p, b in zip(prompts, bad.tolist(), strict=True) if b]
         if wrong:  # fp16 ends at 65504
-            raise ValueError(f"of {len(wrong)} of {len(images)} pictures (such as {wrong[0]!r}) the autoencoder makes "
-                             "numbers that are not finite; try --dtype fp32")  # fmt: skip
+            raise ValueError(
+                f"of {len(wrong)} of {len(images)} pictures (such as {wrong[0]!r}) the autoencoder makes "
+                "numbers that are not finite; try --dtype fp32"
+            )
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -23,7 +23,9 @@ def prompts(captions: list[str], token: str, phrase: str, more: Path | None = No
     """The captions with the class in place of the pseudo word, so that the class pictures have the same weather and
     light; in between, the lines of a file. Refuses a phrase with the pseudo word in it."""
     if word_pattern(token).search(phrase):
-        raise ValueError(f'--class-phrase "{phrase}" contains the pseudo word "{token}"; name the class: "a house"')
+        raise ValueError(
+            f'--class-phrase "{phrase}" contains the pseudo word "{token}"; name the class: "a house"'
+        )
     own = [word_pattern(token).sub(lambda _: phrase, c) for c in captions]
     if more is None:
         return own
@@ -40,14 +42,20 @@ def read_prompts(file: Path, token: str) -> list[str]:
     if not lines:
         raise ValueError(f"--class-prompts {file}: there is no prompt in it; write one a line")
     if wrong := [line for line in lines if word_pattern(token).search(line)]:
-        raise ValueError(f'--class-prompts {file}: "{wrong[0]}" contains the pseudo word "{token}"; name the class')
+        raise ValueError(
+            f'--class-prompts {file}: "{wrong[0]}" contains the pseudo word "{token}"; name the class'
+        )
     return lines
 
 
 def fingerprint(sd) -> str:
     """Tells models apart by their name and a few of their weights."""
     seen = hashlib.sha256(Path(sd.name).name.encode())
-    for w in (sd.unet.conv_in.weight, sd.text.encoder.final_layer_norm.weight, sd.vae.decoder.conv_out.weight):
+    for w in (
+        sd.unet.conv_in.weight,
+        sd.text.encoder.final_layer_norm.weight,
+        sd.vae.decoder.conv_out.weight,
+    ):
         seen.update(w.detach().float().cpu().numpy().tobytes())
     return seen.hexdigest()[:12]
 
@@ -58,20 +66,26 @@ def pictures(sd, texts: list[str], n: int, resolution: int, seed: int, root: Pat
     start, texts = time.perf_counter(), [texts[i % len(texts)] for i in range(n)]
     folder = root / fingerprint(sd)
     make_folder(folder, "the class pictures' folder")
-    key = [hashlib.sha256(f"{t} {seed + i} {resolution}".encode()).hexdigest()[:16] for i, t in enumerate(texts)]
+    key = [
+        hashlib.sha256(f"{t} {seed + i} {resolution}".encode()).hexdigest()[:16] for i, t in enumerate(texts)
+    ]
     files = [folder / f"{k}.png" for k in key]
     words, at_once = [escape_prompt(t) for t in texts], 32 if resolution <= 64 else 4
     # always in the same batches, whose company moves a picture by a grey level: stopped or not, it is the same picture
     todo = {i for i, file in enumerate(files) if not file.exists()}
     parts = [part for part in sd.batches(words, at_once) if todo & set(part)]
     for part in tqdm(parts, "class pictures", unit="batch", leave=False, disable=None):
-        drawn = sd.draw([words[i] for i in part], [seed + i for i in part], at_once, size=(resolution, resolution))
+        drawn = sd.draw(
+            [words[i] for i in part], [seed + i for i in part], at_once, size=(resolution, resolution)
+        )
         for i, picture in zip(part, drawn, strict=True):
             if i in todo:
                 with replacing(files[i]) as aside:
                     picture.save(aside, "png")
     seconds = time.perf_counter() - start
-    print(f"class: {n} pictures such as \"{texts[0]}\", {len(todo)} drawn in {seconds:.1f} s, the others from {folder}")
+    print(
+        f'class: {n} pictures such as "{texts[0]}", {len(todo)} drawn in {seconds:.1f} s, the others from {folder}'
+    )
     return [read(file) for file in files], texts, seconds
 
 

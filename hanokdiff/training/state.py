@@ -1,8 +1,8 @@
 """A run's state on disk: what is written so that a run can be resumed, and how it is read back.
 
-    config.json     what the run was started with
-    log.jsonl       a line every ten steps
-    state/NNNNNN.pt the trained parameters, AdamW's moments, the step; the newest two, each with checksums
+config.json     what the run was started with
+log.jsonl       a line every ten steps
+state/NNNNNN.pt the trained parameters, AdamW's moments, the step; the newest two, each with checksums
 """
 
 import json
@@ -14,7 +14,13 @@ import torch
 
 from hanokdiff.files import read_json, replacing, write_text
 
-HARMLESS = ("device", "checkpointing", "compile", "save_every", "preview_every")  # change results by rounding at most
+HARMLESS = (
+    "device",
+    "checkpointing",
+    "compile",
+    "save_every",
+    "preview_every",
+)  # change results by rounding at most
 
 
 def state_files(out: Path) -> list[Path]:

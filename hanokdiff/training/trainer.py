@@ -69,7 +69,9 @@ class Trainer:
         self.out, self.trainable, self.steps, self.batch_size = out, trainable, steps, batch_size
         self.micro_batch, self.seed = micro_batch or batch_size, seed
         self.indices = distributed.shard(batch_size)
-        if distributed.RANK:  # the main process validates, draws and saves; the others wait in their next step
+        if (
+            distributed.RANK
+        ):  # the main process validates, draws and saves; the others wait in their next step
             save, preview, validate, metrics = lambda path: None, None, None, None
         self.save, self.save_every, self.artefact = save, save_every, artefact
         self.preview, self.preview_every = preview, preview_every
@@ -80,10 +82,15 @@ class Trainer:
         lrs = lr if isinstance(lr, dict) else {"": lr}
         self.lr = next(iter(lrs.values()))  # the first one is logged; the others stay in proportion to it
         groups = [
-            {"params": [m for n, m in zip(trainable, self.masters, strict=True) if n.startswith(prefix)], "share": value / self.lr}
+            {
+                "params": [m for n, m in zip(trainable, self.masters, strict=True) if n.startswith(prefix)],
+                "share": value / self.lr,
+            }
             for prefix, value in lrs.items()
         ]
-        assert sum(len(g["params"]) for g in groups) == len(trainable), f"{lrs} do not cover {list(trainable)[:9]}"
+        assert sum(len(g["params"]) for g in groups) == len(trainable), (
+            f"{lrs} do not cover {list(trainable)[:9]}"
+        )
         self.optimizer = torch.optim.AdamW(groups, self.lr, weight_decay=weight_decay, fused=True)
 
         self.step, self.seconds, self.lr_scale = 0, 0.0, 1.0
@@ -119,7 +126,9 @@ class Trainer:
         size = 12 * sum(p.numel() for p in self.parameters)  # fp32, and AdamW's two moments
         disk = f"; 2 states of {size / 1e6:,.1f} MB on disk until then" if self.save_every else ""
         artefact = self.out / self.artefact
-        print(f"{self.steps} steps of {self.batch_size}{world} at learning rate {rates}, then {artefact}{disk}")
+        print(
+            f"{self.steps} steps of {self.batch_size}{world} at learning rate {rates}, then {artefact}{disk}"
+        )
 
     # ------------------------------------------------------------------------------------------------- the loop
 
@@ -195,7 +204,10 @@ class Trainer:
                 return self._roll_back("the loss is no longer finite")
         if (saves or stops or last) and not self._parameters_are_finite():
             return self._roll_back("what was learnt is no longer finite")
-        if self.validate and self.step * VALIDATIONS // self.steps > (self.step - 1) * VALIDATIONS // self.steps:
+        if (
+            self.validate
+            and self.step * VALIDATIONS // self.steps > (self.step - 1) * VALIDATIONS // self.steps
+        ):
             self._validate()
         if saves:
             name = Path(self.artefact)
@@ -303,7 +315,10 @@ class Trainer:
         if self.lr_scale < 1 or not saved:
             kept, way = "nothing was saved before", "start again with"
             if saved:
-                kept, way = f"the last good state is in {self.out}", f"go on with --resume {self.out} --force and"
+                kept, way = (
+                    f"the last good state is in {self.out}",
+                    f"go on with --resume {self.out} --force and",
+                )
             tried = self.lr * self.lr_scale
             raise ValueError(f"{what} at step {self.step}; {kept}; {way} a lower --lr than {tried:g}")
         lr_scale = self.lr_scale / 2
