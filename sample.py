@@ -1,6 +1,6 @@
 """Prompts to pictures: start from noise, remove a little of it 20 times, decode.
 
-    eps = eps_un + cfg (eps_words - eps_un)          classifier-free guidance, Ho & Salimans 2022, arXiv:2207.12598
+    eps = eps_uncond + cfg (eps_cond - eps_uncond)   classifier-free guidance, Ho & Salimans 2022, arXiv:2207.12598
 
     python sample.py "a castle in the snow" "a barn, (fire:1.3)" --n 4
     python sample.py "*, fire" "* in the fire" "A fire broke out in *" --lora runs/lora/lora.safetensors --grid
@@ -9,30 +9,69 @@
 
 Writes runs/samples/00000-0.png ... (number, seed), each with the WebUI's "parameters" text, and grid.png with --grid.
 A drill, an all-clear and whatever names no disaster are refused by --alert: nothing is drawn, exit code 2.
-Read next: hanokdiff/models/samplers.py (the step), hanokdiff/models/pipeline.py (guidance), hanokdiff/models/unet.py
-(the network).
+Read next: hanokdiff/models/samplers.py (the steps), hanokdiff/models/unet.py (the network).
 """
 
 import math
 import sys
 from pathlib import Path
 
-from PIL import ImageOps, PngImagePlugin
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
 from tqdm import tqdm
 
 from hanokdiff import alert
 from hanokdiff.errors import check_folder, make_folder, report_errors
-from hanokdiff.files import free_folder, replacing
+from hanokdiff.files import free_folder
 from hanokdiff.formats import embedding_file, hypernet_file, lora_file
 from hanokdiff.formats.load import load_model
-from hanokdiff.images import grid, read_photo
+from hanokdiff.images import grid, read_photo, write_png
 from hanokdiff.methods import lora
 from hanokdiff.models import memory, samplers
-from hanokdiff.models.pipeline import Image, latent_size
+from hanokdiff.models.memory import given_kv, project_kv
+from hanokdiff.models.pipeline import latent_size
 from hanokdiff.models.tokens import same_word
 from hanokdiff.options import Options
 
 MOST = 10_000  # pictures of a prompt in one go
+
+
+@torch.inference_mode()
+def sample(
+    sd,
+    prompts: list[str],
+    seeds: list[int],
+    args,
+    size: tuple[int, int],
+    init_latents: Tensor | None,
+    bar: tqdm,
+) -> list[Image.Image]:
+    """One picture per prompt and seed: the sampling loop, B pictures at once."""
+    guided = args.cfg != 1
+    context = sd.encode(
+        prompts, args.negative if guided else None
+    )  # (2B, 77, D): negative prompt, then the prompts
+    kv = project_kv(sd.unet, context)  # cross-attention keys and values, the same at every step
+    noise = sd.noise(seeds, size)  # noise(): (B, 4, h, w), a function of each picture's own seed
+    step, steps, start = samplers.plan(args.sampler, sd.schedule, args.steps, args.strength)
+    x, previous = noise() * start, None
+    if init_latents is not None:
+        x = init_latents + x
+
+    for sigma, after, t in steps:  # from much noise to none
+        x_t = x * (sigma**2 + 1) ** -0.5  # scaled as the UNet was trained
+        t = torch.full((1,), t, device=x.device)
+        with given_kv(sd.unet, kv):
+            pred = sd.unet(torch.cat([x_t, x_t]) if guided else x_t, t, context)
+        if guided:
+            uncond, cond = pred.chunk(2)
+            pred = uncond + args.cfg * (cond - uncond)  # classifier-free guidance
+        x0 = sd.schedule.predict_x0(x, pred, sigma)  # the clean picture that this noise implies
+        x = step(x, x0, sigma, after, previous, noise)
+        previous = x0, sigma
+        bar.update()
+    return sd.pictures(x / math.sqrt(after**2 + 1))  # decoded
 
 
 def options():
@@ -109,6 +148,8 @@ def parse_word(text: str) -> tuple[Path, str | None]:
 
 
 def check(args) -> None:
+    if not args.prompt and args.alert is None:
+        raise ValueError("nothing to draw: give a prompt, or --alert TEXT")
     if args.prompt and args.alert is not None:
         raise ValueError("--alert makes the prompt itself; leave out either the prompts or --alert")
     for name in ("n", "steps", "batch_size", "clip_skip"):
@@ -154,7 +195,7 @@ def check_file(path: Path, option: str) -> None:
         )
 
 
-def apply(sd, args) -> None:
+def apply_files(sd, args) -> None:
     """Every artefact into the model, and the pseudo words that came with them."""
     words = list(sd.text.words)
     for path, scale in map(parse_scale, args.lora):
@@ -183,7 +224,7 @@ def from_alert(args, sd, reading: alert.Reading) -> str:
     return alert.line(reading, prompt, notes)
 
 
-def first_picture(args, sd, size):
+def initial_picture(args, sd, size):
     """The initial picture at the size to draw, cropped where its shape differs, and that size."""
     if not args.init_image:
         return None, size or (sd.resolution, sd.resolution)
@@ -195,7 +236,7 @@ def first_picture(args, sd, size):
     return ImageOps.fit(picture, size, Image.Resampling.LANCZOS), size
 
 
-def parameters(prompt: str, seed: int, size: tuple[int, int], args, cfg: float) -> str:
+def parameters(prompt: str, seed: int, size: tuple[int, int], args) -> str:
     """How the picture was made, in the WebUI's words, so that any tool can read it."""
     negative = f"\nNegative prompt: {args.negative}" if args.negative else ""
     more = f", Clip skip: {args.clip_skip}" if args.clip_skip > 1 else ""
@@ -209,30 +250,25 @@ def parameters(prompt: str, seed: int, size: tuple[int, int], args, cfg: float) 
     more += "".join(f", LoRA: {path.name}:{scale:g}" for path, scale in map(parse_scale, args.lora))
     more += "".join(f", Hypernet: {path.name}:{scale:g}" for path, scale in map(parse_scale, args.hypernet))
     return (
-        f"{prompt}{negative}\nSteps: {args.steps}, Sampler: {args.sampler}, CFG scale: {cfg:g}, Seed: {seed}, "
+        f"{prompt}{negative}\nSteps: {args.steps}, Sampler: {args.sampler}, CFG scale: {args.cfg:g}, Seed: {seed}, "
         f"Size: {size[0]}x{size[1]}, Model: {args.model}{more}"
     )
 
 
 @report_errors
 def main(argv=None):
-    p = options()
-    args = p.parse_args(argv)
-    if not args.prompt and args.alert is None:
-        raise ValueError("nothing to draw: give a prompt, or --alert TEXT")
+    args = options().parse_args(argv)
     check(args)
     reading = None if args.alert is None else alert.drawable(args.alert)
     size = parse_size(args.size)
     sd = load_model(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)
-    first, size = first_picture(args, sd, size)
-    latent_size(size, sd.vae.config.factor)
-    samplers.sigmas_and_timesteps(
-        args.sampler, sd.schedule, args.steps
-    )  # refuses what cannot be, before anything is written
-    cfg = sd.cfg if args.cfg is None else args.cfg
+    init, size = initial_picture(args, sd, size)
+    latent_size(size, sd.vae.config.factor)  # this and the next line refuse before anything is written
+    plan = samplers.plan(args.sampler, sd.schedule, args.steps, args.strength)
+    args.cfg = sd.cfg if args.cfg is None else args.cfg
     sd.text.literal_tokens = args.literal_tokens
     sd.text.skip(args.clip_skip)
-    apply(sd, args)
+    apply_files(sd, args)
     if args.compile:
         print("--compile: each block is compiled at its first step, which takes a minute or more")
         memory.compile(sd.unet)
@@ -240,37 +276,31 @@ def main(argv=None):
     if understood:
         print(understood)
     sd.text.warn_without_word(args.prompt)
+    init_latents = None if init is None else sd.latents(init)
 
-    out = args.out or free_folder(Path("runs") / "samples")
-    make_folder(out)
+    out = make_folder(args.out or free_folder(Path("runs") / "samples"))
     number = 1 + max((int(p.name[:5]) for p in out.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")), default=-1)
     jobs = [(prompt, args.seed + i) for prompt in args.prompt for i in range(args.n)]
-    how = dict(negative=args.negative, sampler=args.sampler, steps=args.steps, cfg=cfg, size=size)
-    if first:
-        how |= dict(first=sd.latents(first), strength=args.strength)
-    total, drawn = samplers.img2img_steps(args.steps, args.strength) if first else args.steps, {}
-    for part in sd.batches(
-        [prompt for prompt, _ in jobs], args.batch_size or (32 if sd.resolution <= 64 else 4)
-    ):
+    at_once = args.batch_size or (32 if sd.resolution <= 64 else 4)
+    pictures = {}
+    for part in sd.batches([prompt for prompt, _ in jobs], at_once):
         prompts, seeds = map(list, zip(*(jobs[i] for i in part), strict=True))
-        for latents in tqdm(
-            sd.sample(prompts, seeds, **how), f"{len(drawn) + len(part)} of {len(jobs)}", total, unit="step"
-        ):
-            pass
-        for i, picture in zip(part, sd.pictures(latents), strict=True):
-            prompt, seed = jobs[i]
-            info = PngImagePlugin.PngInfo()
-            info.add_text("parameters", parameters(prompt, seed, size, args, cfg))
-            if understood:
-                info.add_text("alert", understood)
-            with replacing(out / f"{number + i:05d}-{seed}.png") as aside:
-                picture.save(aside, "png", pnginfo=info)
-            drawn[i] = picture
-    print(f"wrote {len(drawn)} pictures to {out}")
+        with tqdm(
+            total=len(plan.steps), desc=f"{len(pictures) + len(part)} of {len(jobs)}", unit="step"
+        ) as bar:
+            drawn = sample(sd, prompts, seeds, args, size, init_latents, bar)
+        for i, picture in zip(part, drawn, strict=True):
+            pictures[i], (prompt, seed) = picture, jobs[i]
+            info = {"parameters": parameters(prompt, seed, size, args)}
+            write_png(
+                out / f"{number + i:05d}-{seed}.png",
+                picture,
+                info | ({"alert": understood} if understood else {}),
+            )
+    print(f"wrote {len(pictures)} pictures to {out}")
     if args.grid:
-        sheet = grid([drawn[i] for i in range(len(jobs))], args.n, zoom=max(1, 128 // size[0]))
-        with replacing(out / "grid.png") as aside:
-            sheet.save(aside, "png")
+        sheet = grid([pictures[i] for i in range(len(jobs))], args.n, zoom=max(1, 128 // size[0]))
+        write_png(out / "grid.png", sheet)
         print(f"one row per prompt: {out / 'grid.png'}")
 
 

@@ -24,18 +24,20 @@ from hanokdiff.errors import report_errors
 from hanokdiff.files import write_json
 from hanokdiff.formats.folder import save_folder
 from hanokdiff.formats.load import load_model
-from hanokdiff.methods import textual_inversion
+from hanokdiff.methods import dreambooth, textual_inversion
 from hanokdiff.methods.losses import min_snr_weight, mse
 from hanokdiff.tiny import world
 from hanokdiff.training import distributed, prior
 from hanokdiff.training.args import (
     check_resolution,
     check_training,
+    count,
+    load_data,
     run_folder,
     trainer_options,
     training_parser,
 )
-from hanokdiff.training.dataset import LatentDataset, load_photos, prepare_captions
+from hanokdiff.training.dataset import LatentDataset
 from hanokdiff.training.trainer import Trainer
 
 # What the class pictures show is not forgotten: the tiny world's show campfires, smoke and floods too, but no fire.
@@ -69,13 +71,7 @@ def options():
     return parser
 
 
-@report_errors
-def main(argv=None):
-    parser = options()
-    given, args = parser.parse_args(argv), parser.parse(argv)
-    args.class_phrase = args.class_phrase or args.replace
-    asked = args.class_prompts or (world.CLASS_PROMPTS if args.model == "tiny" else None)
-    check_training(args)
+def check(given, args) -> None:
     if given.freeze_text and {given.text_lr, given.word_lr, given.text_steps} != {None}:
         raise ValueError(
             "--freeze-text leaves nothing to do for --text-lr, --word-lr and --text-steps; leave them out"
@@ -85,89 +81,62 @@ def main(argv=None):
             "--class-prompts are for class pictures, but --class-images is 0; leave one of them out"
         )
     if args.class_prompts:
-        prior.read_prompts(Path(args.class_prompts), args.token)  # refuses before the model is opened
+        prior.read_prompts(Path(args.class_prompts), args.token)
     if args.class_images and not args.class_phrase.strip():
         raise ValueError('--class-phrase is empty; name what the subject is one of, such as "a house"')
+
+
+@report_errors
+def main(argv=None):
+    parser = options()
+    given, args = parser.parse_args(argv), parser.parse(argv)
+    args.class_phrase = args.class_phrase or args.replace
+    more_prompts = args.class_prompts or (world.CLASS_PROMPTS if args.model == "tiny" else None)
+    check_training(args)
+    check(given, args)
     out = run_folder(args, "dreambooth", "model")
 
-    # 1. The base model
-    sd = load_model(
-        args.model,
-        args.device,
-        args.dtype,
-        tokenizer=args.tokenizer,
-        prediction=args.prediction,
-        masters=True,
-    )
+    # 1. The base model, in half precision with fp32 masters
+    how = dict(tokenizer=args.tokenizer, prediction=args.prediction, masters=True)
+    sd = load_model(args.model, args.device, args.dtype, **how)
     sd.text.literal_tokens = args.literal_tokens
     sd.text.add_word(args.token)
     args.resolution = check_resolution(args.resolution, sd)
 
-    # 2. What learns: everything, and of the table of words the pseudo word's own rows
-    trainable, rates = {f"unet.{name}": p for name, p in sd.unet.named_parameters()}, {"unet": args.lr}
+    # 2. What is trained: everything, but of the token table the pseudo word's own rows only
+    embedding, rates, ids = None, {"unet": args.lr}, sd.text.words[args.token]
     if not args.freeze_text:
-        trainable |= {
-            f"text.{n}": p for n, p in sd.text.encoder.named_parameters() if "token_embedding" not in n
-        }
-        ids = sd.text.words[args.token]
-        rows = textual_inversion.insert(sd, args.token, textual_inversion.token_embedding(sd)[ids])
-        trainable, rates = (
-            trainable | {"word": rows.rows},
-            rates | {"text": args.text_lr, "word": args.word_lr},
-        )
-    for p in trainable.values():
-        p.requires_grad_(True)
-    print(
-        f"learns: {'UNet' if args.freeze_text else 'UNet and text encoder'}, "
-        f"{sum(p.numel() for p in trainable.values()):,} numbers"
-    )
+        vectors = textual_inversion.token_embedding(sd)[ids]
+        embedding = textual_inversion.insert(sd, args.token, vectors)
+        rates |= {"text": args.text_lr, "word": args.word_lr}
+    trainable = dreambooth.trainable(sd, embedding)
+    print(f"trains UNet{'' if args.freeze_text else ' and text encoder'}, {count(trainable)}")
 
-    # 3. The data, the class's half drawn by the model that has not learnt yet
-    photos, validation_photos = load_photos(
-        args.data or world.photos, args.resolution, args.images, args.held_out
-    )
-    args.images = len(photos)
-    captions = prepare_captions(photos, args.token, args.replace, args.caption)
-    dataset = LatentDataset(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
+    # 3. The photos, and class pictures drawn by the model as it still is
+    photos, dataset, held_out = load_data(args, sd, world.photos)
+    class_dataset, seconds = None, 0.0
     if args.class_images:
-        if not (
-            given.class_phrase or any(args.class_phrase in (p.caption or "") for p in photos) or args.resume
-        ):
+        named = given.class_phrase or any(args.class_phrase in (p.caption or "") for p in photos)
+        if not (named or args.resume):
             raise ValueError(
                 f'no caption contains "{args.class_phrase}", so what the subject is one of is not known; '
                 'name it: --class-phrase "a house"'
             )
-        words = prior.prompts(captions, args.token, args.class_phrase, asked)
-        drawn, words, seconds = prior.pictures(sd, words, args.class_images, args.resolution, args.seed)
-        class_dataset = LatentDataset(sd.vae, drawn, words, args.flip, sd.device)
-    else:
-        class_dataset, words, seconds = None, [], 0.0
-    if args.freeze_text:
-        sd.text.cache_prompts([*captions, *words])  # a frozen encoder says the same every time
+        prompts = prior.prompts(dataset.prompts, args.token, args.class_phrase, more_prompts)
+        pictures, prompts, seconds = prior.pictures(
+            sd, prompts, args.class_images, args.resolution, args.seed
+        )
+        class_dataset = LatentDataset(sd.vae, pictures, prompts, args.flip, sd.device)
+    if args.freeze_text:  # a frozen encoder's output never changes
+        sd.text.cache_prompts([*dataset.prompts, *(class_dataset.prompts if class_dataset else [])])
 
     # 4. The run
     def save(path):
-        dtype = torch.float32 if sd.dtype == torch.float32 else torch.float16
-        aside = path.with_name(path.name + ".part")
-        shutil.rmtree(aside, ignore_errors=True)  # what a kill has left of it
-        with (
-            contextlib.nullcontext()
-            if args.freeze_text
-            else textual_inversion.folded_into_table(sd, rows, ids)
-        ):
-            save_folder(aside, sd.unet, sd.vae, sd.text.encoder, sd.text.tokenizer, sd.schedule, dtype)
-        write_json(aside / "hanokdiff.json", {"token": args.token})
-        shutil.rmtree(path, ignore_errors=True)  # of the same step, before a run was resumed
-        aside.rename(path)
+        save_model(path, sd, args.token, embedding, ids)
 
-    def preview():
-        return sd.preview(args.token, args.resolution)
-
-    chores = trainer_options(args, sd, dataset, validation_photos) | {"lr": rates}
-    chores["config"]["class_pictures"] = (
-        class_dataset and class_dataset.hash
-    )  # to notice, on resume, that one was edited
-    trainer = Trainer(out, trainable, artefact="model", save=save, preview=preview, **chores)
+    how = trainer_options(args, sd, dataset, held_out) | {"lr": rates}
+    how["config"]["class_pictures"] = class_dataset and class_dataset.hash  # compared on resume
+    trainer = Trainer(out, trainable, artefact="model", save=save, **how)
     if distributed.RANK == 0 and not (out / "class.json").exists():  # a resumed run has drawn nothing itself
         write_json(out / "class.json", {"pictures": args.class_images, "seconds": round(seconds, 3)})
 
@@ -183,11 +152,24 @@ def main(argv=None):
         with torch.set_grad_enabled(args.text_steps is None or batch.step < args.text_steps):
             context = sd.text(prompts)  # (2B, 77, D)
         pred = sd.unet(x_t, t, context)  # (2B, 4, h, w)
-        loss = mse(pred, sd.schedule.target(x0, noise, t)) * min_snr_weight(
-            sd.schedule, t, args.min_snr
-        )  # (2B,)
+        loss = mse(pred, sd.schedule.target(x0, noise, t)) * min_snr_weight(sd.schedule, t, args.min_snr)
         own, class_loss = loss.chunk(2) if class_dataset else (loss, loss.new_zeros(1))
         trainer.backward(own.mean() + args.prior_weight * class_loss.mean())
+
+
+def save_model(path: Path, sd, token: str, embedding, ids: list[int]) -> None:
+    """Write the model folder aside, the pseudo word's vectors folded into its token table, then give it its name."""
+    dtype = torch.float32 if sd.dtype == torch.float32 else torch.float16
+    aside = path.with_name(path.name + ".part")
+    shutil.rmtree(aside, ignore_errors=True)  # left by a kill
+    folded = (
+        textual_inversion.folded_into_table(sd, embedding, ids) if embedding else contextlib.nullcontext()
+    )
+    with folded:
+        save_folder(aside, sd.unet, sd.vae, sd.text.encoder, sd.text.tokenizer, sd.schedule, dtype)
+    write_json(aside / "hanokdiff.json", {"token": token})
+    shutil.rmtree(path, ignore_errors=True)  # of the same step, before a run was resumed
+    aside.rename(path)
 
 
 if __name__ == "__main__":

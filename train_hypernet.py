@@ -26,11 +26,12 @@ from hanokdiff.tiny import world
 from hanokdiff.training.args import (
     check_resolution,
     check_training,
+    count,
+    load_data,
     run_folder,
     trainer_options,
     training_parser,
 )
-from hanokdiff.training.dataset import LatentDataset, load_photos, prepare_captions
 from hanokdiff.training.trainer import Trainer
 
 DEFAULTS = {  # the tiny UNet listens to the words at one level only, so there its own tokens are rewritten too
@@ -71,7 +72,7 @@ def main(argv=None):
         raise ValueError("--dropout needs an inner layer to leave something out of, such as --layers 1 2 1")
     out = run_folder(args, "hypernet", "hypernet.pt")
     dropout = (0.0, *[args.dropout] * (len(args.layers) - 2), 0.0) if args.dropout else ()
-    spec = hypernetwork.HypernetConfig(tuple(args.layers), args.activation, args.layer_norm, dropout)
+    config = hypernetwork.HypernetConfig(tuple(args.layers), args.activation, args.layer_norm, dropout)
 
     # 1. The base model, frozen
     sd = load_model(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)
@@ -79,25 +80,15 @@ def main(argv=None):
     sd.text.add_word(args.token)
     args.resolution = check_resolution(args.resolution, sd)
 
-    # 2. What learns
-    hypernet = hypernetwork.insert(sd, hypernetwork.Hypernetwork(spec, hypernetwork.dims(sd)[args.widths]))
-    for name, pair in hypernet.pairs.items():
-        for f, side in zip(pair, "KV", strict=True):
-            f.start((args.seed, "hypernet", name, side))
-    hypernet.eval()  # dropout while it learns, not while one looks at it
-    trainable = dict(hypernet.named_parameters())
-    print(
-        f"learns: networks for widths {', '.join(hypernet.pairs)}, {sum(p.numel() for p in trainable.values()):,} numbers"
-    )
+    # 2. What is trained: a pair of networks per width, in front of to_k and to_v
+    hypernet = hypernetwork.Hypernetwork(config, hypernetwork.dims(sd)[args.widths]).init_weights(args.seed)
+    hypernetwork.insert(sd, hypernet).eval()  # dropout in the loop only, not in previews
+    trainable = hypernetwork.trainable(hypernet)
+    print(f"trains networks for widths {', '.join(hypernet.pairs)}, {count(trainable)}")
 
-    # 3. The data
-    photos, validation_photos = load_photos(
-        args.data or world.photos, args.resolution, args.images, args.held_out
-    )
-    args.images = len(photos)
-    captions = prepare_captions(photos, args.token, args.replace, args.caption)
-    dataset = LatentDataset(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
-    sd.text.cache_prompts(captions)  # a frozen encoder says the same every time
+    # 3. The photos, encoded once
+    _, dataset, held_out = load_data(args, sd, world.photos)
+    sd.text.cache_prompts(dataset.prompts)  # a frozen encoder's output never changes
 
     # 4. The run
     def save(path):
@@ -107,21 +98,13 @@ def main(argv=None):
             "model": sd.name,
             "info": hypernet_file.TOKEN + args.token,
         }
-        hypernet_file.save_file(path, spec, hypernet_file.state(hypernet), about)
+        hypernet_file.save_file(path, config, hypernet_file.state(hypernet), about)
 
-    def preview():
-        return sd.preview(args.token, args.resolution)
-
-    context = sd.text(captions[:8])
-    trainer = Trainer(
-        out,
-        trainable,
-        artefact="hypernet.pt",
-        save=save,
-        preview=preview,
-        metrics=lambda: {"ratio": hypernet.ratio(context)},
-        **trainer_options(args, sd, dataset, validation_photos),
-    )
+    context = sd.text(dataset.prompts[:8])
+    how = trainer_options(args, sd, dataset, held_out) | {
+        "metrics": lambda: {"ratio": hypernet.ratio(context)}
+    }
+    trainer = Trainer(out, trainable, artefact="hypernet.pt", save=save, **how)
 
     # 5. The method
     for batch in trainer:  # one micro-batch; goes on where a resumed run stopped

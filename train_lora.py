@@ -23,11 +23,12 @@ from hanokdiff.tiny import world
 from hanokdiff.training.args import (
     check_resolution,
     check_training,
+    count,
+    load_data,
     run_folder,
     trainer_options,
     training_parser,
 )
-from hanokdiff.training.dataset import LatentDataset, load_photos, prepare_captions
 from hanokdiff.training.trainer import Trainer
 
 DEFAULTS = {  # the tiny UNet attends at one level only, so there the convolutions learn too
@@ -62,38 +63,22 @@ def main(argv=None):
     sd.text.add_word(args.token)
     args.resolution = check_resolution(args.resolution, sd)
 
-    # 2. What learns
+    # 2. What is trained: a low-rank change beside each layer
     loras = lora.insert(sd, args.rank, args.alpha, args.targets, args.text_rank, args.seed)
-    trainable = {f"{name}.{part}": getattr(m, part) for name, m in loras.items() for part in ("down", "up")}
-    print(
-        f"learns: {len(loras)} LoRAs of rank {args.rank}, {sum(p.numel() for p in trainable.values()):,} numbers"
-    )
+    trainable = lora.trainable(loras)
+    print(f"trains {len(loras)} LoRAs of rank {args.rank}, {count(trainable)}")
 
-    # 3. The data
-    photos, validation_photos = load_photos(
-        args.data or world.photos, args.resolution, args.images, args.held_out
-    )
-    args.images = len(photos)
-    captions = prepare_captions(photos, args.token, args.replace, args.caption)
-    dataset = LatentDataset(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
+    # 3. The photos, encoded once
+    _, dataset, held_out = load_data(args, sd, world.photos)
     if not args.text_rank:
-        sd.text.cache_prompts(captions)  # a frozen encoder says the same every time
+        sd.text.cache_prompts(dataset.prompts)  # a frozen encoder's output never changes
 
     # 4. The run
     def save(path):
         lora_file.save_file(path, loras, lora_file.metadata(sd, name=path.stem, **vars(args)))
 
-    def preview():
-        return sd.preview(args.token, args.resolution)
-
-    trainer = Trainer(
-        out,
-        trainable,
-        artefact="lora.safetensors",
-        save=save,
-        preview=preview,
-        **trainer_options(args, sd, dataset, validation_photos),
-    )
+    how = trainer_options(args, sd, dataset, held_out)
+    trainer = Trainer(out, trainable, artefact="lora.safetensors", save=save, **how)
 
     # 5. The method
     for batch in trainer:  # one micro-batch; goes on where a resumed run stopped

@@ -24,11 +24,12 @@ from hanokdiff.tiny import world
 from hanokdiff.training.args import (
     check_resolution,
     check_training,
+    count,
+    load_data,
     run_folder,
     trainer_options,
     training_parser,
 )
-from hanokdiff.training.dataset import LatentDataset, load_photos, prepare_captions
 from hanokdiff.training.trainer import Trainer
 
 DEFAULTS = {
@@ -72,42 +73,29 @@ def main(argv=None):
     sd.text.literal_tokens = args.literal_tokens
     args.resolution = check_resolution(args.resolution, sd)
 
-    # 2. What learns
-    rows = textual_inversion.insert(
-        sd, args.token, textual_inversion.initial_vectors(sd, args.init, args.vectors)
-    )
-    rows.hold_norm = args.hold_norm
-    print(
-        f'learns: {args.vectors} vector{"s" * (args.vectors > 1)} of "{args.init}", {rows.rows.numel():,} numbers'
-    )
+    # 2. What is trained: the pseudo word's own vectors
+    vectors = textual_inversion.initial_vectors(sd, args.init, args.vectors)  # (n, D)
+    embedding = textual_inversion.insert(sd, args.token, vectors)
+    embedding.hold_norm = args.hold_norm
+    trainable = textual_inversion.trainable(embedding)
+    print(f'trains {args.vectors} vector{"s" * (args.vectors > 1)} of "{args.init}", {count(trainable)}')
 
-    # 3. The data
-    photos, validation_photos = load_photos(
-        args.data or world.photos, args.resolution, args.images, args.held_out
-    )
-    args.images = len(photos)
-    captions = prepare_captions(photos, args.token, args.replace, args.caption)
-    dataset = LatentDataset(sd.vae, [p.image for p in photos], captions, args.flip, sd.device)
+    # 3. The photos, encoded once
+    _, dataset, held_out = load_data(args, sd, world.photos)
     templates = TEMPLATES["tiny" if args.model == "tiny" else "sd"]
 
     # 4. The run
     def save(path):
-        embedding_file.save_file(path, args.token, rows.vectors(), {"step": trainer.step, "model": sd.name})
+        embedding_file.save_file(
+            path, args.token, embedding.current(), {"step": trainer.step, "model": sd.name}
+        )
 
-    def preview():
-        return sd.preview(args.token, args.resolution)
+    def metrics():  # a vector much longer than a word's drowns the other words
+        return {"norm": embedding.current().norm(dim=1).mean().item() / mean_norm}
 
-    usual = textual_inversion.token_embedding(sd).float().norm(dim=1).mean().item()
-    trainer = Trainer(
-        out,
-        {"rows": rows.rows},
-        artefact="embedding.safetensors",
-        save=save,
-        preview=preview,
-        weight_decay=0.0,
-        metrics=lambda: {"norm": rows.vectors().norm(dim=1).mean().item() / usual},
-        **trainer_options(args, sd, dataset, validation_photos),
-    )
+    mean_norm = textual_inversion.token_embedding(sd).float().norm(dim=1).mean().item()
+    how = trainer_options(args, sd, dataset, held_out) | {"weight_decay": 0.0, "metrics": metrics}
+    trainer = Trainer(out, trainable, artefact="embedding.safetensors", save=save, **how)
 
     # 5. The method
     for batch in trainer:  # one micro-batch; goes on where a resumed run stopped

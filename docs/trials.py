@@ -3,8 +3,8 @@
 python docs/trials.py lean      a frozen network's training step with lean.py's functions, over torch's own
 python docs/trials.py packed    a sampler's step with convolution weights re-ordered once for oneDNN, over ours
 python docs/trials.py inside    a sampler's step, over the network alone in it
-python docs/trials.py shared    a guided step that draws what both texts share twice, over one that draws it once
-python docs/trials.py even      a guided step that attends to 77 words, over one to 80, three of them masked
+python docs/trials.py kv        a guided step that projects keys and values, over one that has them from the first step
+python docs/trials.py pad_keys  a guided step that attends to 77 tokens, over one to 80, three of them masked
 """
 
 import sys
@@ -28,20 +28,22 @@ def with_flag(steps, on: bool):
         yield
 
 
-def network(sd, side: int, batch: int, twice: bool = False, steps: int = 1, odd: bool = False):
-    """The UNet alone, guided: `batch` pictures with two texts each; `twice` gives it the pictures twice as well, `odd`
-    the words as they are."""
+def network(sd, side: int, batch: int, steps: int = 1, given: bool = True, padded: bool = True):
+    """The UNet alone, guided: `batch` pictures with two prompts each; with keys and values `given` or projected in
+    every step, `padded` to 80 tokens or as they are."""
     h = side // sd.vae.config.factor
-    x, words = torch.randn(batch, 4, h, h), torch.randn(2 * batch, 77, sd.unet.config.cross_attention_dim)
+    x, context = (
+        torch.randn(2 * batch, 4, h, h),
+        torch.randn(2 * batch, 77, sd.unet.config.cross_attention_dim),
+    )
     with torch.inference_mode():
-        x = torch.cat([x, x]) if twice else x
-        words = (
-            [listener.read(words) for listener in sd.unet.cross_attentions] if odd else sd.unet.read(words)
-        )
+        kv = memory.project_kv(sd.unet, context) if given else []
+        if not padded:
+            kv = [(k[:, :, :77], v[:, :, :77], torch.zeros(1, 1, 1, 77)) for k, v, _ in kv]
     while True:
-        with torch.inference_mode():
+        with torch.inference_mode(), memory.given_kv(sd.unet, kv):
             for _ in range(steps):
-                sd.unet(x, torch.tensor([500.0]), words)
+                sd.unet(x, torch.tensor([500.0]), context)
         yield
 
 
@@ -75,13 +77,13 @@ def sides(trial: str, size: str, folder: Path) -> dict:
     if trial == "inside":
         alone = network(fresh(), side, 1, steps=setup.STEPS)
         return {"the network": alone, "the sampler": bench.sample(fresh(), side, 1)}
-    if trial == "even":
-        return {"even": network(fresh(), side, 1), "odd": network(fresh(), side, 1, odd=True)}
-    return {"shared": network(fresh(), side, 1), "twice": network(fresh(), side, 1, twice=True)}
+    if trial == "pad_keys":
+        return {"80": network(fresh(), side, 1), "77": network(fresh(), side, 1, padded=False)}
+    return {"given": network(fresh(), side, 1), "projected": network(fresh(), side, 1, given=False)}
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] not in ([name] for name in ("lean", "packed", "inside", "shared", "even")):
+    if sys.argv[1:] not in ([name] for name in ("lean", "packed", "inside", "kv", "pad_keys")):
         sys.exit(__doc__)
     keep_freed_memory()
     for size in ("overhead", "small", "tiny"):

@@ -4,7 +4,9 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+
+from hanokdiff.files import replacing
 
 
 def grid(pictures: list[Image.Image], columns: int, zoom: int = 1, gap: int = 2) -> Image.Image:
@@ -107,3 +109,12 @@ def crop_to_square(image: Image.Image, resolution: int) -> Image.Image:
     """The largest centred square, at resolution x resolution. Aspect kept."""
     method = Image.Resampling.LANCZOS if min(image.size) > resolution else Image.Resampling.BICUBIC
     return ImageOps.fit(image, (resolution, resolution), method)
+
+
+def write_png(path: Path, picture: Image.Image, info: dict[str, str] | None = None) -> None:
+    """Write a picture aside and rename it; `info` becomes its text chunks, "parameters" the WebUI's."""
+    chunks = PngImagePlugin.PngInfo()
+    for key, text in (info or {}).items():
+        chunks.add_text(key, text)
+    with replacing(path) as aside:
+        picture.save(aside, "png", pnginfo=chunks)

@@ -245,15 +245,12 @@ def test_waiting_is_noticed():
 
 def test_no_step_of_a_sampler_waits(sd15):
     sd = load_model(str(sd15), "meta", "bf16", say=None)
-    words = sd.text(["a house", "a barn"])
-    with torch.no_grad():
-        denoise = sd.denoiser(words, words, 7.5)
+    context = sd.text(["", "", "a house", "a barn"])
+    with torch.no_grad(), memory.given_kv(sd.unet, memory.project_kv(sd.unet, context)):
         with budget.Count() as count:
-            denoise(torch.empty(2, 4, 64, 64, device="meta"), 3.0, 500.0)
-    assert (
-        count.waits == []
-    )  # for two pictures: two texts each, but for what they share until they meet the words
-    assert count.operations == pytest.approx((2 * 2 * 0.8003 - 2 * 0.041) * 1e12, rel=0.002)
+            sd.guided(torch.empty(2, 4, 64, 64, device="meta"), 3.0, 500.0, context, 7.5)
+    assert count.waits == []
+    assert count.operations == pytest.approx(2 * 2 * 0.8003e12, rel=0.01)  # two pictures, each with two texts
 
 
 # bytes at 32 photos a step: what was asked for (docs/LOG.md, section 13), and what it is now

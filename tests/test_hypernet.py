@@ -24,6 +24,7 @@ from hanokdiff.formats.load import TINY_MODEL, load_model
 from hanokdiff.methods import hypernetwork, lora
 from hanokdiff.methods.inject import base_layer
 from hanokdiff.models.pipeline import StableDiffusion
+from hanokdiff.models.unet import Attention
 from hanokdiff.tiny import world
 
 FUNCTIONS = {
@@ -168,7 +169,7 @@ def sd_1(sd1, load):
 
 def bare(sd):
     yield sd
-    for attention, *_ in hypernetwork.kv_layers(sd):
+    for attention in [m for m in sd.unet.modules() if isinstance(m, Attention)]:
         for name in ("to_q", "to_k", "to_v"):
             setattr(attention, name, base_layer(getattr(attention, name)))
     for path, module in list(sd.unet.named_modules()):
@@ -291,7 +292,7 @@ def test_half_precision(tmp_path):
         exact = by_hand(
             {k: t.double() for k, t in content[48][1].items()}, content, x.to(dtype).double(), 0.7
         )
-        y = h.rewrite(x.to(dtype), 1)
+        y = h.change(x.to(dtype), 1)
         assert y.dtype == dtype and (y.double() - exact).norm() <= 2.0**-digits * exact.norm()
         assert h.pairs["48"][1].linear[0].weight.dtype == torch.float32
 
@@ -555,7 +556,7 @@ def begin(sd, spec, which="all", seed=0) -> hypernetwork.Hypernetwork:
     h = hypernetwork.insert(sd, hypernetwork.Hypernetwork(spec, hypernetwork.dims(sd)[which]))
     for name, pair in h.pairs.items():
         for f, side in zip(pair, "KV"):
-            f.start((seed, "hypernet", name, side))
+            f.init_weights((seed, "hypernet", name, side))
     return h
 
 
@@ -582,7 +583,7 @@ def test_step_0_of_all_activations():
         starts = []
         for seed in (0, 0, 1):
             net = hypernetwork.ResidualMLP(16, spec)
-            net.start((seed, "hypernet", "16", "K"))
+            net.init_weights((seed, "hypernet", "16", "K"))
             starts.append(net.linear[0].weight.detach())
             y = net(x)
             assert not y.any(), spec
@@ -731,7 +732,7 @@ def test_training_moves_the_file_and_nothing_else(tmp_path, monkeypatch, capsys,
     assert train_hypernet.main(argv) == 0
     said, out = capsys.readouterr().out, tmp_path / "runs" / "hypernet"
     assert (
-        "learns: networks for widths 72, 80, 96" in said
+        "trains networks for widths 72, 80, 96" in said
         and "steps/s; wrote runs/hypernet/hypernet.pt" in said
     )
     assert sorted(p.name for p in out.iterdir()) == [

@@ -119,9 +119,9 @@ def test_gradient_on_the_rows_only(sd):
         textual_inversion.insert(sd, "red", vectors(1)),
     )
     sd.text(["* on fire", "a barn"]).square().sum().backward()
-    assert rows.rows.grad.abs().amax(1).min() > 1e-3 and not other.rows.grad.any()
+    assert rows.vectors.grad.abs().amax(1).min() > 1e-3 and not other.vectors.grad.any()
     learn = {name for name, p in sd.text.encoder.named_parameters() if p.requires_grad or p.grad is not None}
-    assert learn == {"embeddings.token_embedding.rows", "embeddings.token_embedding.base.rows"}
+    assert learn == {"embeddings.token_embedding.vectors", "embeddings.token_embedding.base.vectors"}
 
 
 @torch.inference_mode()
@@ -162,17 +162,17 @@ def test_hold_norm(sd, hold):
     """Lengths stay, directions learn; without it both move."""
     rows = textual_inversion.insert(sd, "*", vectors(3))
     rows.hold_norm = hold
-    before, optimizer = rows.vectors().detach().clone(), torch.optim.SGD([rows.rows], 0.01)
+    before, optimizer = rows.current().detach().clone(), torch.optim.SGD([rows.vectors], 0.01)
     assert (before - vectors(3)).abs().max() < 1e-6
     for _ in range(3):
         optimizer.zero_grad()
         sd.text(["* on fire"])[0, 1:4].pow(3).sum().backward()
         optimizer.step()
-    after = rows.vectors().detach()
+    after = rows.current().detach()
     assert (torch.cosine_similarity(after, before) < 0.999).all()
     assert (difference(after.norm(dim=1), before.norm(dim=1)) < 1e-6) == hold
     embedded = sd.text.encoder.embeddings.token_embedding(torch.arange(FIRST, FIRST + 3))
-    assert torch.equal(embedded, rows.vectors())
+    assert torch.equal(embedded, rows.current())
 
 
 @pytest.mark.parametrize("n", [0, 76])
@@ -198,7 +198,7 @@ def hashes(sd) -> dict:
     return {
         name.replace(".base", ""): hashlib.sha256(t.numpy().tobytes()).hexdigest()
         for name, t in tensors.items()
-        if not name.endswith("rows")
+        if not name.endswith(".vectors")
     }
 
 
@@ -242,7 +242,7 @@ def test_training_moves_the_rows_alone(tmp_path, monkeypatch, hold, capsys):
     assert (word, learnt.shape, metadata["step"], metadata["model"]) == ("*", (3, 72), "3", "tiny")
     assert (learnt - begun).abs().amax(1).min() > 1e-3
     assert (difference(learnt.norm(dim=1), begun.norm(dim=1)) < 1e-5) == bool(hold)
-    assert 'learns: 3 vectors of "a house", 216 numbers' in capsys.readouterr().out
+    assert 'trains 3 vectors of "a house", 216 parameters' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("more, words", [

@@ -97,7 +97,7 @@ def test_guidance_of_one_is_no_guidance(sd1, load, monkeypatch):
     assert np.array_equal(picture(sd, cfg=1), picture(sd, cfg=1, negative="fire"))
     batches, forward = [], sd.unet.forward
     monkeypatch.setattr(
-        sd.unet, "forward", lambda x, t, c: (batches.append(len(c[0][0])), forward(x, t, c))[1]
+        sd.unet, "forward", lambda x, t, c: (batches.append(len(c)), forward(x, t, c))[1]
     )
     alone, guided = picture(sd, cfg=1), picture(sd, cfg=1.0001)
     assert batches == [1] * 4 + [2] * 4
@@ -150,8 +150,8 @@ def test_picture_from_a_picture_equals_diffusers(sd1, load, strength):
         generator=[torch.Generator().manual_seed(s) for s in SEEDS],
     ).images
     options = dict(negative="fire", sampler="euler_a", steps=8, cfg=3.0, size=(64, 64))
-    *_, ours = load(sd1).sample(PROMPTS, SEEDS, **options, first=first, strength=strength)
-    *_, other = load(sd1).sample(PROMPTS, SEEDS, **options, first=-first, strength=strength)
+    *_, ours = load(sd1).sample(PROMPTS, SEEDS, **options, init_latents=first, strength=strength)
+    *_, other = load(sd1).sample(PROMPTS, SEEDS, **options, init_latents=-first, strength=strength)
     assert difference(ours, theirs) <= 1e-4
     assert (other - ours).abs().max() > 1e-2
 

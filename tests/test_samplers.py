@@ -122,14 +122,11 @@ def network(x, t, context=None):
     return torch.tanh(1.3 * x + 0.5 * x.roll(1, -1) * torch.cos(phase)) * (0.6 + 0.3 * torch.sin(phase)) + 0.1
 
 
-class Listening:
-    """The same as what a sampler is given: it reads its words first, and is told one time for all pictures."""
+class Network:
+    """The same as a sampler calls it: with one timestep for all pictures."""
 
-    def read(self, context):
-        return ["words"]
-
-    def __call__(self, x, t, words):
-        assert words == ["words"] and t.shape == (1,)
+    def __call__(self, x, t, context):
+        assert t.shape == (1,)
         return network(x, t.expand(len(x)), None)
 
 
@@ -168,13 +165,17 @@ def ours_final(
 ):
     generators = streams()
     if net is network:
-        net, context = Listening(), torch.zeros(2, 1, 1)
+        net, context = Network(), torch.zeros(2, 1, 1)
     sd = StableDiffusion(net, None, None, schedule, torch.device("cpu"), torch.float32)
 
     def noise():
         return torch.stack([torch.randn(4, 8, 8, generator=g) for g in generators])
 
-    seen = list(samplers.sample(name, sd.denoiser(context, None, 1), noise, schedule, steps, first, strength))
+    def denoise(x, sigma, t):
+        return schedule.predict_x0(x, sd.guided(x, sigma, t, context, 1), sigma)
+
+    plan = samplers.plan(name, schedule, steps, None if first is None else strength)
+    seen = list(samplers.sample(plan, denoise, noise, first))
     assert len(seen) == (steps if first is None else samplers.img2img_steps(steps, strength))
     return seen[-1]
 
@@ -257,9 +258,8 @@ def test_arrives_where_the_network_points(name, steps):
     """A network that always says the same picture: every sampler ends there. DDIM leaves sigma 0.029."""
     g = torch.Generator().manual_seed(1)
     clean = torch.randn(2, 4, 8, 8, generator=g)
-    *_, x = samplers.sample(
-        name, lambda *_: clean, lambda: torch.randn(2, 4, 8, 8, generator=g), Schedule(), steps
-    )
+    plan = samplers.plan(name, Schedule(), steps)
+    *_, x = samplers.sample(plan, lambda *_: clean, lambda: torch.randn(2, 4, 8, 8, generator=g))
     assert (x - clean).abs().max() < (0.2 if name == "ddim" else 1e-4)
 
 
@@ -294,9 +294,8 @@ def test_strength_is_how_far_from_the_picture(name):
     """One that always paints its own: a picture ends there whatever the strength; one that paints what it sees: the
     less strength, the nearer."""
     first, g = picture(), torch.Generator().manual_seed(1)
-    *_, x = samplers.sample(
-        name, lambda *_: -first, lambda: torch.randn(first.shape, generator=g), Schedule(), 20, first, 0.5
-    )
+    plan = samplers.plan(name, Schedule(), 20, 0.5)
+    *_, x = samplers.sample(plan, lambda *_: -first, lambda: torch.randn(first.shape, generator=g), first)
     assert (x + first).abs().max() < (0.2 if name == "ddim" else 1e-4)
     moved = [
         (ours_final(name, Schedule(), 20, first=first, strength=s) - first).abs().mean()
@@ -325,11 +324,7 @@ def test_strength_out_of_range(steps, strength):
     ):
         samplers.img2img_steps(steps, strength)
     with pytest.raises(ValueError, match="strength is"):
-        next(
-            samplers.sample(
-                "ddim", lambda x, *_: x, lambda: picture(), Schedule(), steps, picture(), strength
-            )
-        )
+        samplers.plan("ddim", Schedule(), steps, strength)
 
 
 def test_the_strength_that_is_advised_is_accepted():

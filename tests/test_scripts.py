@@ -126,7 +126,7 @@ def test_train_lora(sd1, photos, tmp_path, capsys):
         "model ",
         "UNet of",
         "device cpu (named), fp32",
-        "learns: 128 LoRAs of rank 2",
+        "trains 128 LoRAs of rank 2",
         "'broken.png' cannot be read",
         "6 photos from",
         "2 with captions",

@@ -10,7 +10,7 @@ from torch import Tensor
 from hanokdiff.device import DTYPES
 from hanokdiff.formats.load import TINY_MODEL, load_model
 from hanokdiff.formats.tokenizer import load_tokenizer
-from hanokdiff.methods import hypernetwork, lora, textual_inversion
+from hanokdiff.methods import dreambooth, hypernetwork, lora, textual_inversion
 from hanokdiff.methods.losses import mse
 from hanokdiff.models.pipeline import StableDiffusion
 from hanokdiff.models.schedule import Schedule
@@ -73,34 +73,24 @@ def photos(side: int, n: int = 8) -> tuple[list[Image.Image], list[str]]:
     return images, [f"* {i} in the snow" for i in range(n)]
 
 
+def trained(sd: StableDiffusion, method: str) -> dict:
+    """What a method trains, name -> parameter, as in train_METHOD.py; LoRAs of rank 4, as in diffusers' script."""
+    if method == "lora":
+        return lora.trainable(lora.insert(sd, 4, 4))
+    if method.startswith("hypernet"):
+        dims = hypernetwork.dims(sd)["all" if method == "hypernet-all" else "context"]
+        hypernet = hypernetwork.Hypernetwork(hypernetwork.HypernetConfig(), dims)
+        return hypernetwork.trainable(hypernetwork.insert(sd, hypernet))
+    ids = [400] if method == "ti" else sd.text.words["*"]
+    embedding = textual_inversion.insert(sd, "*", textual_inversion.token_embedding(sd)[ids])
+    return textual_inversion.trainable(embedding) if method == "ti" else dreambooth.trainable(sd, embedding)
+
+
 def prepare(sd: StableDiffusion, method: str, side: int) -> tuple[dict, Callable[[Batch], Tensor]]:
-    """What learns, and the losses of a batch, as train_METHOD.py has them; LoRAs of rank 4, as in the peer's script."""
+    """What a method trains, and a function that returns the losses of a batch (B,)."""
     images, captions = photos(side)
     sd.text.add_word("*")
-    if method == "lora":
-        loras = lora.insert(sd, 4, 4)
-        trainable = {
-            f"{name}.{part}": getattr(m, part) for name, m in loras.items() for part in ("down", "up")
-        }
-    elif method.startswith("hypernet"):
-        widths = hypernetwork.dims(sd)["all" if method == "hypernet-all" else "context"]
-        trainable = dict(
-            hypernetwork.insert(
-                sd, hypernetwork.Hypernetwork(hypernetwork.HypernetConfig(), widths)
-            ).named_parameters()
-        )
-    elif method == "ti":
-        trainable = {
-            "rows": textual_inversion.insert(sd, "*", textual_inversion.token_embedding(sd)[[400]]).rows
-        }
-    else:
-        trainable = {f"unet.{k}": p for k, p in sd.unet.named_parameters()}
-        trainable |= {
-            f"text.{k}": p for k, p in sd.text.encoder.named_parameters() if "token_embedding" not in k
-        }
-        trainable["word"] = textual_inversion.insert(
-            sd, "*", textual_inversion.token_embedding(sd)[sd.text.words["*"]]
-        ).rows
+    trainable = trained(sd, method)
     for p in trainable.values():
         p.requires_grad_(True)
     dataset = LatentDataset(sd.vae, images, captions, device=sd.device)

@@ -145,10 +145,8 @@ def apply_file(sd, path: Path, strength: float = 1.0, say=print) -> tuple[hypern
             f.load_state_dict(tensors)
     hypernetwork.insert(sd, hypernet.requires_grad_(False).eval())
     if say:
-        count = sum(
-            base_layer(getattr(attention, name)).in_features in nets
-            for attention, name, *_ in hypernetwork.kv_layers(sd)
-        )
+        layers = [sd.unet.get_submodule(path) for path, *_ in hypernetwork.kv_layers(sd)]
+        count = sum(base_layer(layer).in_features in nets for layer in layers)
         say(
             f"hypernetwork {path}: widths {', '.join(map(str, sorted(nets)))}, before {count} keys and values, "
             f"strength {strength:g}"

@@ -1,4 +1,5 @@
-"""Hypernetworks: small networks that rewrite what attention listens to (Kurumuz 2022; the WebUI's are the standard).
+"""Hypernetworks: small networks that change what goes into attention's keys and values (Kurumuz 2022; the WebUI's are
+the standard).
 
     keys   = to_k(x + strength f_K(x))          f: Linear, activation, Linear ... residual, so f = 0 is the base model
     values = to_v(x + strength f_V(x))
@@ -7,12 +8,13 @@ x is the context of the words in cross-attention (width 768 in SD 1.x), the pict
 (320, 640, 1280); one pair (f_K, f_V) serves all layers of a width.  The file format is the WebUI's .pt.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from hanokdiff.methods.inject import base_layer
+from hanokdiff.methods.inject import InputWrapper, base_layer, unwrap, wrap
 from hanokdiff.models.unet import Attention
 from hanokdiff.seeding import seeded_generator
 
@@ -82,33 +84,33 @@ class HypernetConfig:
 
 
 class ResidualMLP(nn.Module):
-    """f of one width d. `linear` is a Sequential whose indices are the file's names: every activation and dropout that
-    is there takes a number of its own."""
+    """f of one width d. `linear` is a Sequential whose indices are the file's tensor names: every activation and
+    dropout counts."""
 
-    def __init__(self, d: int, spec: HypernetConfig):
+    def __init__(self, d: int, config: HypernetConfig):
         super().__init__()
-        widths, parts, last = [int(d * x) for x in spec.layers], [], len(spec.layers) - 2
-        activation = ACTIVATIONS[spec.activation]
+        widths, parts, last = [int(d * x) for x in config.layers], [], len(config.layers) - 2
+        activation = ACTIVATIONS[config.activation]
         for i in range(last + 1):
             parts.append(nn.Linear(widths[i], widths[i + 1]))
-            if activation is not None and (i < last or spec.activate_output):
+            if activation is not None and (i < last or config.activate_output):
                 parts.append(activation())
-            if spec.layer_norm:  # after the last Linear too, as in the WebUI
+            if config.layer_norm:  # after the last Linear too, as in the WebUI
                 parts.append(nn.LayerNorm(widths[i + 1]))
-            if spec.dropout and spec.dropout[i + 1] > 0:
-                parts.append(nn.Dropout(spec.dropout[i + 1]))
+            if config.dropout and config.dropout[i + 1] > 0:
+                parts.append(nn.Dropout(config.dropout[i + 1]))
         self.linear = nn.Sequential(*parts)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(x)
 
     @torch.no_grad()
-    def start(self, key) -> None:
+    def init_weights(self, key) -> None:
         """Kaiming for all but the last layer, which is zero: the first step is exactly the base model."""
-        learnt = [m for m in self.linear if isinstance(m, nn.Linear | nn.LayerNorm)]
-        for i, m in enumerate(learnt):
+        weighted = [m for m in self.linear if isinstance(m, nn.Linear | nn.LayerNorm)]
+        for i, m in enumerate(weighted):
             nn.init.zeros_(m.bias)
-            if m is learnt[-1]:
+            if m is weighted[-1]:
                 nn.init.zeros_(m.weight)
             elif isinstance(m, nn.Linear):
                 noise = torch.randn(m.weight.shape, generator=seeded_generator(*key, i))
@@ -116,98 +118,102 @@ class ResidualMLP(nn.Module):
 
 
 class Hypernetwork(nn.Module):
-    """The pairs of all widths, and the strength. `rewrite` changes x (B, T, D); others stay as they are."""
+    """One pair of networks (f_K, f_V) per width, and the strength. Weights are trained in fp32 and cast to x's dtype."""
 
-    def __init__(self, spec: HypernetConfig, widths, strength: float = 1.0):
+    def __init__(self, config: HypernetConfig, widths, strength: float = 1.0):
         super().__init__()
-        self.spec, self.strength = spec, strength
+        self.config, self.strength = config, strength
         self.pairs = nn.ModuleDict(
-            {str(d): nn.ModuleList([ResidualMLP(d, spec), ResidualMLP(d, spec)]) for d in sorted(widths)}
+            {str(d): nn.ModuleList([ResidualMLP(d, config), ResidualMLP(d, config)]) for d in sorted(widths)}
         )
-        self._last: dict = {}  # of this forward: the words rewritten, and the weights in the network's precision
-        self._cast: dict = {}
+        self._changed: dict = {}  # of the forward pass under way: the changed context of each side
+        self._cast: dict = {}  # and the weights in the UNet's precision
 
-    def rewrite(self, x: Tensor, which: int) -> Tensor:
-        """x + strength f(x); which is 0 for keys, 1 for values. The weights learn in fp32 and work in x's precision."""
+    def init_weights(self, seed: int) -> "Hypernetwork":
+        """Every network starts as f = 0: the first step is exactly the base model."""
+        for width, pair in self.pairs.items():
+            for f, side in zip(pair, "KV", strict=True):
+                f.init_weights((seed, "hypernet", width, side))
+        return self
+
+    def change(self, x: Tensor, side: int) -> Tensor:
+        """x + strength f(x), x (B, T, D); side 0 for keys, 1 for values. An x of another width stays as it is."""
         if str(x.shape[-1]) not in self.pairs:
             return x
-        f, key = self.pairs[str(x.shape[-1])][which], (x.shape[-1], which, x.dtype, torch.is_grad_enabled())
+        f, key = self.pairs[str(x.shape[-1])][side], (x.shape[-1], side, x.dtype, torch.is_grad_enabled())
         if key not in self._cast:
             self._cast[key] = {name: p.to(x.dtype) for name, p in f.named_parameters()}
         return x + self.strength * torch.func.functional_call(f, self._cast[key], (x,))
 
-    def once(self, x: Tensor, which: int) -> Tensor:
-        """The same for the words' context, which all layers share: computed for the first of them."""
+    def change_context(self, x: Tensor, side: int) -> Tensor:
+        """The same for the prompt's context, which all cross-attentions share: computed for the first of them only."""
         key = (self.strength, self.training, torch.is_grad_enabled())
-        seen, how, y = self._last.get(which, (None, None, None))
-        if seen is not x or how != key:
-            y = self.rewrite(x, which)
-            self._last[which] = (x, key, y)
-        return y
+        seen, seen_key, changed = self._changed.get(side, (None, None, None))
+        if seen is not x or seen_key != key:
+            changed = self.change(x, side)
+            self._changed[side] = (x, key, changed)
+        return changed
 
-    def forget(self, *_) -> None:
-        """Before a forward: the graph of the last one is spent, the weights may have moved."""
-        self._last.clear()
+    def reset_cache(self, *_) -> None:
+        """Before a forward pass: the graph of the last one is freed, and the weights may have changed."""
+        self._changed.clear()
         self._cast.clear()
 
     @torch.no_grad()
     def ratio(self, context: Tensor) -> float:
-        """|f(x)| / |x| on a context (B, T, D): how far it has gone from the base; 1 is as loud as the words."""
+        """|f(x)| / |x| on a context (B, T, D): how far it is from the base model (0)."""
         pair = self.pairs[str(context.shape[-1])]
         return max((f(context.float()).norm() / context.float().norm()).item() for f in pair)
 
 
-class HypernetLinear(nn.Module):
-    """A Linear (or what wraps it) behind one or more hypernetworks, applied in the order in which they were loaded."""
+class HypernetLinear(InputWrapper):
+    """A to_k or to_v (or what wraps it) whose input a hypernetwork changes first."""
 
-    def __init__(self, base: nn.Module, which: int, context: bool):
+    def __init__(self, base: nn.Module, hypernet: Hypernetwork, side: int, is_cross: bool):
         super().__init__()
-        self.base, self.which, self.context = base, which, context
-        self.chain: list[Hypernetwork] = []  # not modules of the UNet's: a plain list
+        self.base, self.side, self.is_cross = base, side, is_cross
+        self._hypernet = [hypernet]  # in a list, so that it does not become a module of the UNet
 
     def forward(self, x: Tensor) -> Tensor:
-        for h in self.chain:
-            x = h.once(x, self.which) if self.context else h.rewrite(x, self.which)
+        (hypernet,) = self._hypernet
+        x = hypernet.change_context(x, self.side) if self.is_cross else hypernet.change(x, self.side)
         return self.base(x)
 
 
-def kv_layers(sd):
-    """(attention module, "to_k" or "to_v", 0 or 1, whether it listens to the words) of every attention in the UNet."""
-    for path, module in sd.unet.named_modules():
-        if isinstance(module, Attention):
-            for which, name in enumerate(("to_k", "to_v")):
-                yield module, name, which, path.endswith("attn2")
+def kv_layers(sd) -> Iterator[tuple[str, int, bool]]:
+    """(path, 0 for keys or 1 for values, whether of cross-attention) of every to_k and to_v in the UNet."""
+    attentions = [(path, m) for path, m in sd.unet.named_modules() if isinstance(m, Attention)]
+    for path, _ in attentions:
+        for side, name in enumerate(("to_k", "to_v")):
+            yield f"{path}.{name}", side, path.endswith("attn2")
 
 
 def dims(sd) -> dict[str, list[int]]:
-    """What --widths may mean in this model: the words' width alone, or with those of self-attention."""
+    """The widths that --widths names in this model: the context's alone, or with those of self-attention."""
     context = sd.unet.config.cross_attention_dim
     every = {base_layer(m.to_q).in_features for m in sd.unet.modules() if isinstance(m, Attention)}
     return {"context": [context], "all": sorted({context, *every})}
 
 
+def trainable(hypernet: Hypernetwork) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return dict(hypernet.named_parameters())
+
+
 def insert(sd, hypernet: Hypernetwork) -> Hypernetwork:
-    """Put a hypernetwork in front of every to_k and to_v, behind those already there."""
+    """Put a hypernetwork in front of every to_k and to_v, after the hypernetworks already there."""
     hypernet.to(sd.device)
-    for attention, name, which, context in kv_layers(sd):
-        module = getattr(attention, name)
-        if not isinstance(module, HypernetLinear):
-            module = HypernetLinear(module, which, context)
-            setattr(attention, name, module)
-        module.chain.append(hypernet)
-    hypernet.hook = sd.unet.register_forward_pre_hook(hypernet.forget)
+    hypernet._layers = [
+        (path, wrap(sd.unet, path, lambda base: HypernetLinear(base, hypernet, side, is_cross)))  # noqa: B023
+        for path, side, is_cross in kv_layers(sd)
+    ]
+    hypernet.hook = sd.unet.register_forward_pre_hook(hypernet.reset_cache)
     return hypernet
 
 
 def remove(sd, hypernet: Hypernetwork) -> None:
     """Take it out again; the model is what it was, to the bit."""
     hypernet.hook.remove()
-    for attention, name, _, _ in kv_layers(sd):
-        module = getattr(attention, name)
-        if isinstance(module, HypernetLinear) and hypernet in module.chain:
-            module.chain.remove(hypernet)
-            if not module.chain:
-                setattr(attention, name, module.base)
-
-
-# ------------------------------------------------------------------------------------------------------- the file
+    for path, layer in hypernet._layers:
+        unwrap(sd.unet, path, layer)
+    hypernet._layers = []

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hanokdiff.methods.inject import base_layer
+from hanokdiff.methods import inject
+from hanokdiff.methods.inject import base_layer, unwrap
 from hanokdiff.seeding import seeded_generator
 
 # What each choice of --targets adds, by the end of the module's name in the UNet.
@@ -25,7 +26,10 @@ TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 
 class LoRA(nn.Module):
-    """A Linear or Conv2d (or a LoRA around one) with a low-rank side path. `strength` scales the side path."""
+    """A Linear or Conv2d (or a LoRA around one) and its low-rank change.
+
+    down    (rank, in) or (rank, in, kh, kw), Kaiming-uniform;  up  (out, rank) or (out, rank, 1, 1), zeros: fp32
+    strength    scales the change once more, when sampling"""
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, strength: float = 1.0):
         super().__init__()
@@ -34,30 +38,30 @@ class LoRA(nn.Module):
         self.down = nn.Parameter(torch.empty(rank, *w.shape[1:], device=w.device))
         self.up = nn.Parameter(torch.zeros(w.shape[0], rank, *[1] * (w.dim() - 2), device=w.device))
 
+    @property
+    def scale(self) -> float:
+        return self.strength * self.alpha / self.rank
+
     def forward(self, x: Tensor) -> Tensor:
-        y, scale = self.base(x), self.strength * self.alpha / self.rank
+        return self.base(x) + self.scale * self.up_down(x)
+
+    def up_down(self, x: Tensor) -> Tensor:
+        """up(down(x)), in x's precision; a convolution's `down` has its stride and padding, `up` is 1x1."""
         down, up = self.down.to(x.dtype), self.up.to(x.dtype)
-        if down.dim() == 2:  # scaled and added inside the product: no operation more for it
-            return torch.addmm(
-                y.flatten(0, -2), F.linear(x, down).flatten(0, -2), up.t(), alpha=scale
-            ).view_as(y)
+        if down.dim() == 2:
+            return F.linear(F.linear(x, down), up)
         conv = base_layer(self.base)
-        return y + F.conv2d(F.conv2d(x, down, None, conv.stride, conv.padding), up * scale)
+        return F.conv2d(F.conv2d(x, down, None, conv.stride, conv.padding), up)
 
     def delta(self) -> Tensor:
-        """What this adds to the weight, in fp32 and in its shape."""
-        w = base_layer(self.base).weight
-        up_down = self.up.flatten(1).float() @ self.down.flatten(1).float()
-        return (self.strength * self.alpha / self.rank) * up_down.view(w.shape)
+        """The change of the weight, in fp32 and in the weight's shape: scale * up @ down."""
+        product = self.up.flatten(1).float() @ self.down.flatten(1).float()
+        return self.scale * product.view(base_layer(self.base).weight.shape)
 
 
-def parent_of(network: nn.Module, path: str) -> tuple[nn.Module, str]:
-    """Where the layer at a path (or the LoRA around it) hangs: a hypernetwork that stands before it stays outside."""
-    parent, _, name = path.rpartition(".")
-    parent = network.get_submodule(parent)
-    while not isinstance(getattr(parent, name), LoRA | nn.Linear | nn.Conv2d):
-        parent, name = getattr(parent, name), "base"
-    return parent, name
+def trainable(loras: dict[str, LoRA]) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {f"{name}.{part}": getattr(lora, part) for name, lora in loras.items() for part in ("down", "up")}
 
 
 def layers(sd) -> dict[str, tuple[nn.Module, str]]:
@@ -72,10 +76,8 @@ def layers(sd) -> dict[str, tuple[nn.Module, str]]:
 
 
 def wrap(network: nn.Module, path: str, rank: int, alpha: float, strength: float = 1.0) -> LoRA:
-    parent, name = parent_of(network, path)
-    lora = LoRA(getattr(parent, name), rank, alpha, strength)
-    setattr(parent, name, lora)
-    return lora
+    """Put a LoRA around the layer at a path, and around the LoRAs already there."""
+    return inject.wrap(network, path, lambda base: LoRA(base, rank, alpha, strength))
 
 
 def insert(
@@ -92,9 +94,8 @@ def insert(
         lora = out[name] = wrap(network, path, r, alpha * r / rank)
         bound = 1 / math.sqrt(lora.down[0].numel())  # kaiming_uniform(a=sqrt 5), as nn.Linear and kohya
         with torch.no_grad():
-            lora.down.copy_(
-                (torch.rand(lora.down.shape, generator=seeded_generator(seed, "lora", name)) * 2 - 1) * bound
-            )
+            uniform = torch.rand(lora.down.shape, generator=seeded_generator(seed, "lora", name))
+            lora.down.copy_((uniform * 2 - 1) * bound)
     return out
 
 
@@ -102,14 +103,7 @@ def remove(sd, loras: dict[str, LoRA]) -> None:
     """Take these LoRAs out; the model is what it was, to the bit."""
     places = layers(sd)
     for name, lora in loras.items():
-        parent, child = parent_of(*places[name])
-        current = getattr(parent, child)
-        if current is lora:
-            setattr(parent, child, lora.base)
-            continue
-        while current.base is not lora:
-            current = current.base
-        current.base = lora.base
+        unwrap(*places[name], lora)
 
 
 @torch.no_grad()

@@ -11,80 +11,85 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
+from hanokdiff.methods.inject import base_layer, unwrap, wrap
 from hanokdiff.models.tokens import MOST_VECTORS
+
+TABLE = "embeddings.token_embedding"  # of the text encoder
 
 
 class ExtendedEmbedding(nn.Module):
-    """A token table (or Rows around one) with n rows more, whose ids begin at `first`.
+    """A token table (or an ExtendedEmbedding around one) with n more rows, whose ids begin at `first_id`.
 
-    hold_norm   keep each vector's first length whatever is learnt: one that grows drowns the other words"""
+    vectors     (n, D) fp32, the trained parameter
+    hold_norm   keep each vector's initial norm: a vector that grows drowns the other words"""
 
-    def __init__(self, base: nn.Module, vectors: Tensor, first: int, hold_norm: bool = False):
+    def __init__(self, base: nn.Module, vectors: Tensor, first_id: int, hold_norm: bool = False):
         super().__init__()
-        self.base, self.first, self.hold_norm = base, first, hold_norm
-        self.rows = nn.Parameter(vectors.detach().float().clone())
-        self.norms = self.rows.detach().norm(dim=1, keepdim=True)
+        self.base, self.first_id, self.hold_norm = base, first_id, hold_norm
+        self.vectors = nn.Parameter(vectors.detach().float().clone())
+        self.norms = self.vectors.detach().norm(dim=1, keepdim=True)
 
-    def vectors(self) -> Tensor:
-        """What the words are now (n, D)."""
-        return self.rows * (self.norms / self.rows.norm(dim=1, keepdim=True)) if self.hold_norm else self.rows
+    def current(self) -> Tensor:
+        """The vectors as they are used (n, D): with hold_norm, at their initial norm."""
+        return (
+            self.vectors * (self.norms / self.vectors.norm(dim=1, keepdim=True))
+            if self.hold_norm
+            else self.vectors
+        )
 
     def forward(self, ids: Tensor) -> Tensor:
-        own = (ids >= self.first) & (ids < self.first + len(self.rows))
+        own = (ids >= self.first_id) & (ids < self.first_id + len(self.vectors))
         x = self.base(ids.masked_fill(own, 0))  # (B, T, D)
-        new = self.vectors().to(x.dtype)[(ids - self.first).clamp(0, len(self.rows) - 1)]
+        new = self.current().to(x.dtype)[(ids - self.first_id).clamp(0, len(self.vectors) - 1)]
         return torch.where(own[..., None], new, x)
 
 
 def token_embedding(sd) -> Tensor:
     """The model's own token table (vocabulary, D), with all the digits that are known of it."""
-    weight = base_embedding(sd.text.encoder.embeddings.token_embedding).weight
+    weight = base_layer(sd.text.encoder.embeddings.token_embedding).weight
     return getattr(weight, "master", weight)
 
 
-def base_embedding(embedding: nn.Module) -> nn.Module:
-    return embedding.base if isinstance(embedding, ExtendedEmbedding) else embedding
+def trainable(embedding: ExtendedEmbedding) -> dict[str, nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {"rows": embedding.vectors}
 
 
 def insert(sd, word: str, vectors: Tensor) -> ExtendedEmbedding:
-    """Give a pseudo word rows of its own, vectors (n, D), beyond the vocabulary and all rows already there."""
+    """Give a pseudo word vectors of its own (n, D), with ids beyond the vocabulary and beyond those already added."""
     if not 0 < len(vectors) <= MOST_VECTORS:
         raise ValueError(
             f'"{word}" is of {len(vectors)} vectors, but a prompt has room for 1 to {MOST_VECTORS}'
         )
-    holder = sd.text.encoder.embeddings
-    base, first = holder.token_embedding, len(token_embedding(sd))
-    while isinstance(base, ExtendedEmbedding):
-        first, base = max(first, base.first + len(base.rows)), base.base
-    sd.text.add_word(word, list(range(first, first + len(vectors))))
-    holder.token_embedding = ExtendedEmbedding(holder.token_embedding, vectors.to(sd.device), first)
-    return holder.token_embedding
+    embedding, first_id = sd.text.encoder.embeddings.token_embedding, len(token_embedding(sd))
+    while isinstance(embedding, ExtendedEmbedding):
+        first_id = max(first_id, embedding.first_id + len(embedding.vectors))
+        embedding = embedding.base
+    sd.text.add_word(word, list(range(first_id, first_id + len(vectors))))
+    return wrap(sd.text.encoder, TABLE, lambda base: ExtendedEmbedding(base, vectors.to(sd.device), first_id))
 
 
-def remove(sd, word: str, rows: ExtendedEmbedding) -> None:
+def remove(sd, word: str, embedding: ExtendedEmbedding) -> None:
     """Take a word out again; the model is what it was, to the bit."""
-    holder, name = sd.text.encoder.embeddings, "token_embedding"
-    while getattr(holder, name) is not rows:
-        holder, name = getattr(holder, name), "base"
-    setattr(holder, name, rows.base)
-    if sd.text.words.get(word, [-1])[0] == rows.first:  # else another has the word by now
+    unwrap(sd.text.encoder, TABLE, embedding)
+    if sd.text.words.get(word, [-1])[0] == embedding.first_id:  # else a later embedding has the word
         del sd.text.words[word]
     sd.text._cache.clear()
 
 
 @contextlib.contextmanager
-def folded_into_table(sd, rows: ExtendedEmbedding, ids: list[int]):
-    """For a while, the table of words without rows beyond it, theirs in the places `ids`: to save as a plain model."""
-    embeddings, table_ = sd.text.encoder.embeddings, rows.base.weight
-    exact = table_.master if hasattr(table_, "master") else table_  # what a file is written from
+def folded_into_table(sd, embedding: ExtendedEmbedding, ids: list[int]):
+    """Inside, the token table is a plain one that holds the vectors at `ids`: to save as a plain model."""
+    embeddings, weight = sd.text.encoder.embeddings, embedding.base.weight
+    exact = getattr(weight, "master", weight)  # what a file is written from
     changed = exact.detach().clone()
-    changed[ids] = rows.vectors().detach().to(changed)
-    rows.base.weight = nn.Parameter(changed, requires_grad=False)
-    embeddings.token_embedding = rows.base
+    changed[ids] = embedding.current().detach().to(changed)
+    embedding.base.weight = nn.Parameter(changed, requires_grad=False)
+    embeddings.token_embedding = embedding.base
     try:
         yield
     finally:
-        embeddings.token_embedding, rows.base.weight = rows, table_
+        embeddings.token_embedding, embedding.base.weight = embedding, weight
 
 
 def initial_vectors(sd, words: str, n: int) -> Tensor:
@@ -95,6 +100,3 @@ def initial_vectors(sd, words: str, n: int) -> Tensor:
             f'--init "{words}" has no token; give words that name the kind of thing, such as house'
         )
     return token_embedding(sd)[[ids[i * len(ids) // n] for i in range(n)]].detach().float().clone()
-
-
-# ------------------------------------------------------------------------------------------------------- the file

@@ -14,7 +14,9 @@ plenty and making it again costs 3 to 10 % of a step, torch's own are used. Wher
 keeps only what goes into each block and runs the block twice (Chen et al. 2016, arXiv:1604.06174).
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -102,15 +104,56 @@ class Conv2d(nn.Conv2d):
         return super().forward(x)
 
 
-def pad_keys(k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-    """Keys and values (B, heads, T, d), on a CPU lengthened to 16, 32, 48... words, and a mask (1, 1, 1, T') over what
-    was added: torch's kernel there works in vectors of 16 or 8 and takes what fills none of them one by one, which
-    costs more than three words too many (docs/trials.py even)."""
-    more = -k.shape[2] % 16
-    if not (k.is_cpu and more):
-        return k, v
-    mask = F.pad(k.new_zeros(1, 1, 1, k.shape[2]), (0, more), value=-torch.inf)
-    return F.pad(k, (0, 0, 0, more)), F.pad(v, (0, 0, 0, more)), mask
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, all (B, heads, N or T, d)."""
+    if mask is None and k.is_cpu:
+        k, v, mask = pad_keys(k, v)
+    return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+def pad_keys(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values (B, heads, T, d) padded to 16, 32, 48 ... tokens, and a mask (1, 1, 1, T') over the padding.
+
+    torch's CPU kernel computes in vectors of 16 and takes the rest of a row one by one: SD's 77 tokens cost more than
+    80 (docs/trials.py pad_keys)."""
+    padding = -k.shape[2] % 16
+    if not padding:
+        return k, v, None
+    mask = F.pad(k.new_zeros(1, 1, 1, k.shape[2]), (0, padding), value=-torch.inf)
+    return F.pad(k, (0, 0, 0, padding)), F.pad(v, (0, 0, 0, padding)), mask
+
+
+def cross_attentions(unet: nn.Module) -> list[nn.Module]:
+    return [module for name, module in unet.named_modules() if name.endswith(".attn2")]
+
+
+def project_kv(unet: nn.Module, context: Tensor) -> list[tuple]:
+    """Each cross-attention's keys, values and mask for a context (B, T, D), computed once for all steps of a sampler.
+    Of a compiled network nothing: it would be compiled again for every prompt."""
+    if getattr(unet, "compiled", False):
+        return []
+    context, out = context.to(unet.conv_norm_out.weight.dtype), []
+    for attn in cross_attentions(unet):
+        k, v = attn.split_heads(attn.to_k(context)), attn.split_heads(attn.to_v(context))
+        out.append(pad_keys(k, v) if k.is_cpu else (k, v, None))
+    return out
+
+
+@contextlib.contextmanager
+def given_kv(unet: nn.Module, kv: list[tuple]) -> Iterator[None]:
+    """Inside, each cross-attention takes its keys and values from `project_kv` instead of projecting the context."""
+    layers = cross_attentions(unet) if kv else []
+    for attn, held in zip(layers, kv, strict=True):
+        attn.forward = functools.partial(_attend_to, attn, held)
+    try:
+        yield
+    finally:
+        for attn in layers:
+            del attn.forward
+
+
+def _attend_to(attn: nn.Module, kv: tuple, x: Tensor, context: Tensor) -> Tensor:
+    return attn.attend(x, *kv)
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -139,3 +182,4 @@ def compile(unet: nn.Module) -> None:
     torch._dynamo.config.recompile_limit = 128  # one for every shape of the same code
     for block in blocks(unet):
         block.forward = torch.compile(block.forward, dynamic=False)
+    unet.compiled = True

@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from hanokdiff.images import grid
-from hanokdiff.models import memory, samplers
+from hanokdiff.models import samplers
+from hanokdiff.models.memory import given_kv, project_kv, to_device
 from hanokdiff.models.schedule import Schedule
 from hanokdiff.models.tokens import Text
 from hanokdiff.models.unet import UNet
@@ -45,26 +46,34 @@ class StableDiffusion:
         """Pixels per side that the model was trained at."""
         return self.unet.config.sample_size * self.vae.config.factor
 
-    def denoiser(self, context: Tensor, negative: Tensor | None, cfg: float) -> samplers.Denoise:
-        """The network as a sampler wants it: (x, sigma, t) -> clean picture, guided and in x's own scale.
+    def encode(self, prompts: list[str], negative: str | None) -> Tensor:
+        """The context of prompts (B, 77 k, D); with a negative prompt, of both (2B, 77 k, D), its rows first."""
+        if negative is None:
+            return self.text.prompts(prompts)
+        both = self.text.prompts([*prompts, negative])
+        return torch.cat([both[-1:].expand_as(both[:-1]), both[:-1]])
 
-        Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598): out = un + cfg (cond - un), both in one call;
-        `negative` (B, T, D) is the context to move away from, None switches guidance off."""
-        both = self.unet.read(
-            (context if negative is None else torch.cat([negative, context])).to(self.dtype)
+    def noise(self, seeds: list[int], size: tuple[int, int]) -> samplers.Noise:
+        """A function that returns new noise (B, 4, h, w) at each call, row i from a generator of seeds[i] alone: on the
+        CPU, so that a seed gives the same picture in any batch and on any device. `size` (width, height) in pixels."""
+        w, h = latent_size(size, self.vae.config.factor)
+        shape = (self.unet.config.in_channels, h, w)
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        return lambda: to_device(
+            torch.stack([torch.randn(shape, generator=g) for g in generators]), self.device
         )
 
-        def denoise(x: Tensor, sigma: float, t: float) -> Tensor:
-            c_in = (sigma**2 + 1) ** -0.5
-            out = self.unet((x * c_in).to(self.dtype), torch.full((1,), t, device=x.device), both).float()
-            if negative is not None:
-                un, cond = out.chunk(2)
-                out = un + cfg * (cond - un)
-            if self.schedule.prediction_type == "v_prediction":
-                return x * c_in**2 - out * sigma * c_in
-            return x - sigma * out
+    def guided(self, x: Tensor, sigma: float, t: float, context: Tensor, cfg: float) -> Tensor:
+        """The UNet's prediction (B, 4, h, w) for samplers' x at noise level sigma, timestep t.
 
-        return denoise
+        Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598, equation 6): context holds the rows of the
+        negative prompt, then those of the prompts; both go through the network at once. cfg 1 is none: B rows."""
+        x_t = x * (sigma**2 + 1) ** -0.5
+        t = torch.full((1,), t, device=x.device)
+        if cfg == 1:
+            return self.unet(x_t, t, context)
+        uncond, cond = self.unet(torch.cat([x_t, x_t]), t, context).chunk(2)
+        return uncond + cfg * (cond - uncond)
 
     def sample(
         self,
@@ -75,33 +84,30 @@ class StableDiffusion:
         steps: int = 20,
         cfg: float | None = None,
         size: tuple[int, int] | None = None,
-        first: Tensor | None = None,
+        init_latents: Tensor | None = None,
         strength: float = 1.0,
     ) -> Iterator[Tensor]:
-        """Yield the latents (B, 4, h, w) after every step; picture i starts from the noise of seeds[i] alone.
+        """Yield the latents (B, 4, h, w) after every step: sample.py's loop, for previews, class pictures and compare.
 
         `size` is (width, height) in pixels, both divisible by 8 (4 in the tiny world); default the model's own.
-        `first` (1, 4, h, w), from `latents`, is a picture to begin with: the smaller `strength`, the more stays."""
+        `init_latents` (1, 4, h, w), from `latents`, are a picture's: the smaller `strength`, the more of it stays."""
         if len(prompts) != len(seeds):
-            raise ValueError(f"{len(prompts)} prompts for {len(seeds)} seeds: each picture has one of both")
-        cfg = self.cfg if cfg is None else cfg
-        w, h = latent_size(size or (self.resolution, self.resolution), self.vae.config.factor)
-        shape = (self.unet.config.in_channels, h, w)
-        streams = [
-            torch.Generator().manual_seed(s) for s in seeds
-        ]  # on the CPU: the same noise on every device
-
-        def noise() -> Tensor:
-            return memory.to_device(
-                torch.stack([torch.randn(shape, generator=g) for g in streams]), self.device
+            raise ValueError(
+                f"{len(prompts)} prompts for {len(seeds)} seeds: give as many of one as of the other"
             )
-
+        cfg = self.cfg if cfg is None else cfg
+        noise = self.noise(seeds, size or (self.resolution, self.resolution))
+        plan = samplers.plan(sampler, self.schedule, steps, None if init_latents is None else strength)
         with torch.inference_mode():
-            both = self.text.prompts([*prompts, negative] if cfg != 1 else prompts)  # (B or B + 1, 77 k, D)
-            context = both[: len(prompts)]
-            away = both[-1:].expand_as(context) if cfg != 1 else None
-            denoise = self.denoiser(context, away, cfg)
-            walk = samplers.sample(sampler, denoise, noise, self.schedule, steps, first, strength)
+            context = self.encode(prompts, None if cfg == 1 else negative)
+            kv = project_kv(self.unet, context)
+
+        def denoise(x: Tensor, sigma: float, t: float) -> Tensor:
+            with given_kv(self.unet, kv):
+                pred = self.guided(x, sigma, t, context, cfg)
+            return self.schedule.predict_x0(x, pred, sigma)
+
+        walk = samplers.sample(plan, denoise, noise, init_latents)
         while True:  # inference mode for our steps, not for the caller's code between them
             with torch.inference_mode():
                 x = next(walk, None)

@@ -5,13 +5,11 @@ All of them solve the same equation in the picture scaled up so that only the no
 
     dx / dsigma = (x - D(x, sigma)) / sigma,   x = x_t / sqrt(alpha_bar_t),   sigma = sqrt(1 / alpha_bar_t - 1)
 
-where D, the `denoise` function below, guesses the clean picture.  They differ in the sigmas visited and in the step
-taken.  DDIM without noise *is* the Euler step (Song et al. 2020, equation 14, in these coordinates).  Timesteps and
-their rounding are those of diffusers, where `timestep_spacing` has its names too; the WebUI's DDIM visits others.
+where D guesses the clean picture x0.  They differ in the sigmas visited and in the step taken.  DDIM without noise
+*is* the Euler step (Song et al. 2020, equation 14, in these coordinates).  Timesteps and their rounding are those of
+diffusers, where `timestep_spacing` has its names too; the WebUI's DDIM visits others.
 
-A sampler is a generator that yields the latents after every step, so the `for` is the caller's:
-
-    for x in sample("dpmpp_2m_karras", denoise, noise, schedule, steps=20): ...        # the last x is the result
+A sampler is one function, the step from sigma to the next lower sigma; the loop around it stands in sample.py.
 """
 
 import math
@@ -23,44 +21,38 @@ from torch import Tensor
 
 from hanokdiff.models.schedule import Schedule
 
-Denoise = Callable[[Tensor, float, float], Tensor]  # (x (B, 4, h, w), sigma, t) -> clean picture (B, 4, h, w)
+Noise = Callable[[], Tensor]  # standard normal numbers (B, 4, h, w), new ones at each call
+Previous = tuple[Tensor, float] | None  # x0 and sigma of the step before
 
 
-def euler(denoise: Denoise, x: Tensor, sigmas: list, ts: list, noise: Callable) -> Iterator[Tensor]:
+def euler(x: Tensor, x0: Tensor, sigma: float, after: float, previous: Previous, noise: Noise) -> Tensor:
     """The first-order step (Karras et al. 2022, algorithm 1 without churn); DDIM when the sigmas are DDIM's."""
-    for sigma, after, t in zip(sigmas, sigmas[1:], ts, strict=False):
-        slope = (x - denoise(x, sigma, t)) / sigma
-        x = x + slope * (after - sigma)
-        yield x
+    slope = (x - x0) / sigma
+    return x + slope * (after - sigma)
 
 
-def euler_ancestral(denoise: Denoise, x: Tensor, sigmas: list, ts: list, noise: Callable) -> Iterator[Tensor]:
-    """Euler to below the next level, then up to it again with fresh noise (k-diffusion; DDPM's variance, eta 1)."""
-    for sigma, after, t in zip(sigmas, sigmas[1:], ts, strict=False):
-        up = math.sqrt(after**2 * (sigma**2 - after**2) / sigma**2)
-        down = math.sqrt(after**2 - up**2)
-        slope = (x - denoise(x, sigma, t)) / sigma
-        x = x + slope * (down - sigma)
-        if after > 0:
-            x = x + noise() * up
-        yield x
+def euler_ancestral(
+    x: Tensor, x0: Tensor, sigma: float, after: float, previous: Previous, noise: Noise
+) -> Tensor:
+    """Euler to below the next sigma, then up to it with fresh noise (k-diffusion; DDPM's variance, eta 1)."""
+    up = math.sqrt(after**2 * (sigma**2 - after**2) / sigma**2)
+    down = math.sqrt(after**2 - up**2)
+    slope = (x - x0) / sigma
+    x = x + slope * (down - sigma)
+    return x + noise() * up if after > 0 else x
 
 
-def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: list, ts: list, noise: Callable) -> Iterator[Tensor]:
-    """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2): extrapolate D from the last two steps.
+def dpmpp_2m(x: Tensor, x0: Tensor, sigma: float, after: float, previous: Previous, noise: Noise) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2): extrapolate x0 from the last two steps.
 
     Exact in lambda = -log sigma for a linear D; the first step, and the one to sigma 0, are first order."""
-    old, h_old = None, None
-    for sigma, after, t in zip(sigmas, sigmas[1:], ts, strict=False):
-        clean = denoise(x, sigma, t)
-        if after == 0:
-            x = clean
-        else:
-            h = math.log(sigma / after)
-            guess = clean if old is None else clean + (clean - old) * h / (2 * h_old)
-            x = (after / sigma) * x - math.expm1(-h) * guess
-            old, h_old = clean, h
-        yield x
+    if after == 0:
+        return x0
+    h, guess = math.log(sigma / after), x0
+    if previous is not None:
+        old, old_sigma = previous
+        guess = x0 + (x0 - old) * h / (2 * math.log(old_sigma / sigma))
+    return (after / sigma) * x - math.expm1(-h) * guess
 
 
 class Sampler(NamedTuple):
@@ -129,31 +121,43 @@ def img2img_steps(steps: int, strength: float) -> int:
     return int(steps * strength)
 
 
-def sample(
-    name: str,
-    denoise: Denoise,
-    noise: Callable,
-    schedule: Schedule,
-    steps: int,
-    first: Tensor | None = None,
-    strength: float = 1.0,
-) -> Iterator[Tensor]:
-    """Yield the latents (B, 4, h, w) after each of `steps` steps; the last are the result.
+class Plan(NamedTuple):
+    """A sampler's steps and where they start."""
 
-    `noise()` returns standard normal numbers (B, 4, h, w): first the start, then what an ancestral sampler adds.
-    `first` (B, 4, h, w) are the latents of pictures to begin with: they are noised as far as `strength` says, and only
-    the last steps are taken (SDEdit, Meng et al. 2021, arXiv:2108.01073).
-    What is yielded is scaled as the network sees it (variance about 1 throughout)."""
+    step: Callable  # (x, x0, sigma, after, previous, noise) -> x
+    steps: list[
+        tuple[float, float, float]
+    ]  # (sigma, the next sigma, the timestep at which the UNet is called)
+    start: float  # what the first noise is multiplied by
+
+
+def plan(name: str, schedule: Schedule, steps: int, strength: float | None = None) -> Plan:
+    """The steps of a sampler; with `strength`, only those that an initial picture goes through (SDEdit, Meng et al.
+    2021, arXiv:2108.01073): it is noised as far as the first of them."""
     sigmas, ts = sigmas_and_timesteps(name, schedule, steps)
     s = SAMPLERS[name]
-    if first is not None:
+    if strength is None:
+        exact = s.step is not dpmpp_2m and s.to_zero and (schedule.timestep_spacing or s.spacing) != "leading"
+        start = sigmas[0] if exact else math.sqrt(sigmas[0] ** 2 + 1)  # diffusers' init_noise_sigma
+    else:
         skipped = steps - img2img_steps(steps, strength)
         sigmas, ts = sigmas[skipped:], ts[skipped:]
-        start = first + noise() * sigmas[0]
-    else:
-        exact = s.step is not dpmpp_2m and s.to_zero and (schedule.timestep_spacing or s.spacing) != "leading"
-        start = noise() * (
-            sigmas[0] if exact else math.sqrt(sigmas[0] ** 2 + 1)
-        )  # diffusers' init_noise_sigma
-    for x, sigma in zip(s.step(denoise, start, sigmas, ts, noise), sigmas[1:], strict=True):
-        yield x / math.sqrt(sigma**2 + 1)
+        start = sigmas[0]
+    return Plan(s.step, list(zip(sigmas, sigmas[1:], ts)), start)
+
+
+def sample(
+    plan: Plan, denoise: Callable, noise: Noise, init_latents: Tensor | None = None
+) -> Iterator[Tensor]:
+    """Yield the latents (B, 4, h, w) after each step of a plan; the last are the result.
+
+    `denoise(x, sigma, t)` guesses x0; `init_latents` (B, 4, h, w) are those of a picture to begin with.
+    What is yielded is scaled as the UNet takes it (variance about 1 throughout)."""
+    x, previous = noise() * plan.start, None
+    if init_latents is not None:
+        x = init_latents + x
+    for sigma, after, t in plan.steps:
+        x0 = denoise(x, sigma, t)
+        x = plan.step(x, x0, sigma, after, previous, noise)
+        previous = x0, sigma
+        yield x / math.sqrt(after**2 + 1)

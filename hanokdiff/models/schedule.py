@@ -94,3 +94,11 @@ class Schedule:
         """Signal to noise, alpha_bar / (1 - alpha_bar), at t (B,)."""
         a = self._alpha_bar(t)
         return a / (1 - a)
+
+    def predict_x0(self, x: Tensor, pred: Tensor, sigma: float) -> Tensor:
+        """The clean picture that a prediction at noise level sigma implies; x = x_t / sqrt(alpha_bar_t), as in the
+        samplers."""
+        if self.prediction_type == "v_prediction":
+            c_in = (sigma**2 + 1) ** -0.5
+            return x * c_in**2 - pred * sigma * c_in
+        return x - sigma * pred

@@ -1,8 +1,9 @@
 """The denoiser: Stable Diffusion's UNet (Rombach et al. 2022, arXiv:2112.10752), as a table of blocks.
 
-It predicts the noise (or v) in a latent, given the timestep and the words.  Module names are the names of the tensors
-in diffusers checkpoints, so loading one needs no mapping.  Nothing here knows how it is trained: a LoRA replaces a
-Linear or Conv2d from outside, a hypernetwork hooks what enters `to_k` and `to_v`.
+It predicts the noise (or v) in a latent, given the timestep and the prompt's context.  Module names are the names of
+the tensors in diffusers checkpoints, so loading one needs no mapping.  Nothing here knows how it is trained: a LoRA
+replaces a Linear or Conv2d from outside, a hypernetwork wraps `to_k` and `to_v`.  memory.py computes the same normal
+operations (norm + SiLU, GEGLU, convolution, attention) in less memory or time.
 
 Shapes:  B pictures;  C channels of a level;  h x w the latent's size at that level;  N = h * w positions;
 T tokens and D their width in the context;  E = 4 * C0 the width of the time embedding.
@@ -136,7 +137,9 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v with several heads: over the picture itself, or from the picture to the words."""
+    """softmax(q k^T / sqrt(d)) v with several heads: self-attention, or cross-attention from the picture to the words.
+
+    Vaswani et al. 2017, arXiv:1706.03762, equation 1."""
 
     def __init__(self, width: int, context_width: int, heads: int, upcast: bool = False):
         super().__init__()
@@ -144,22 +147,23 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(width, width, bias=False)
         self.to_k = nn.Linear(context_width, width, bias=False)
         self.to_v = nn.Linear(context_width, width, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])  # a list, for the checkpoint name to_out.0
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])  # a list, for the checkpoint's name to_out.0
 
-    def read(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """context (B, T, D) -> keys and values, each (B, heads, T, C / heads)."""
-        return self.split(self.to_k(context)), self.split(self.to_v(context))
-
-    def split(self, a: Tensor) -> Tensor:  # (B, N, C) -> (B, heads, N, C / heads)
+    def split_heads(self, a: Tensor) -> Tensor:
+        """(B, N, C) -> (B, heads, N, C / heads)."""
         return a.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def forward(self, x: Tensor, heard: tuple[Tensor, ...]) -> Tensor:
-        """x (B, N, C); heard: keys, values and, where lean.even lengthened them, a mask -> (B, N, C)."""
-        qkv = self.split(self.to_q(x)), *heard
-        if self.upcast:
-            qkv = [a.float() for a in qkv]
-        out = F.scaled_dot_product_attention(*qkv).transpose(1, 2).flatten(2)  # (B, N, C)
+    def attend(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """x (B, N, C) with keys and values (B, heads, T, C / heads) -> (B, N, C)."""
+        q = self.split_heads(self.to_q(x))
+        if self.upcast:  # SD 2.1: in fp16 the products overflow
+            q, k, v = q.float(), k.float(), v.float()
+        out = memory.attention(q, k, v, mask).transpose(1, 2).flatten(2)  # (B, N, C)
         return self.to_out[0](out.to(x.dtype))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x (B, N, C), context (B, T, D) -> (B, N, C); in self-attention the context is x itself."""
+        return self.attend(x, self.split_heads(self.to_k(context)), self.split_heads(self.to_v(context)))
 
 
 class GEGLU(nn.Module):
@@ -180,16 +184,8 @@ class FeedForward(nn.Module):
         return self.net[2](self.net[0](x))
 
 
-def rows(x: Tensor, n: int) -> Tensor:
-    """(B, ...) -> (n, ...), all B rows in order, then all again: guidance draws each picture with two texts, and until
-    it meets the words it is one and the same, computed once."""
-    if n % len(x):
-        raise ValueError(f"{n} texts for {len(x)} pictures: as many texts, or twice, three times as many")
-    return x if len(x) == n else x.repeat(n // len(x), *[1] * (x.dim() - 1))
-
-
 class TransformerBlock(nn.Module):
-    """The picture looks at itself (attn1), then at the words (attn2), then thinks (ff)."""
+    """Self-attention (attn1), cross-attention to the words (attn2), feed-forward (ff); each added to its input."""
 
     def __init__(self, width: int, heads: int, c: UNetConfig):
         super().__init__()
@@ -198,15 +194,15 @@ class TransformerBlock(nn.Module):
         self.attn2 = Attention(width, c.cross_attention_dim, heads, c.upcast_attention)
         self.ff = FeedForward(width)
 
-    def forward(self, x: Tensor, words: tuple[Tensor, ...]) -> Tensor:  # (B, N, C), attn2's `read`
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:  # (B, N, C), (B, T, D)
         y = self.norm1(x)
-        x = rows(x + self.attn1(y, self.attn1.read(y)), len(words[0]))
-        x = x + self.attn2(self.norm2(x), words)
+        x = x + self.attn1(y, y)
+        x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
 
 
 class SpatialTransformer(nn.Module):
-    """Positions become tokens, meet the words, and go back to their places."""
+    """A transformer over the h w positions of the picture, added to it."""
 
     def __init__(self, width: int, heads: int, c: UNetConfig):
         super().__init__()
@@ -217,17 +213,17 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([TransformerBlock(width, heads, c)])
         self.proj_out = project(width, width)
 
-    def forward(self, x: Tensor, words: tuple[Tensor, ...]) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:  # (B, C, h, w), (B, T, D)
         def tokens(a):  # (B, C, h, w) -> (B, N, C)
-            return a.flatten(2).transpose(1, 2).contiguous()  # or each norm below would copy it
+            return a.flatten(2).transpose(1, 2).contiguous()  # else each norm below would copy it
 
-        def picture(a):  # and back
+        def picture(a):  # (B, N, C) -> (B, C, h, w)
             return a.transpose(1, 2).unflatten(2, x.shape[-2:])
 
         y = self.norm(x)
         y = self.proj_in(tokens(y)) if self.linear else tokens(self.proj_in(y))
-        y = self.transformer_blocks[0](y, words)
-        return rows(x, len(y)) + (picture(self.proj_out(y)) if self.linear else self.proj_out(picture(y)))
+        y = self.transformer_blocks[0](y, context)
+        return x + (picture(self.proj_out(y)) if self.linear else self.proj_out(picture(y)))
 
 
 class Resample(nn.Module):
@@ -264,13 +260,10 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """x_t, t, words -> predicted noise (or v).
+    """x_t, t, context -> predicted noise (or v), in fp32; inside, the network computes in its own precision.
 
-    x (B, 4, h, w) noisy latents, t (B,) timesteps 0 to 999, context (B, T, D) from the text encoder -> (B, 4, h, w).
-    h and w may be any size: going up, each level takes the size of the level that it mirrors.  In place of the context
-    there may be what `read` made of it, and one t (1,) for all: a sampler's words stay, and its pictures share a time.
-    With that one t and k B rows of context, as guidance has them, the result has k B rows: all pictures with the first
-    B texts, then all with the next; from the first transformer on, read B below as k B.
+    x (B, 4, h, w) noisy latents, t (B,) or (1,) timesteps 0 to 999, context (B, T, D) from the text encoder
+    -> (B, 4, h, w).  h and w may be any size: going up, each level takes the size of the level that it mirrors.
     """
 
     def __init__(self, config: UNetConfig = UNetConfig()):
@@ -301,39 +294,31 @@ class UNet(nn.Module):
 
         self.conv_norm_out = nn.GroupNorm(c.norm_num_groups, chans[0], c.norm_eps)
         self.conv_out = memory.Conv2d(chans[0], c.out_channels, 3, padding=1)
-        self.cross_attentions = [
-            m.attn2 for m in self.modules() if isinstance(m, TransformerBlock)
-        ]  # in order of their turn
 
-    def read(self, context: Tensor) -> list[tuple[Tensor, ...]]:
-        """What each cross-attention hears of the words (B, T, D): the same at every step of a sampler. Keys and values,
-        on a CPU with a few masked words more (lean.even)."""
-        return [memory.pad_keys(*attention.read(context)) for attention in self.cross_attentions]
-
-    def forward(self, x: Tensor, t: Tensor, context: Tensor | list) -> Tensor:
-        dtype = self.conv_norm_out.weight.dtype  # whatever comes in, the network works in its own precision
-        x = x.to(dtype)
-        words = iter(self.read(context.to(dtype)) if isinstance(context, Tensor) else context)
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        dtype = self.conv_norm_out.weight.dtype
+        x, context = x.to(dtype), context.to(dtype)
         temb = timestep_embedding(t, self.config.block_out_channels[0]).to(dtype)
-        temb = F.silu(self.time_embedding(temb))  # (B, E), as every resnet wants it
+        temb = F.silu(self.time_embedding(temb))  # (B, E), as every resnet takes it
+
         x = self.conv_in(x)  # (B, C0, h, w)
         skips = [x]
         for block in self.down_blocks:
-            for resnet, attend in block.layers():
+            for resnet, transformer in block.layers():
                 x = resnet(x, temb)
-                x = attend(x, next(words)) if attend else x
+                x = transformer(x, context) if transformer else x
                 skips.append(x)
             if hasattr(block, "downsamplers"):
                 x = block.downsamplers[0](x)  # (B, C, h / 2, w / 2)
                 skips.append(x)
 
         first, second = self.mid_block.resnets
-        x = second(self.mid_block.attentions[0](first(x, temb), next(words)), temb)
+        x = second(self.mid_block.attentions[0](first(x, temb), context), temb)
 
         for block in self.up_blocks:
-            for resnet, attend in block.layers():
-                x = resnet(torch.cat([x, rows(skips.pop(), len(x))], dim=1), temb)
-                x = attend(x, next(words)) if attend else x
+            for resnet, transformer in block.layers():
+                x = resnet(torch.cat([x, skips.pop()], dim=1), temb)
+                x = transformer(x, context) if transformer else x
             if hasattr(block, "upsamplers"):
                 x = block.upsamplers[0](x, size=skips[-1].shape[-2:])
-        return self.conv_out(memory.norm_silu(self.conv_norm_out, x)).float()
+        return self.conv_out(memory.norm_silu(self.conv_norm_out, x)).float()  # (B, 4, h, w)

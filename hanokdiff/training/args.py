@@ -13,7 +13,7 @@ from hanokdiff.models.pipeline import LARGEST_SIDE, latent_size
 from hanokdiff.models.tokens import MOST_VECTORS
 from hanokdiff.options import Options
 from hanokdiff.training import distributed
-from hanokdiff.training.dataset import LatentDataset, Photo, photo_files, prepare_captions
+from hanokdiff.training.dataset import LatentDataset, Photo, load_photos, photo_files, prepare_captions
 from hanokdiff.training.state import differences
 from hanokdiff.training.validation import validation_loss
 
@@ -255,6 +255,19 @@ def run_folder(args: argparse.Namespace, method: str, artefact: str) -> Path:
     return out
 
 
+def load_data(args: argparse.Namespace, sd, draw: Callable) -> tuple[list[Photo], LatentDataset, list[Photo]]:
+    """The photos to train on, the same encoded with their prompts, and the held-out photos. Without --data, `draw`
+    draws them."""
+    photos, held_out = load_photos(args.data or draw, args.resolution, args.images, args.held_out)
+    args.images = len(photos)
+    prompts = prepare_captions(photos, args.token, args.replace, args.caption)
+    return photos, LatentDataset(sd.vae, [p.image for p in photos], prompts, args.flip, sd.device), held_out
+
+
+def count(trainable: dict) -> str:
+    return f"{sum(p.numel() for p in trainable.values()):,} parameters"
+
+
 def trainer_options(
     args: argparse.Namespace, sd, dataset: LatentDataset, validation_photos: list[Photo]
 ) -> dict:
@@ -278,6 +291,7 @@ def trainer_options(
         "config": config(args, dataset) | {"held_out_photos": [p.name for p in validation_photos]},
         "resume": args.resume is not None,
         "validate": validate,
+        "preview": lambda: sd.preview(args.token, args.resolution),
     }
 
 
