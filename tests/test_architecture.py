@@ -1,6 +1,6 @@
 """Which package may import which, and no circle between modules, imports inside functions included.
 
-docs/architecture.md has the same table and says why. The imports are read from the source with ast; nothing is run.
+docs/architecture.md has the same table and says why. Imports are read from the source; nothing is run.
 """
 
 import ast
@@ -43,7 +43,7 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def imported_names(path: Path, module: str) -> set[str]:
-    """All that a file imports, inside functions too: "a.b" of `import a.b`, "a.b.c" of `from a.b import c`."""
+    """What a file imports, inside functions too: "a.b" of `import a.b`, "a.b.c" of `from a.b import c`."""
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
     names = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -182,7 +182,7 @@ def test_architecture_page_has_the_same_table():
     assert table == MAY_IMPORT
 
 
-# --------------------------------------------------------------------------------------------------- packaging
+# -------------------------------------------------------------------------------------------------- packaging
 
 
 def test_dependencies():
