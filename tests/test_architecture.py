@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train_ti", "train_dreambooth", "train_lora", "train_hypernet", "sample", "clipscore")
+COMMANDS = ("alert", "caption", "convert")
 BASICS = ("device", "errors", "files", "images", "options", "pretrained", "seeding")  # hanokdiff/NAME.py
 LIBRARY = {"basics", "models", "methods", "formats", "training", "scoring", "tiny", "commands"}
 MAY_IMPORT = {  # room -> the other rooms that it may import; within a room modules may import each other
@@ -79,7 +80,7 @@ def room(module: str) -> str:
         return "tiny/build.py"
     if len(inner) == 1 and inner[0] in BASICS:
         return "basics"
-    if len(inner) == 1 and inner[0] in ("alert", "caption", "convert"):
+    if len(inner) == 1 and inner[0].split("_")[0] in COMMANDS:  # alert_words.py belongs to alert.py
         return "commands"
     return inner[0] if inner else "basics"  # hanokdiff/__init__.py is empty
 
