@@ -1,11 +1,11 @@
-"""The documents: every link leads somewhere, every pointer names code that is there, every command works as written.
+"""The documents: links lead somewhere, pointers name code that is there, commands work as written.
 
-The `python` lines of a document's ```bash blocks run in their order, in an empty folder, in this process, through the
-script's own main([...]): whole, but with 2 steps of training and sampling and one picture a prompt. A command must end
-with exit code 0, or with 2 where its line says "exit code 2" (or, in Korean, "종료 코드 2").
+The `python` lines of a document's ```bash blocks run in their order, in an empty folder, in this process,
+by the script's main([...]), with 2 steps of training and sampling and one picture a prompt. A command ends
+with exit code 0, or with 2 where its line says "exit code 2" (in Korean "종료 코드 2").
 
-What a reader has and the folder has not is made as it is named: PLACEHOLDERS, pictures, and the runs/METHOD of a script
-that the document shows or names. Two languages with the same commands run them once.
+What a command needs is made first: PLACEHOLDERS, pictures, and the runs/METHOD of a script that is named.
+Two languages with the same commands run them once.
 """
 
 import ast
@@ -25,38 +25,39 @@ from hanokdiff.formats.load import TINY_MODEL
 from hanokdiff.tiny import world
 
 ROOT = Path(__file__).resolve().parent.parent
-READ = sorted([*ROOT.glob("README*.md"), *ROOT.glob("docs/**/*.md")])  # their links are followed
+READ = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])  # their links are followed
 RUN = [doc for doc in READ if doc.parent in (ROOT, ROOT / "docs")]  # their commands are run
 SKIPPED = (
     "pip ",
     "git ",
     "cd ",
     ". ",
+    "ruff ",
     "torchrun ",
     "python -m venv ",
     "python -m pip ",
     "python -m pytest ",
     "python -m hanokdiff.tiny.build ",
-)  # the last trains the tiny world itself, for an hour
+)  # fmt: skip  (the last trains the tiny world itself, for an hour)
 SHORT = {"--steps": "2", "--class-images": "2", "--n": "1", "--preview-every": "0", "--save-every": "0"}
 PLACEHOLDERS = {
     "MODEL": str(TINY_MODEL),
     "openai/clip-vit-base-patch32": "tiny",
 }  # PHOTOS is a folder of that name
-FILES = {
+FILES = {  # what FILE is after this option
     "--lora": "runs/lora/lora.safetensors",
     "--hypernet": "runs/hypernet/hypernet.pt",
     "--embedding": "runs/ti/embedding.safetensors",
     "--init-image": "FILE.png",
     "--class-prompts": str(world.CLASS_PROMPTS),
-}  # what FILE is after this option
+}
 
 
 def name(doc: Path) -> str:
     return str(doc.relative_to(ROOT))
 
 
-# ---------------------------------------------------------------------------------------------- links and pointers
+# ----------------------------------------------------------------------------------------- links and pointers
 
 
 def prose(doc: Path) -> str:
@@ -66,9 +67,7 @@ def prose(doc: Path) -> str:
 
 def anchors(doc: Path) -> set[str]:
     """GitHub's names of the headings: in lower case, only letters, digits, - and _, a - for each space."""
-    titles = [
-        re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", t) for t in re.findall(r"^#+ +(.*)$", prose(doc), re.MULTILINE)
-    ]
+    titles = re.findall(r"^#+ +(.*)$", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", prose(doc)), re.MULTILINE)
     plain = [re.sub(r"[^\w\- ]", "", t.strip().lower()).replace(" ", "-") for t in titles]
     return {f"{a}-{plain[:i].count(a)}".removesuffix("-0") for i, a in enumerate(plain)}
 
@@ -94,10 +93,8 @@ def defined(path: Path) -> set[str]:
     for node in ast.parse(path.read_text("utf-8")).body:
         out |= {t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)}
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            out |= {
-                node.name,
-                *(f"{node.name}.{m.name}" for m in node.body if isinstance(m, ast.FunctionDef)),
-            }
+            out.add(node.name)
+            out |= {f"{node.name}.{m.name}" for m in node.body if isinstance(m, ast.FunctionDef)}
     return out
 
 
@@ -110,33 +107,37 @@ def test_pointers(doc):
             assert pointer in known, f"{name(doc)}: {path} has no {pointer}"
 
 
-def test_languages_have_the_same_parts():
-    """As many headings, pictures, equations and pointers; the same scripts in the same order."""
-    pairs = [(d.with_name(d.name.replace(".ko.md", ".md")), d) for d in READ if d.name.endswith(".ko.md")]
-    for english, korean in pairs:
-        counts = [
-            [
-                len(re.findall(part, prose(d), re.MULTILINE))
-                for part in (r"^#+ ", r"!\[", r"^\$\$$", r"\.py\)")
-            ]
-            for d in (english, korean)
-        ]
-        assert counts[0] == counts[1], (
-            f"{name(english)} and {name(korean)}: headings, pictures, equations, pointers"
-        )
-        scripts = [[plain(c)[:2] for c in commands(d)] for d in (english, korean)]
-        assert scripts[0] == scripts[1], f"{name(english)} and {name(korean)} show other commands"
+def counts(doc: Path) -> list[int]:
+    """Of headings, pictures, equations, links to code, rows of tables and bullets."""
+    parts = (r"^#+ ", r"!\[", r"^\$\$$", r"\.py\)", r"^\|", r"^[*-] ")
+    return [len(re.findall(part, prose(doc), re.MULTILINE)) for part in parts]
 
 
-# ------------------------------------------------------------------------------------------------------- commands
+@pytest.mark.parametrize("korean", [d for d in READ if d.name.endswith(".ko.md")], ids=name)
+def test_languages_have_the_same_parts(korean):
+    """The same number of each part, and the same scripts in the same order."""
+    english = korean.with_name(korean.name.replace(".ko.md", ".md"))
+    assert counts(english) == counts(korean), counts.__doc__
+    scripts = [[plain(c)[:2] for c in commands(d)] for d in (english, korean)]
+    assert scripts[0] == scripts[1], f"{name(english)} and {name(korean)} show other commands"
+
+
+@pytest.mark.parametrize("doc", sorted(ROOT.glob("README*.md")), ids=name)
+def test_quoted_line_stands_in_the_loop(doc):
+    """The answer to the README's question where noise is added."""
+    (line,) = re.findall(r"`(x_t = [^`]+)`", doc.read_text("utf-8"))
+    for method in plan.METHODS:
+        assert line in (ROOT / f"train_{method}.py").read_text("utf-8")
+
+
+# --------------------------------------------------------------------------------------------------- commands
 
 
 def commands(doc: Path) -> tuple[tuple[str, ...], ...]:
-    """The simple commands of all ```bash blocks, in words; the last word is the exit code that the line announces."""
+    """The commands of all ```bash blocks, in words; the last word is the exit code that its line expects."""
     out = []
-    for block in re.findall(
-        r"^ *```(?:bash|sh)\n(.*?)^ *```", doc.read_text("utf-8"), re.DOTALL | re.MULTILINE
-    ):
+    block_of = re.compile(r"^ *```(?:bash|sh)\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+    for block in block_of.findall(doc.read_text("utf-8")):
         for line in block.replace("\\\n", " ").splitlines():
             code = "2" if re.search(r"#.*(exit code|종료 코드) 2", line) else "0"
             lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
@@ -168,7 +169,7 @@ for _doc in RUN:
 
 @pytest.fixture(scope="session")
 def first_runs(tmp_path_factory):
-    """A function that makes runs/METHOD in the present folder, as train_METHOD.py without arguments does; once each."""
+    """A function that makes runs/METHOD in the present folder, as train_METHOD.py does without arguments."""
     home, made = tmp_path_factory.mktemp("first"), set()
 
     def run(method: str) -> None:
@@ -197,7 +198,7 @@ def reader(tmp_path, monkeypatch):
 
 
 def prepare(words: list[str], text: str, first_runs) -> list[str]:
-    """The arguments with a reader's own in place, and what they take for granted made."""
+    """The arguments with PLACEHOLDERS and FILES put in, after making the files that they name."""
     argv = []
     for before, word in zip(["", *words], words):
         word = SHORT.get(before, PLACEHOLDERS.get(word, word))
@@ -225,13 +226,11 @@ def run(words: list[str], text: str, first_runs) -> int:
     if script == "sample.py":
         argv += ["--n", "1", "--steps", "10" if "--init-image" in argv else "2"]
     elif script == "hanokdiff.caption" and {"--overwrite", "--blip"} & set(argv):
-        argv += [
-            "--dry-run"
-        ]  # opens no BLIP, which would have to be downloaded; nor does it if all have captions
+        argv += ["--dry-run"]  # opens no BLIP, which would have to be downloaded
     elif "--resume" in argv:  # as if it had been stopped
-        folder = Path(argv[argv.index("--resume") + 1])
-        for artefact in (folder / plan.METHODS[script.removeprefix("train_").removesuffix(".py")],):
-            shutil.rmtree(artefact) if artefact.is_dir() else artefact.unlink()
+        method = script.removeprefix("train_").removesuffix(".py")
+        artefact = Path(argv[argv.index("--resume") + 1]) / plan.METHODS[method]
+        shutil.rmtree(artefact) if artefact.is_dir() else artefact.unlink()
     if script == "hanokdiff.tiny.world":  # has no main
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", [script, *argv])
@@ -252,8 +251,7 @@ def test_commands(docs, reader, first_runs, capsys):
         if line.startswith("diff "):
             assert all((ROOT / file).is_file() for file in words[1:] if file[0] != "-"), line
         elif line.startswith("python ") and not f"{line} ".startswith(SKIPPED):
-            assert run(words, text, first_runs) == int(code), (
-                f"{name(docs[0])}: {line}\n{capsys.readouterr().err}"
-            )
+            done = run(words, text, first_runs)
+            assert done == int(code), f"{name(docs[0])}: {line}\n{capsys.readouterr().err}"
         else:
             assert f"{line} ".startswith(SKIPPED), f"{name(docs[0])}: {line}: neither run nor in SKIPPED"
