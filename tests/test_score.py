@@ -189,7 +189,7 @@ def test_broken_folder(folder, tmp_path, spoil):
     for f in folder.iterdir():
         (tmp_path / f.name).write_bytes(f.read_bytes())
     (tmp_path / spoil).write_text("{")
-    with pytest.raises(ValueError, match="cannot be opened .*it needs config.json"):
+    with pytest.raises(ValueError, match="--clip .* cannot be opened .*config.json, model"):
         Clip(tmp_path)
 
 
@@ -201,7 +201,7 @@ def test_missing_tensors_are_not_left_random(folder, tmp_path):
     weights = load_file(folder / "model.safetensors")
     del weights["text_projection.weight"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match="1 tensors missing or misshapen, as text_projection.weight"):
+    with pytest.raises(ValueError, match="1 tensors missing or misshapen, such as text_projection.weight"):
         Clip(tmp_path)
 
 
@@ -213,10 +213,10 @@ def test_hub_out_of_reach(monkeypatch):
 
     monkeypatch.setattr(CLIPModel, "from_pretrained", offline)
     with pytest.raises(
-        ValueError, match=r"neither a folder here nor .*\(We couldn't connect\); go online once"
+        ValueError, match=r"nor a model from the hub \(We couldn't connect\);.* go online once"
     ):
         Clip("openai/clip-vit-base-patch32")
-    with pytest.raises(ValueError, match="there is no CLIP folder ./nowhere"):
+    with pytest.raises(ValueError, match="--clip ./nowhere: no such folder"):
         Clip("./nowhere")
 
 
@@ -629,7 +629,7 @@ def test_refusals_of_scorer(capsys, folder, pictures, tmp_path):
     message = refused(capsys, pictures, tmp_path / "big.png")
     assert "big.png is 65 px" in message and "--clip openai/clip-vit-base-patch32" in message
     assert "big.png is 65 px" in refused(capsys, pictures, "--reference", tmp_path / "big.png")
-    assert "there is no CLIP folder" in refused(capsys, pictures, "--clip", tmp_path / "nowhere")
+    assert "nowhere: no such folder" in refused(capsys, pictures, "--clip", tmp_path / "nowhere")
     assert "cannot be opened" in refused(capsys, pictures, "--clip", pictures)
     assert "device foo cannot be used" in refused(capsys, pictures, "--clip", folder, "--device", "foo")
 

@@ -23,7 +23,7 @@ def mean_interval(values: Sequence[float] | Tensor, confidence: float = 0.95) ->
 def paired_interval(
     a: Sequence[float] | Tensor, b: Sequence[float] | Tensor, confidence: float = 0.95
 ) -> tuple[float, float, float]:
-    """(mean, low, high) of a - b over pairs, a[i] with b[i]: what both share, such as prompt and noise, drops out."""
+    """(mean, low, high) of a - b over pairs, a[i] with b[i]: what both share (prompt, noise) drops out."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape:
         raise ValueError(
