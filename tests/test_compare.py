@@ -23,6 +23,7 @@ from PIL import Image
 
 from hanokdiff.compare import __main__ as compare
 from hanokdiff.compare import plan, report, run
+from hanokdiff.compare.results import collect
 from hanokdiff.compare.summary import difference, estimate, find, holm, summarise, t_tail
 from hanokdiff.models.pipeline import StableDiffusion
 from hanokdiff.scoring.stats import mean_interval, share_interval, t_quantile
@@ -131,7 +132,7 @@ def arguments(*more):
 
 
 @pytest.fixture(scope="module")
-def study():
+def context():
     return plan.prepare(arguments("--sizes", 5, 50, 100))
 
 
@@ -140,10 +141,10 @@ def names(manifest, part="scores") -> dict[str, str]:
     return {c["name"]: "/".join([c["folder"], c["pictures"], c["scores"]][:upto]) for c in manifest["cells"]}
 
 
-def test_the_whole_matrix(study):
+def test_the_whole_matrix(context):
     args = compare.options().parse_args([])
     compare.check(args)
-    manifest = plan.plan(args, study)
+    manifest = plan.plan(args, context)
     cells = manifest["cells"]
     assert len(cells) == 3 + 12 and len(set(names(manifest).values())) == 15
     assert [c["ask"] for c in cells[:3]] == ["*", "hanok", "a Korean traditional house"]
@@ -165,8 +166,8 @@ def test_the_whole_matrix(study):
     assert known["nearest_95"]["5"] <= known["nearest_95"]["50"] <= known["nearest_95"]["100"]
 
 
-def test_only_what_changed_is_done_again(study):
-    base = plan.plan(arguments(), study)
+def test_only_what_changed_is_done_again(context):
+    base = plan.plan(arguments(), context)
     Path("a.png").touch()
     for more, part, changed in (
         (("--sizes", 5, 50), "scores", set()),
@@ -183,24 +184,24 @@ def test_only_what_changed_is_done_again(study):
         (("--subject", "a house"), "pictures", set()),
         (("--subject", "a house"), "scores", set(names(base))),
     ):
-        other, before = names(plan.plan(arguments(*more), study), part), names(base, part)
+        other, before = names(plan.plan(arguments(*more), context), part), names(base, part)
         assert {n for n in other if n in before and other[n] != before[n]} == changed, more
 
 
 UNTOUCHED = {"untouched-literal", "untouched-hanok", "untouched-described"}
 
 
-def test_other_photos_or_weights_are_other_cells(study):
-    base = names(plan.plan(arguments(), study), "folder")
-    photos = [*study.photos[1:6], study.photos[0]]
-    moved = SimpleNamespace(**{**vars(study), "photos": photos})
+def test_other_photos_or_weights_are_other_cells(context):
+    base = names(plan.plan(arguments(), context), "folder")
+    photos = [*context.photos[1:6], context.photos[0]]
+    moved = SimpleNamespace(**{**vars(context), "photos": photos})
     other = names(plan.plan(arguments(), moved), "folder")
     assert {n for n in base if base[n] != other[n]} == set(base) - UNTOUCHED
 
 
-def test_budgets(study):
+def test_budgets(context):
     def steps(*more):
-        cells = plan.plan(arguments("--sizes", 5, 50, 100, "--methods", "lora", *more), study)["cells"]
+        cells = plan.plan(arguments("--sizes", 5, 50, 100, "--methods", "lora", *more), context)["cells"]
         return [c["steps"] for c in cells if c["method"] == "lora"]
 
     assert steps("--steps", 100) == [100] * 3
@@ -315,7 +316,7 @@ def test_stopped_and_continued(here, tmp_path, monkeypatch, capsys):
     def third(*args, **kwargs):
         return (stop if next(count) == 2 else draw)(*args, **kwargs)
 
-    stops = ((StableDiffusion, "draw", third), (run, "process", stop), (run, "judge", stop))
+    stops = ((StableDiffusion, "draw", third), (run, "process", stop), (run, "score_images", stop))
     for place, name, stopping in stops:
         with monkeypatch.context() as patch:
             patch.setattr(place, name, stopping)
@@ -341,7 +342,7 @@ def test_a_stopped_training_is_resumed(tmp_path, monkeypatch):
     run.train(lora, tmp_path)
     run.train(lora, tmp_path)
     assert asked == [[*lora["options"], "--out", "run"], ["--resume", "run", "--device", "cpu"]]
-    assert [a["seconds"] for a in run.notes(tmp_path / "attempts.jsonl")] == [1.5, 1.5]
+    assert [a["seconds"] for a in run.read_lines(tmp_path / "attempts.jsonl")] == [1.5, 1.5]
 
 
 @pytest.mark.slow
@@ -456,7 +457,7 @@ def test_any_model_and_photos(sd1, here, tmp_path):
 
 def test_several_trainings_are_compared(done):
     """Five copies of a cell with planted differences: t over trainings, and Holm's p in the page."""
-    found = compare.collect(done, json.loads((done / "manifest.json").read_text("utf-8")))
+    found = collect(done, json.loads((done / "manifest.json").read_text("utf-8")))
     found["settings"]["seeds"] = [0, 1, 2, 3, 4]
     cells = [c for c in found["cells"] if c["method"] == "untouched"]
     for trained in found["cells"][3:]:

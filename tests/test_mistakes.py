@@ -477,7 +477,7 @@ compare --merge photos
 compare --out notes.txt/x
     --out notes.txt/x cannot be made: notes.txt is a file; name a folder
 compare --model no-unet
-    --model no-unet needs --data FOLDER, the photos, and --clip, a judge that knows such pictures:
+    --model no-unet needs --data FOLDER, the photos, and --clip, a model that knows such pictures:
     openai/clip-vit-base-patch32 or a folder
 compare --data empty
     --data empty: no pictures in it (.avif .bmp .gif .heic .heif .jfif .jpeg .jpg .png .tif .tiff .webp); its
