@@ -1,4 +1,5 @@
-"""Opening a model with transformers, from a folder or the hub, such that a file in the folder can do no harm."""
+"""Opening a model with transformers, from a folder or the hub, such that a file in the folder can do no
+harm."""
 
 import math
 from pathlib import Path
@@ -11,11 +12,12 @@ MOST_LAYERS, MOST_NUMBER = 200, 1_000_000  # of a config.json; larger ones exhau
 
 
 def open_pretrained(model: str | Path, kind: str, tokenizer: str, option: str, whole: str, example: str):
-    """(model, tokenizer) of transformers' classes `kind` and `tokenizer`: from a folder that exists, else from the hub.
+    """(model, tokenizer) of transformers' classes `kind` and `tokenizer`: from a folder that exists, else
+    from the hub.
 
-    Classes are given by name because importing transformers takes seconds. ValueError if the model cannot be opened or
-    lacks weights, which transformers would leave random; its message names the command's `option`, what a folder must
-    hold (`whole`), and a hub id that works.
+    Classes are given by name because importing transformers takes seconds. ValueError if the model cannot be
+    opened or lacks weights, which transformers would leave random; its message names the command's `option`,
+    what a folder must hold (`whole`), and a hub id that works.
     """
     folder, name = Path(model).expanduser(), str(model)
     local = folder.is_dir()
@@ -46,8 +48,8 @@ def open_pretrained(model: str | Path, kind: str, tokenizer: str, option: str, w
     bad = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if bad:
         raise ValueError(
-            f"{option} {name} is not {whole}: {len(bad)} tensors missing or misshapen, such as {bad[0]}; give a "
-            f"complete one, such as {example}"
+            f"{option} {name} is not {whole}: {len(bad)} tensors missing or misshapen, such as {bad[0]}; "
+            f"give a complete one, such as {example}"
         )
     return network, words
 
@@ -57,7 +59,8 @@ def could_be_hub_id(name: str) -> bool:
 
 
 def check_model_folder(folder: Path, kind: type) -> None:
-    """Refuse a folder that names files elsewhere, or a config.json that asks for more weights than the files hold."""
+    """Refuse a folder that names files elsewhere, or a config.json that asks for more weights than the files
+    hold."""
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
             f"{folder / 'adapter_config.json'} names another model; give a folder with the whole one"

@@ -180,7 +180,7 @@ class Readers:
     def photo(self, file):
         read_photo(file)
         with contextlib.redirect_stderr(io.StringIO()):
-            clipscore.look([file])
+            clipscore.read_pictures([file])
 
     def text(self, file):
         read_caption(file)

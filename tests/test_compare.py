@@ -22,11 +22,12 @@ import pytest
 from PIL import Image
 
 from hanokdiff.compare import __main__ as compare
-from hanokdiff.compare import plan, report, run
+from hanokdiff.compare import plan, run
 from hanokdiff.compare.results import collect
-from hanokdiff.compare.summary import difference, estimate, find, holm, summarise, t_tail
+from hanokdiff.compare.sections import compose
+from hanokdiff.compare.summary import difference, estimate, find, summarise
 from hanokdiff.models.pipeline import StableDiffusion
-from hanokdiff.scoring.stats import mean_interval, share_interval, t_quantile
+from hanokdiff.scoring.stats import holm, mean_interval, share_interval, t_quantile, t_tail
 from hanokdiff.tiny import world
 
 SMALL = [
@@ -472,7 +473,7 @@ def test_several_trainings_are_compared(done):
     assert row["trainings"] == 5 and row["both"][0] == pytest.approx(0.8) and row["both"][1] < 0.8
     (pair,) = told["pairs"]
     assert pair["difference"][0] == pytest.approx(0.8) and pair["p"] == pair["p_holm"] < 0.05
-    text = report.compose(done, {**found, "cells": cells}, told).markdown()
+    text = compose(done, {**found, "cells": cells}, told).markdown()
     assert "p, Holm" in text and "Student's t over 5 trainings" in text and "no test is made" not in text
 
 

@@ -1,20 +1,20 @@
-"""The paper's experiment in one command: which method, from how many
-photos, draws the hanok best, and does it burn?
+"""The paper's experiment in one command: which method, how many photos, does it burn?
 
-    plan     method x number of photos x training seed, and the untouched model asked in words   manifest.json
-    train    each cell is a process of the very train_X.py, so that its time and memory are true   CELL/run/
-    draw     every cell the same prompts from the same noise, the base model opened once         CELL/pictures-*/
-    score    every picture by CLIP; then the page is written anew                                CELL/scores-*.json
+    plan     method x number of photos x training seed, and the untouched model     manifest.json
+    train    each cell is a process of train_X.py, so that time and memory are true     CELL/run/
+    draw     every cell the same prompts from the same noise, the model opened once     CELL/pictures-*/
+    score    every picture by CLIP; then the page is written anew                       CELL/scores-*.json
 
-    python -m hanokdiff.compare                  4 methods x 5, 50, 100 photos; a quarter of an hour on 2 CPU cores
-    python -m hanokdiff.compare --quick          a first look in three to four minutes
+    python -m hanokdiff.compare            4 methods x 5, 50, 100 photos; 15 minutes on 2 CPU cores
+    python -m hanokdiff.compare --quick    a first look in three to four minutes
     python -m hanokdiff.compare --model MODEL --data PHOTOS --clip openai/clip-vit-base-patch32
     python -m hanokdiff.compare --shard 1/4 --out runs/part1            on each of 4 machines, then, on one,
     python -m hanokdiff.compare --merge runs/part1 runs/part2 runs/part3 runs/part4 --out runs/whole
 
-Stop it at any time: the same command goes on. A cell's folder carries a hash of all that it depends on (photos,
-weights, every option): what is there is right, what has changed gets a new folder, and old ones may be deleted.
-Read next: hanokdiff/compare/plan.py (the matrix), run.py (a cell), summary.py (the statistics), report.py.
+Stop it at any time: the same command goes on. A cell's folder carries a hash of all that it depends on
+(photos, weights, every option): what has changed gets a new folder, and old ones may be deleted.
+Read next: hanokdiff/compare/plan.py (the matrix), run.py (a cell), summary.py (the
+statistics), sections.py (the report).
 """
 
 import signal
@@ -68,7 +68,8 @@ def options():
 
 
 def check(args) -> tuple[int, int]:
-    """Refuse what cannot be, before anything is opened; fill in what depends on --quick. Returns the shard."""
+    """Refuse what cannot be, before anything is opened; fill in what depends on --quick. Returns the
+    shard."""
     args.sizes = args.sizes or ([50] if args.quick else [5, 50, 100])
     args.n = (8 if args.quick else 32) if args.n is None else args.n
     args.sampling_steps = (10 if args.quick else 20) if args.sampling_steps is None else args.sampling_steps

@@ -2,9 +2,9 @@
 
     manifest = plan(args, prepare(args))
 
-A cell's folder, its pictures and its scores carry a hash of all that they depend on (photos, weights, every option):
-what is there is right, and what has changed gets a new name. Read next: hanokdiff/compare/run.py (how a cell is
-done).
+A cell's folder, its pictures and its scores carry a hash of all that they depend on (photos, weights, every
+option): what is there is right, and what has changed gets a new name. Read next: hanokdiff/compare/run.py
+(how a cell is done).
 
 Shapes:  P photos to learn from, H held out, d the width of CLIP's common space.
 """
@@ -41,20 +41,7 @@ SCRIPTS = Path(__file__).resolve().parents[2]  # where train_ti.py and its three
 DESCRIPTIONS = {"untouched-hanok": "hanok", "untouched-described": "a Korean traditional house"}
 KINDS = "a hanok, a Korean traditional house|a Japanese house|a Chinese pavilion|a western house"
 CONDITIONS = "a building on fire|a building beside a campfire|a building"
-RESERVED = (  # not for --with
-    [
-        "--model",
-        "--data",
-        "--images",
-        "--held-out",
-        "--resolution",
-        "--token",
-        "--seed",
-        "--device",
-        "--out",
-        "--resume",
-    ]
-)
+RESERVED = "--model --data --images --held-out --resolution --token --seed --device --out --resume"
 HELD_OUT, LEAST_HELD_OUT = 30, 2  # photos that no method sees
 EPOCHS_AT = 50  # photos: there, --budget epochs gives each method its own number of steps
 EXTRA = 32  # pictures at most of the questions beside the prompts, which are no part of the result
@@ -63,7 +50,8 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVXY"  # names of the prompts
 
 @dataclass
 class Context:
-    """What all cells share: the base model, CLIP, the photos, the texts that a picture may be recognised as."""
+    """What all cells share: the base model, CLIP, the photos, the texts that a picture may be recognised
+    as."""
 
     token: str
     sd: StableDiffusion
@@ -113,7 +101,7 @@ def choices(given: str | None, usual: str, tiny: dict | None) -> dict[str, str]:
     return {label: label for label in labels}
 
 
-# ------------------------------------------------------------------------------------------------- one training
+# -------------------------------------------------------------------------------------------- one training
 
 
 @cache
@@ -155,19 +143,20 @@ def more_options(more: list[str], method: str) -> list[str]:
     except ValueError as e:
         raise ValueError(f'--with "{" ".join(chosen)}": {e}') from None
     names = {word.split("=")[0] for word in words}
-    if wrong := [option for option in RESERVED if option in names]:
+    if wrong := [option for option in RESERVED.split() if option in names]:
         raise ValueError(
             f"--with may not set {wrong[0]} of {method}, which the comparison sets for every cell"
         )
     return words
 
 
-# ------------------------------------------------------------------------------------------------ the questions
+# ------------------------------------------------------------------------------------------- the questions
 
 
 def questions(args, sd: StableDiffusion, clip: Clip) -> list[dict]:
-    """The prompts of every cell, and the texts that its pictures are scored with. Besides those given: the pseudo word
-    alone, and where the tokenizer fuses the word with what follows, the prompt as other tools would read it."""
+    """The prompts of every cell, and the texts that its pictures are scored with. Besides those given: the
+    pseudo word alone, and where the tokenizer fuses the word with what follows, the prompt as other tools
+    would read it."""
     found = []
     for place, (name, prompt) in enumerate([*zip(LETTERS, args.prompts), ("word", args.token)]):
         subject = word_pattern(args.token).sub(lambda _: args.subject, prompt)
@@ -208,7 +197,7 @@ def check_length(clip: Clip, text: str) -> None:
         )
 
 
-# ----------------------------------------------------------------------------------------------------- the plan
+# ------------------------------------------------------------------------------------------------ the plan
 
 
 def key(*parts) -> str:
@@ -298,8 +287,9 @@ def scorer(context: Context) -> list:
 
 
 def references(args, context: Context, replace: str, caption: str) -> dict:
-    """Scores of real, unseen photos of the subject: the ceiling of likeness, which is no copy. And how far CLIP can be
-    trusted: whether it recognises what they show, and prefers their own captions to each other's."""
+    """Scores of real, unseen photos of the subject: the ceiling of likeness, which is no copy. And how far
+    CLIP can be trusted: whether it recognises what they show, and prefers their own captions to each
+    other's."""
     clip, embeddings = context.clip, context.held_out_embeddings
     cosines = embeddings @ embeddings.T  # (H, H)
     to_others = cosines.sum(1).sub(cosines.diagonal()) / (len(embeddings) - 1)
@@ -322,7 +312,8 @@ def references(args, context: Context, replace: str, caption: str) -> dict:
 
 
 def preferred(fits: Tensor, captions: list[str], shift: int) -> float | None:
-    """How often the caption of photo i + shift fits photo i better than another caption does: 0.5 is chance."""
+    """How often the caption of photo i + shift fits photo i better than another caption does: 0.5 is
+    chance."""
     n, wins = len(captions), []
     for i in range(n):
         chosen = (i + shift) % n

@@ -1,11 +1,11 @@
-"""One cell of a comparison: a training as a process of its own, its pictures, their scores, and what it all took.
+"""One cell of a comparison: a training as a process of its own, its pictures, their scores, its costs.
 
     train           the very train_X.py, so that time and memory are true      CELL/run/
     draw            the same prompts from the same noise for every method      CELL/pictures-HASH/
     score_images    every picture by CLIP                                      CELL/scores-HASH.json
 
-Each does only what is missing. Read next: hanokdiff/scoring/clip.py (the scores), hanokdiff/compare/summary.py (the
-statistics).
+Each does only what is missing. Read next: hanokdiff/scoring/clip.py (the scores),
+hanokdiff/compare/summary.py (the statistics).
 """
 
 import ctypes
@@ -32,7 +32,7 @@ from hanokdiff.images import read_photo
 from hanokdiff.methods import hypernetwork, lora, textual_inversion
 from hanokdiff.scoring.clip import presence, scores
 
-# ------------------------------------------------------------------------------------------------------ 1. training
+# --------------------------------------------------------------------------------------------- 1. training
 
 
 def append_line(path: Path, entry: dict) -> None:
@@ -50,8 +50,8 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def train(cell: dict, folder: Path) -> None:
-    """Run the cell's train_X.py in the cell's folder, or resume it. DreamBooth's class pictures are drawn there too:
-    every cell pays for its own."""
+    """Run the cell's train_X.py in the cell's folder, or resume it. DreamBooth's class pictures are drawn
+    there too: every cell pays for its own."""
     run = folder / "run"
     if cell["method"] == "untouched" or (run / plan.METHODS[cell["method"]]).exists():
         return
@@ -80,9 +80,11 @@ def last_error(log: Path) -> str:
 
 
 def process(argv: list, folder: Path) -> tuple[int, float, int | None, bool]:
-    """(exit code, seconds, peak bytes, stopped) of a child. Ctrl-C is passed on: the child saves its state and stops.
+    """(exit code, seconds, peak bytes, stopped) of a child. Ctrl-C is passed on: the child saves its state
+    and stops.
 
-    Its peak is read from Linux while it runs: wait4's would begin with the parent's own, from before the exec."""
+    Its peak is read from Linux while it runs: wait4's would begin with the parent's own, from before the
+    exec."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     start, peak, stopped = time.perf_counter(), None, False
     with open(folder / "log.txt", "ab") as log:
@@ -92,7 +94,7 @@ def process(argv: list, folder: Path) -> tuple[int, float, int | None, bool]:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            start_new_session=True,  # the terminal's Ctrl-C reaches this process only, which passes it on once
+            start_new_session=True,  # the terminal's Ctrl-C reaches this process, which passes it on
             preexec_fn=libc and (lambda: libc.prctl(1, signal.SIGKILL)),  # it ends when this process does
         )
         while (code := child.poll()) is None:
@@ -121,7 +123,7 @@ def machine() -> str:
     return f"{cpu[1] if cpu else 'CPU'} ({os.cpu_count()} cores), {gpu}, torch {torch.__version__}"
 
 
-# ------------------------------------------------------------------------------------------------------ 2. pictures
+# --------------------------------------------------------------------------------------------- 2. pictures
 
 
 @contextmanager
@@ -148,8 +150,8 @@ def applied(context: plan.Context, cell: dict, run: Path):
 
 
 def draw(context: plan.Context, cell: dict, folder: Path, drawing: dict) -> None:
-    """Every picture that is missing, in batches that stay the same: rounding depends on the batch, and a comparison
-    that was stopped must end in the same pictures."""
+    """Every picture that is missing, in batches that stay the same: rounding depends on the batch, and a
+    comparison that was stopped must end in the same pictures."""
     pictures, size = folder / cell["pictures"], drawing["size"]
     batch_size = 32 if size <= 64 else 4
     todo = []
@@ -190,7 +192,7 @@ def noise_seed(cell: dict, question: dict, i: int) -> int:
     return 1_000_000 * cell["seed"] + question["noise"] + i
 
 
-# -------------------------------------------------------------------------------------------------------- 3. scores
+# ----------------------------------------------------------------------------------------------- 3. scores
 
 
 def score_images(context: plan.Context, cell: dict, folder: Path) -> None:
@@ -249,7 +251,7 @@ def measure(context: plan.Context, cell: dict, question: dict, embeddings: Tenso
     ]
 
 
-# -------------------------------------------------------------------------------------------- 4. time and memory
+# -------------------------------------------------------------------------------------- 4. time and memory
 
 
 def times(cell: dict, folder: Path) -> dict:

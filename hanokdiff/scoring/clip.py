@@ -1,11 +1,11 @@
 """Scores by CLIP: how well a picture fits a text, what it is recognised as, what it resembles.
 
     CLIP-T     cosine of a picture and a text, on three published scales (Hessel et al. 2021, CLIPScore)
-    CLIP-I     mean cosine of a picture and reference pictures; the nearest of them: memorisation; RefCLIPScore of both
+    CLIP-I     mean cosine of a picture and reference pictures; the nearest of them; RefCLIPScore of both
     presence   which of several texts fits a picture best (Radford et al. 2021, zero-shot)
 
-Shapes:  N pictures, M texts or references, d the width of CLIP's common space; an embedding is a float32 row of
-length 1.
+Shapes:  N pictures, M texts or references, d the width of CLIP's common space. An embedding is a float32
+vector of length 1.
 """
 
 import math
@@ -113,7 +113,8 @@ def open_model(model: str | Path):
     words, vectors = len(tokenizer), clip.config.text_config.vocab_size
     if words > vectors:
         raise ValueError(
-            f"{model}: its tokenizer knows {words} words, its model {vectors}; give files that belong together"
+            f"{model}: its tokenizer knows {words} words, its model {vectors}; "
+            "give files that belong together"
         )
     return clip, tokenizer, mean_std(str(Path(model).expanduser()))
 
@@ -165,8 +166,8 @@ SCALES = {
 LIKENESS = {  # to reference pictures
     "clip_i": "mean over the references of cos(picture, reference); a picture is no reference of itself",
     "nearest": "largest of cos(picture, reference): 1 is a copy",
-    "refclipscore": "2ab / (a + b), a = clipscore, b = max(nearest, 0) (Hessel et al. 2021, whose references are "
-    "captions)",
+    "refclipscore": "2ab / (a + b), a = clipscore, b = max(nearest, 0) (Hessel et al. 2021, whose "
+    "references are captions)",
 }
 
 
@@ -197,10 +198,11 @@ def nearest(a: Tensor, b: Tensor) -> Tensor:
 def likeness(
     images: Tensor, references: Tensor, clipscore: Tensor, same: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """(N,) clip_i, nearest and refclipscore of pictures (N, d), and `which` of the references (M, d) is the nearest.
+    """(N,) clip_i, nearest and refclipscore of pictures (N, d), and `which` of the references (M, d) is the
+    nearest.
 
-    `same` (N, M) is true where a reference is the picture itself, which is then left out: real pictures against
-    one another are the ceiling of clip_i.
+    `same` (N, M) is true where a reference is the picture itself, which is then left out: real pictures
+    against one another are the ceiling of clip_i.
     """
     cosines = images @ references.T  # (N, M)
     same = torch.zeros_like(cosines, dtype=torch.bool) if same is None else same
@@ -215,6 +217,7 @@ def likeness(
 
 def refclipscore(clipscore: Tensor, nearest: Tensor) -> Tensor:
     """(N,) harmonic mean of the two. The paper scores a caption of a picture against other captions;
-    here a picture of a text is scored against other pictures. As there, only the first of the two is times 2.5."""
+    here a picture of a text is scored against other pictures. As there, only the first of the two is times
+    2.5."""
     b = nearest.clamp(min=0)
     return 2 * clipscore * b / (clipscore + b).clamp(min=1e-12)
