@@ -161,8 +161,8 @@ def choose_clip(pictures: dict[str, dict], clip: str | None) -> str | Path:
     side = pictures[largest]["side"]
     if clip is None and side > 64:
         raise ValueError(
-            f"{largest} is {side} px on its short side, but the embedded CLIP knows only the tiny world's 64; "
-            f"name another: --clip {EXAMPLE}"
+            f"{largest} is {side} px on its short side, but the embedded CLIP knows only the tiny world's "
+            f"64; name another: --clip {EXAMPLE}"
         )
     return TINY_CLIP if clip in (None, "tiny") else clip
 
