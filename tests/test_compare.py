@@ -397,9 +397,9 @@ def test_any_model_and_photos(sd1, here, tmp_path):
     for i, (image, text) in enumerate(world.photos(6)):  # captions that name the pseudo word already
         image.resize((80, 64)).save(tmp_path / "photos" / f"{i}.jpg")
         (tmp_path / "photos" / f"{i}.txt").write_text(text.replace("a building with a roof", "sks"))
-    argv = shlex.split("""--data photos --clip tiny --methods lora --sizes 3 --steps 1 --n 1 --sampling-steps 2
-        --token sks --kinds 'a barn|a castle' --with 'all --batch-size 1 --rank 2' --device cpu --resolution 32
-        --out a --model""")
+    argv = shlex.split("""--data photos --clip tiny --methods lora --sizes 3 --steps 1 --n 1
+        --sampling-steps 2 --token sks --kinds 'a barn|a castle' --with 'all --batch-size 1 --rank 2'
+        --device cpu --resolution 32 --out a --model""")
     assert compare.main([*argv, str(sd1.folder)]) == 0
     found = results("a")
     with Image.open(next(Path("a").glob("cells/lora*/pictures*/*.png"))) as image:

@@ -20,11 +20,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from hanokdiff.compare.questions import CONDITIONS, KINDS, choices, questions
 from hanokdiff.formats.load import load_model
 from hanokdiff.models import samplers
 from hanokdiff.models.pipeline import StableDiffusion
 from hanokdiff.models.tokens import word_pattern
-from hanokdiff.scoring.clip import SCALES, TINY_CLIP, Clip, nearest, presence
+from hanokdiff.scoring.clip import TINY_CLIP, Clip, nearest, presence
 from hanokdiff.scoring.stats import mean_interval
 from hanokdiff.tiny import world
 from hanokdiff.training import prior
@@ -39,13 +40,9 @@ METHODS = {  # and the file or folder that each leaves
 }
 SCRIPTS = Path(__file__).resolve().parents[2]  # where train_ti.py and its three siblings are
 DESCRIPTIONS = {"untouched-hanok": "hanok", "untouched-described": "a Korean traditional house"}
-KINDS = "a hanok, a Korean traditional house|a Japanese house|a Chinese pavilion|a western house"
-CONDITIONS = "a building on fire|a building beside a campfire|a building"
 RESERVED = "--model --data --images --held-out --resolution --token --seed --device --out --resume"
 HELD_OUT, LEAST_HELD_OUT = 30, 2  # photos that no method sees
 EPOCHS_AT = 50  # photos: there, --budget epochs gives each method its own number of steps
-EXTRA = 32  # pictures at most of the questions beside the prompts, which are no part of the result
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVXY"  # names of the prompts
 
 
 @dataclass
@@ -87,18 +84,6 @@ def prepare(args) -> Context:
     clip = Clip(TINY_CLIP if tiny_clip else args.clip, args.device or "cpu")
     embeddings = (clip.images(p.image for p in some) for some in (photos, unseen))
     return Context(args.token, sd, resolution, clip, photos, unseen, *embeddings, kinds, conditions)
-
-
-def choices(given: str | None, usual: str, tiny: dict | None) -> dict[str, str]:
-    """Label -> text: those given, else the tiny world's, else the usual ones."""
-    if given is None and tiny:
-        return tiny
-    labels = [c.strip() for c in (usual if given is None else given).split("|")]
-    if len(labels) < 2 or not all(labels) or len(set(labels)) < len(labels):
-        raise ValueError(
-            f'"{given}" must name 2 different things or more, the wanted one first: "a hanok|a barn"'
-        )
-    return {label: label for label in labels}
 
 
 # -------------------------------------------------------------------------------------------- one training
@@ -148,53 +133,6 @@ def more_options(more: list[str], method: str) -> list[str]:
             f"--with may not set {wrong[0]} of {method}, which the comparison sets for every cell"
         )
     return words
-
-
-# ------------------------------------------------------------------------------------------- the questions
-
-
-def questions(args, sd: StableDiffusion, clip: Clip) -> list[dict]:
-    """The prompts of every cell, and the texts that its pictures are scored with. Besides those given: the
-    pseudo word alone, and where the tokenizer fuses the word with what follows, the prompt as other tools
-    would read it."""
-    found = []
-    for place, (name, prompt) in enumerate([*zip(LETTERS, args.prompts), ("word", args.token)]):
-        subject = word_pattern(args.token).sub(lambda _: args.subject, prompt)
-        check_length(clip, subject)
-        question = {
-            "key": name,
-            "prompt": prompt,
-            "literal_tokens": False,
-            "noise": 10_000 * place,
-            "n": args.n if name != "word" else min(args.n, EXTRA),
-            "texts": {"literal": prompt, "words": subject, "context": args.context},
-            "tokens": tokens(sd, prompt, literal=False),
-        }
-        found.append(question)
-        fused = tokens(sd, prompt, literal=True)
-        if name != "word" and fused != question["tokens"]:
-            changed = {"key": f"{name} literal", "literal_tokens": True, "n": min(args.n, EXTRA)}
-            found.append({**question, **changed, "tokens": fused})
-    return found
-
-
-def tokens(sd: StableDiffusion, prompt: str, literal: bool) -> list[str]:
-    sd.text.literal_tokens = literal
-    ids = sd.text.ids(prompt)
-    sd.text.literal_tokens = False
-    end = ids.index(sd.text.tokenizer.eos_token_id)
-    return [sd.text.tokenizer.decode([i]).strip() for i in ids[1:end]]
-
-
-def check_length(clip: Clip, text: str) -> None:
-    """A CLIP that reads only the beginning of a text would score something else."""
-    longest = max((s.prefix + text for s in SCALES.values()), key=len)
-    used = len(clip.tokenizer(longest, verbose=False).input_ids)
-    if used > clip.length:
-        raise ValueError(
-            f'"{longest}" is {used} tokens long, but the CLIP {clip.name} reads {clip.length}; shorten '
-            "--prompts or --subject, or name another --clip"
-        )
 
 
 # ------------------------------------------------------------------------------------------------ the plan
