@@ -1,26 +1,26 @@
 """Pictures to scores: how well does each picture show what its prompt says, and what real pictures show?
 
-    cosine        cos(E_picture, E_text), CLIP's two embeddings                       Radford et al. 2021
-    clipscore     2.5 max(cos, 0), "A photo depicts " before the text                 Hessel et al. 2021, "CLIPScore"
-    x100          100 max(cos, 0) without it                                          as torchmetrics prints
+    cosine        cos(E_picture, E_text), CLIP's two embeddings               Radford et al. 2021
+    clipscore     2.5 max(cos, 0), "A photo depicts " before the text         Hessel et al. 2021, "CLIPScore"
+    x100          100 max(cos, 0) without it                                  as torchmetrics prints
     clip_i        mean of cos(E_picture, E_reference) over the pictures of --reference
-    nearest       the largest of them: near 1 is a copy, and of which file is told
-    refclipscore  2ab / (a + b) with a = clipscore, b = max(nearest, 0)               the same paper's RefCLIPScore
+    nearest       the largest of them: near 1 is a copy, and of which file is printed
+    refclipscore  2ab / (a + b) with a = clipscore, b = max(nearest, 0)       the same paper's RefCLIPScore
 
     python sample.py "a castle in the snow" --n 8 --out runs/castle
     python sample.py "a castle in the snow" --n 8 --out runs/short --steps 4
     python clipscore.py runs/castle --presence "a castle|a barn|a tent"
     python clipscore.py runs/castle runs/short --paired
 
-prints the scorer, the exact texts it scored (the prompts that sample.py and the WebUI leave in their PNGs), and for
-each folder the means and the share of pictures recognised as each thing, with 95 % intervals.  --paired subtracts
-pictures of the same prompt and seed, so that an easy prompt is easy for both.  References here are pictures, best
-real ones that no training saw; the paper's are captions, so its RefCLIPScores are not to be compared with these.
+prints the scorer, the exact texts it scored (the prompts that sample.py and the WebUI leave in their PNGs),
+and for each folder the means and the share of pictures recognised as each thing, with 95 % intervals.
+--paired subtracts pictures of the same prompt and seed, so that an easy prompt is easy for both. References
+here are pictures, best real ones that no training saw; the paper's are captions: do not compare RefCLIPScores
+with its.
 
-CLIPScore is blind to quality, reads a bag of words, and has a scale of its own per model: compare only under one
-scorer.  A pseudo word means nothing to it: --replace-token "*" "a hanok".
-Read next: hanokdiff/scoring/clip.py (where it is computed), hanokdiff/compare/__main__.py (the experiment that uses
-it).
+CLIPScore is blind to quality, reads a bag of words, and has a scale of its own per model: compare only under
+one scorer. A pseudo word means nothing to it: --replace-token "*" "a hanok".
+Read next: hanokdiff/scoring/clip.py (where it is computed), hanokdiff/compare/__main__.py (the experiment).
 """
 
 import csv
@@ -51,45 +51,28 @@ INTERVAL = (
 
 def options() -> Options:
     p = Options(description=__doc__)
-    p.add_argument(
-        "paths", nargs="+", metavar="IMAGE_OR_FOLDER", help="folders are reported apart, not recursive"
-    )
-    what, scorer, out = (p.add_argument_group(g) for g in ("what is asked", "the scorer", "output"))
-    what.add_argument("--prompt", metavar="TEXT", help="one text for all (default: the prompt in each PNG)")
-    what.add_argument(
-        "--replace-token",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("TOKEN", "WORDS"),
-        help='e.g. "*" "a hanok"; repeatable',
-    )
-    what.add_argument(
-        "--presence", metavar="A|B|...", help="what share of pictures is recognised as A, as B ..."
-    )
-    what.add_argument(
-        "--reference", metavar="FOLDER", help="real pictures, held-out photos for example, to resemble"
-    )
-    what.add_argument(
-        "--paired",
-        action="store_true",
-        help="also the first of two folders minus the second, matched by prompt and seed",
-    )
-    scorer.add_argument(
-        "--clip", metavar="FOLDER|HUB_ID", help="default: tiny, for pictures of at most 64 px only"
-    )
-    scorer.add_argument(
-        "--device", default="cpu", help="cpu, cuda ... (default: %(default)s, the same everywhere)"
-    )
-    out.add_argument("--per-image", action="store_true", help="print a line for every picture")
-    out.add_argument(
-        "--json", type=Path, metavar="FILE", help="everything: scorer, formulas, every picture, summary"
-    )
-    out.add_argument("--csv", type=Path, metavar="FILE", help="a line for every picture")
+    folders = "folders are reported apart, not recursive"
+    p.add_argument("paths", nargs="+", metavar="IMAGE_OR_FOLDER", help=folders)
+    add = p.add_argument_group("what is asked").add_argument
+    add("--prompt", metavar="TEXT", help="one text for all (default: the prompt in each PNG)")
+    replace = {"nargs": 2, "action": "append", "default": [], "metavar": ("TOKEN", "WORDS")}
+    add("--replace-token", **replace, help='e.g. "*" "a hanok"; repeatable')
+    add("--presence", metavar="A|B|...", help="what share of pictures is recognised as A, as B ...")
+    add("--reference", metavar="FOLDER", help="real pictures, held-out photos for example, to resemble")
+    paired = "also the first of two folders minus the second, matched by prompt and seed"
+    add("--paired", action="store_true", help=paired)
+    add = p.add_argument_group("the scorer").add_argument
+    add("--clip", metavar="FOLDER|HUB_ID", help="default: tiny, for pictures of at most 64 px only")
+    add("--device", default="cpu", help="cpu, cuda ... (default: %(default)s, the same everywhere)")
+    add = p.add_argument_group("output").add_argument
+    add("--per-image", action="store_true", help="print a line for every picture")
+    everything = "everything: scorer, formulas, every picture, summary"
+    add("--json", type=Path, metavar="FILE", help=everything)
+    add("--csv", type=Path, metavar="FILE", help="a line for every picture")
     return p
 
 
-# --------------------------------------------------------------------------------------------------- 1. input
+# ------------------------------------------------------------------------------------------------ 1. input
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -118,15 +101,16 @@ def collect(paths: list[str]) -> dict[str, str]:
 
 
 def origin(parameters: str) -> dict:
-    """Prompt and seed in what the WebUI writes: the prompt, "Negative prompt: ...", "Steps: 20, ..., Seed: 0, ..."."""
+    """Prompt and seed in what the WebUI writes: the prompt, "Negative prompt: ...", "Steps: 20, ..., Seed: 0,
+    ..."."""
     prompt = re.split(r"(?:^|\n)(?:Negative prompt|Steps):", parameters, maxsplit=1)[0].strip()
     seed = re.search(r"^Steps: .*\bSeed: (\d{1,19})\b", parameters, re.MULTILINE)
     return {"prompt": prompt, "seed": int(seed[1]) if seed else None}
 
 
-def look(files) -> tuple[dict[str, dict], list[str]]:
-    """({file: short side in pixels, prompt and seed}, names that could not be read, each told)."""
-    seen, broken = {}, []
+def read_pictures(files) -> tuple[dict[str, dict], list[str]]:
+    """({file: short side in pixels, prompt and seed}, names that could not be read, each printed)."""
+    pictures, broken = {}, []
     for file in map(str, files):
         try:
             side = min(read_photo(file)[0].size)
@@ -136,12 +120,12 @@ def look(files) -> tuple[dict[str, dict], list[str]]:
             continue
         with Image.open(file) as image:
             image.load()  # a PNG's text may also stand at its end
-            seen[file] = {"side": side, **origin(str(image.info.get("parameters", "")))}
-    if not seen:
+            pictures[file] = {"side": side, **origin(str(image.info.get("parameters", "")))}
+    if not pictures:
         raise ValueError(
             f"none of the {len(broken)} pictures can be read, {broken[0]} first; give some that can"
         )
-    return seen, broken
+    return pictures, broken
 
 
 def set_texts(rows: list[dict], prompt: str | None, replace: list[tuple[str, str]]) -> None:
@@ -172,38 +156,38 @@ def labels_of(presence: str | None) -> list[str]:
     return labels
 
 
-def choose_clip(seen: dict[str, dict], clip: str | None):
-    largest = max(seen, key=lambda file: seen[file]["side"])
-    if clip is None and seen[largest]["side"] > 64:
+def choose_clip(pictures: dict[str, dict], clip: str | None) -> str | Path:
+    largest = max(pictures, key=lambda file: pictures[file]["side"])
+    side = pictures[largest]["side"]
+    if clip is None and side > 64:
         raise ValueError(
-            f"{largest} is {seen[largest]['side']} px on its short side, but the embedded CLIP knows only "
-            f"the tiny world's 64; name another: --clip {EXAMPLE}"
+            f"{largest} is {side} px on its short side, but the embedded CLIP knows only the tiny world's "
+            f"64; name another: --clip {EXAMPLE}"
         )
     return TINY_CLIP if clip in (None, "tiny") else clip
 
 
-# ------------------------------------------------------------------------------------------------- 2. the score
+# ----------------------------------------------------------------------------------------------- 2. scores
 
 
-def add_scores(clip, rows: list[dict], labels: list[str], references: list[str]) -> None:
+def add_scores(clip: Clip, rows: list[dict], labels: list[str], references: list[str]) -> None:
     """Every score to each row; `presence` is a label, `nearest_file` a reference."""
     images = clip.images(read_photo(row["file"])[0] for row in rows)  # (N, d)
     columns = scores(clip, images, [row["text"] for row in rows])
+    which = None
     if references:
-        files, paths = (
-            [Path(f).resolve() for f in some] for some in ([row["file"] for row in rows], references)
-        )
-        own = torch.tensor([[file == path for path in paths] for file in files])  # (N, M)
+        files, paths = [row["file"] for row in rows], [Path(r).resolve() for r in references]
+        same = [[Path(file).resolve() == path for path in paths] for file in files]
         real = clip.images(read_photo(f)[0] for f in references)  # (M, d)
-        columns |= likeness(images, real, columns["clipscore"], own)
-    columns = {name: values.tolist() for name, values in columns.items()}
-    if references:
-        columns["nearest_file"] = [references[i] for i in columns.pop("which")]
-    if labels:
-        columns["presence"] = [labels[i] for i in presence(images, clip.texts(labels))]
-    for name, values in columns.items():
-        for row, value in zip(rows, values, strict=True):
-            row[name] = value
+        columns |= likeness(images, real, columns["clipscore"], torch.tensor(same))
+        which = columns.pop("which").tolist()
+    kinds = presence(images, clip.texts(labels)).tolist() if labels else None
+    for i, row in enumerate(rows):
+        row |= {name: values[i].item() for name, values in columns.items()}
+        if which:
+            row["nearest_file"] = references[which[i]]
+        if kinds:
+            row["presence"] = labels[kinds[i]]
 
 
 def known(values: tuple) -> list:
@@ -225,36 +209,37 @@ def summarise(rows: list[dict], names: list[str], labels: list[str]) -> list[dic
     return summary
 
 
-# ---------------------------------------------------------------------------------------------------- 3. pairs
+# ------------------------------------------------------------------------------------------------ 3. pairs
 
 
 def match(rows: list[dict], paths: list[str], prompt: str | None) -> dict:
-    """The pairs (row of A, row of B), by prompt and seed where every picture tells them, else by the file's name
-    without its ending, and the files that have no partner."""
-    drawn = all(row["prompt"] and row["seed"] is not None for row in rows)
-    asked = (
-        "text" if prompt is None else "prompt"
-    )  # of the texts: there --replace-token made "*" and "a hanok" equal
+    """The pairs (row of A, row of B), by prompt and seed where every picture has them, else by the file's
+    name without its ending, and the files that have no partner."""
+    by_seed = all(row["prompt"] and row["seed"] is not None for row in rows)
+    # of the texts, unless all are one: in them --replace-token made "*" and "a hanok" equal
+    column = "text" if prompt is None else "prompt"
     a, b = {}, {}
     for row in rows:
-        key = f'"{row[asked]}" with seed {row["seed"]}' if drawn else Path(row["file"]).stem
-        other = (a if Path(row["folder"]) == Path(paths[0]) else b).setdefault(key, row)
-        if other is not row:
+        key = f'"{row[column]}" with seed {row["seed"]}' if by_seed else Path(row["file"]).stem
+        folder = a if Path(row["folder"]) == Path(paths[0]) else b
+        if key in folder:
             raise ValueError(
-                f"{other['file']} and {row['file']} are both {key}, so it is uncertain which makes the "
+                f"{folder[key]['file']} and {row['file']} are both {key}, so it is uncertain which makes the "
                 "pair; take one of them out of its folder"
             )
-    by = "prompt and seed" if drawn else "file name"
+        folder[key] = row
+    by = "prompt and seed" if by_seed else "file name"
     if not a.keys() & b.keys():
-        first, second = (next(iter(side), "nothing readable") for side in (a, b))
+        first, second = (next(iter(folder), "nothing readable") for folder in (a, b))
         raise ValueError(
             f"no picture of {paths[0]} matches one of {paths[1]} by {by} (the first ones: {first}; "
             f"{second}); draw both from the same prompts and seeds"
         )
+    pairs = [(a[k], b[k]) for k in a if k in b]
     return {
         "by": by,
-        "pairs": [(a[k], b[k]) for k in a if k in b],
-        "unmatched": [row["file"] for k, row in [*a.items(), *b.items()] if k not in a or k not in b],
+        "pairs": pairs,
+        "unmatched": [(a | b)[k]["file"] for k in a | b if (k in a) != (k in b)],
     }
 
 
@@ -269,12 +254,12 @@ def differences(pairs: list[tuple[dict, dict]], names: list[str], labels: list[s
     }
 
 
-# --------------------------------------------------------------------------------------------------- 4. output
+# ----------------------------------------------------------------------------------------------- 4. output
 
 
-def table(*lines: list[str]) -> str:
+def print_table(*lines: list[str]) -> None:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n" + "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+    print("\n" + "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines))
 
 
 def interval(values: list) -> str:
@@ -283,7 +268,7 @@ def interval(values: list) -> str:
 
 
 def show(report: dict, per_image: bool) -> None:
-    images, formulas = report["images"], report["formulas"]
+    images, formulas, summary = report["images"], report["formulas"], report["summary"]
     print("scorer        CLIP {model}, {image_size} px, fp32 on {device}".format(**report["scorer"]))
     print(*(f"{name:13} {formula}" for name, formula in formulas.items()), sep="\n")
     texts = Counter(row["text"] for row in images).most_common()
@@ -291,50 +276,31 @@ def show(report: dict, per_image: bool) -> None:
     print(*(f'{n:>13} x "{text}"' for text, n in texts[:5]), sep="\n")
     if per_image:
         names = [k for k in images[0] if k not in ("folder", "side", "prompt", "seed")]
-        print(
-            table(
-                names, *([f"{r[k]:.4f}" if isinstance(r[k], float) else r[k] for k in names] for r in images)
-            )
-        )
-
-    def means(head, names, of=lambda r: r):
-        if names:
-            print(
-                table(
-                    [head, "n", *names],
-                    *(
-                        [r["folder"], str(r["n"]), *(interval(of(r)[k]) for k in names)]
-                        for r in report["summary"]
-                    ),
-                )
-            )
-
-    means("folder", list(SCALES))
-    means(f"like {report['reference']}", [name for name in formulas if name not in SCALES])
+        lines = [[f"{r[k]:.4f}" if isinstance(r[k], float) else r[k] for k in names] for r in images]
+        print_table(names, *lines)
+    show_summary("folder", list(SCALES), summary)
     if report["reference"]:
-        print(
-            "closest: {file} to {nearest_file}, {nearest:.4f}".format(
-                **max(images, key=lambda r: r["nearest"])
-            )
-        )
-    means("recognised as", report["labels"], lambda r: r["presence"])
+        show_summary(f"like {report['reference']}", list(LIKENESS), summary)
+        nearest = max(images, key=lambda r: r["nearest"])
+        print("closest: {file} to {nearest_file}, {nearest:.4f}".format(**nearest))
+    if report["labels"]:
+        shares = [{**row, **row["presence"]} for row in summary]
+        show_summary("recognised as", report["labels"], shares)
     if report["paired"]:
         show_paired(**report["paired"])
     print(f"\nintervals: {INTERVAL}")
 
 
+def show_summary(head: str, names: list[str], summary: list[dict]) -> None:
+    lines = [[r["folder"], str(r["n"]), *(interval(r[k]) for k in names)] for r in summary]
+    print_table([head, "n", *names], *lines)
+
+
 def show_paired(a: str, b: str, by: str, pairs: int, unmatched: list[str], scores: dict) -> None:
-    lines = [
-        [name, f"{v['a']:.4f}", f"{v['b']:.4f}", interval(v["difference"])] for name, v in scores.items()
-    ]
-    print(table([f"{pairs} pairs", a, b, "first - second"], *lines))
+    lines = [[n, f"{v['a']:.4f}", f"{v['b']:.4f}", interval(v["difference"])] for n, v in scores.items()]
+    print_table([f"{pairs} pairs", a, b, "first - second"], *lines)
     names = ", ".join(unmatched[:5]) + (", ..." if len(unmatched) > 5 else "")
     print(f"matched by {by}; {len(unmatched)} unmatched" + (f" ({names})" if unmatched else ""))
-
-
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    write_text(path, text, newline="")
 
 
 def as_csv(rows: list[dict]) -> str:
@@ -345,76 +311,74 @@ def as_csv(rows: list[dict]) -> str:
     return out.getvalue()
 
 
-def check(o) -> None:
+def check(args) -> None:
     """What can be refused before the work."""
-    for option, path in (("--json", o.json), ("--csv", o.csv)):
-        if path is None:
-            continue
-        if path.is_dir():
-            raise ValueError(f"{option} {path} is a folder; name a file in it")
-        if path.exists() and path.suffix.lower() not in (".json", ".csv"):
-            raise ValueError(
-                f"{option} {path} is there and would be replaced; name one that ends in .json or .csv"
-            )
-        if not (path.absolute().parent.is_dir() and os.access(path.absolute().parent, os.W_OK)):
-            raise ValueError(
-                f"{option} {path} cannot be written; name a file in a folder that exists and is yours"
-            )
-    if o.json and o.csv and o.json.absolute() == o.csv.absolute():
-        raise ValueError(f"--json and --csv are both {o.json}; name two files")
-    folders = {Path(p).resolve() for p in o.paths if Path(p).is_dir()}
-    if o.paired and not len(o.paths) == len(folders) == 2:
+    for option, path in (("--json", args.json), ("--csv", args.csv)):
+        if path is not None:
+            check_output(option, path)
+    if args.json and args.csv and args.json.absolute() == args.csv.absolute():
+        raise ValueError(f"--json and --csv are both {args.json}; name two files")
+    folders = {Path(p).resolve() for p in args.paths if Path(p).is_dir()}
+    if args.paired and not len(args.paths) == len(folders) == 2:
         raise ValueError(
-            f"--paired compares 2 different folders, but of the {len(o.paths)} paths {len(folders)} are; "
+            f"--paired compares 2 different folders, but of the {len(args.paths)} paths {len(folders)} are; "
             "give two: clipscore.py A B --paired"
+        )
+
+
+def check_output(option: str, path: Path) -> None:
+    if path.is_dir():
+        raise ValueError(f"{option} {path} is a folder; name a file in it")
+    if path.exists() and path.suffix.lower() not in (".json", ".csv"):
+        raise ValueError(
+            f"{option} {path} is there and would be replaced; name one that ends in .json or .csv"
+        )
+    folder = path.absolute().parent
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise ValueError(
+            f"{option} {path} cannot be written; name a file in a folder that exists and is yours"
         )
 
 
 @report_errors
 def main(argv=None):
-    o = options().parse_args(argv)
-    check(o)
-    labels, folders = labels_of(o.presence), collect(o.paths)
-    seen, broken = look(folders)
-    real = look(collect([o.reference]))[0] if o.reference else {}
-    rows = [{"folder": folders[file], "file": file, **told} for file, told in seen.items()]
-    set_texts(rows, o.prompt, o.replace_token)
-    paired = match(rows, o.paths, o.prompt) if o.paired else None
+    args = options().parse_args(argv)
+    check(args)
+    labels, folders = labels_of(args.presence), collect(args.paths)
+    pictures, broken = read_pictures(folders)
+    real = read_pictures(collect([args.reference]))[0] if args.reference else {}
+    rows = [{"folder": folders[file], "file": file, **about} for file, about in pictures.items()]
+    set_texts(rows, args.prompt, args.replace_token)
+    paired = match(rows, args.paths, args.prompt) if args.paired else None
 
-    clip = Clip(choose_clip({**seen, **real}, o.clip), o.device)
+    clip = Clip(choose_clip(pictures | real, args.clip), args.device)
     add_scores(clip, rows, labels, list(real))
     formulas = {name: s.formula for name, s in SCALES.items()} | (LIKENESS if real else {})
     if paired:
-        pairs = paired["pairs"]
-        paired |= {
-            "a": o.paths[0],
-            "b": o.paths[1],
-            "pairs": len(pairs),
-            "scores": differences(pairs, list(formulas), labels),
-        }
+        found = differences(paired["pairs"], list(formulas), labels)
+        a, b = args.paths
+        paired |= {"a": a, "b": b, "pairs": len(paired["pairs"]), "scores": found}
+    name = "tiny" if clip.name == str(TINY_CLIP) else clip.name
     report = {
-        "scorer": {
-            "model": "tiny" if clip.name == str(TINY_CLIP) else clip.name,
-            "image_size": clip.size,
-            "device": str(clip.device),
-        },
+        "scorer": {"model": name, "image_size": clip.size, "device": str(clip.device)},
         "formulas": formulas,
         "interval": INTERVAL,
-        "inputs": o.paths,
+        "inputs": args.paths,
         "unreadable": broken,
         "labels": labels,
-        "replaced": o.replace_token,
-        "reference": o.reference,
+        "replaced": args.replace_token,
+        "reference": args.reference,
         "references": list(real),
         "paired": paired,
         "summary": summarise(rows, list(formulas), labels),
         "images": rows,
     }
-    show(report, o.per_image)
-    if o.json:
-        write(o.json, json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-    if o.csv:
-        write(o.csv, as_csv(rows))
+    show(report, args.per_image)
+    if args.json:
+        text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        write_text(args.json, text, newline="")
+    if args.csv:
+        write_text(args.csv, as_csv(rows), newline="")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from hanokdiff.files import write_text
 from hanokdiff.images import read_photo
 from hanokdiff.models.tokens import contains_word, word_pattern
 from hanokdiff.options import Options
-from hanokdiff.pretrained import check_pretrained
+from hanokdiff.pretrained import open_pretrained
 from hanokdiff.scoring.clip import MEAN, STD
 from hanokdiff.training.dataset import photo_files, read_caption
 
@@ -150,47 +150,8 @@ class Blip:
 
 def open_blip(name: str):
     """(BlipForConditionalGeneration, tokenizer). A folder that exists comes first, then the hub."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir() and (folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "~"))):
-        what = "not a folder" if folder.exists() else "no such folder"
-        raise ValueError(
-            f"--blip {name}: {what}; give one that holds a BLIP model, or a hub id such as {BLIP}"
-        )
-    from transformers import (
-        AutoTokenizer,
-        BlipForConditionalGeneration,
-    )  # here, because the import takes seconds
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # else a table of loaded keys
-    if folder.is_dir():
-        logging.disable_progress_bar()
-    source, only = (str(folder), {"local_files_only": True}) if folder.is_dir() else (name, {})
-    try:
-        if only:
-            check_pretrained(folder, BlipForConditionalGeneration)
-        network, info = BlipForConditionalGeneration.from_pretrained(
-            source, output_loading_info=True, ignore_mismatched_sizes=True, **only
-        )
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **only)
-        tokenizer(PROMPT)  # of a damaged one this may fail, too
-    except Exception as e:  # offline, unknown id, no JSON, damaged weights: there is a class for each
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0].rstrip(".")
-        where = (
-            "the folder cannot be opened" if folder.is_dir() else "no folder here, nor a model from the hub"
-        )
-        raise ValueError(
-            f"--blip {name}: {where} ({reason}); name a folder with a whole BLIP model"
-            f"{'' if folder.is_dir() else ', or go online once'}"
-        ) from None
-    if bad := sorted(
-        [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]
-    ):  # these would be random
-        raise ValueError(
-            f"--blip {name} is no whole BLIP captioner: {len(bad)} tensors missing or misshapen, such as "
-            f"{bad[0]}; give a complete one, such as {BLIP}"
-        )
-    return network, tokenizer
+    kinds = "BlipForConditionalGeneration", "AutoTokenizer"
+    return open_pretrained(name, *kinds, option="--blip", whole="a whole BLIP model", example=BLIP)
 
 
 # ---------------------------------------------------------------------------------------------- the folder

@@ -1,33 +1,91 @@
-"""What is looked at before transformers opens a model folder."""
+"""Opening a model with transformers, from a folder or the hub, such that a file in the folder can do no
+harm."""
 
+import math
 from pathlib import Path
 
 import torch
 
 from hanokdiff.files import read_json
 
+MOST_LAYERS, MOST_NUMBER = 200, 1_000_000  # of a config.json; larger ones exhaust the memory
 
-def check_pretrained(folder: Path, kind: type) -> None:
-    """Before transformers opens a folder: no name in it leads elsewhere, and its weights can fill what it describes."""
+
+def open_pretrained(model: str | Path, kind: str, tokenizer: str, option: str, whole: str, example: str):
+    """(model, tokenizer) of transformers' classes `kind` and `tokenizer`: from a folder that exists, else
+    from the hub.
+
+    Classes are given by name because importing transformers takes seconds. ValueError if the model cannot be
+    opened or lacks weights, which transformers would leave random; its message names the command's `option`,
+    what a folder must hold (`whole`), and a hub id that works.
+    """
+    folder, name = Path(model).expanduser(), str(model)
+    local = folder.is_dir()
+    if not local and (isinstance(model, Path) or folder.exists() or not could_be_hub_id(name)):
+        what = "not a folder" if folder.exists() else "no such folder"
+        raise ValueError(
+            f"{option} {name}: {what}; give one that holds {whole}, or a hub id such as {example}"
+        )
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()  # else a table of loaded keys, and advice on long texts
+    if local:
+        transformers.utils.logging.disable_progress_bar()
+    try:
+        network_class, tokenizer_class = getattr(transformers, kind), getattr(transformers, tokenizer)
+        if local:
+            check_model_folder(folder, network_class)
+        network, info = network_class.from_pretrained(
+            str(folder), local_files_only=local, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        words = tokenizer_class.from_pretrained(str(folder), local_files_only=local, trust_remote_code=False)
+        words("a b")  # a damaged tokenizer may fail only here
+    except Exception as e:  # offline, unknown id, JSON, safetensors: each raises a class of its own
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0].rstrip(".")
+        where = "the folder cannot be opened" if local else "no folder here, nor a model from the hub"
+        online = "" if local else ", or go online once"
+        raise ValueError(f"{option} {name}: {where} ({reason}); name a folder with {whole}{online}") from None
+    bad = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
+    if bad:
+        raise ValueError(
+            f"{option} {name} is not {whole}: {len(bad)} tensors missing or misshapen, such as {bad[0]}; "
+            f"give a complete one, such as {example}"
+        )
+    return network, words
+
+
+def could_be_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def check_model_folder(folder: Path, kind: type) -> None:
+    """Refuse a folder that names files elsewhere, or a config.json that asks for more weights than the files
+    hold."""
     if (folder / "adapter_config.json").is_file():
         raise ValueError(
             f"{folder / 'adapter_config.json'} names another model; give a folder with the whole one"
         )
     for index in folder.glob("*.index.json"):
         names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not all(
+        inside = isinstance(names, dict) and all(
             isinstance(n, str) and Path(n).name == n for n in names.values()
-        ):
+        )
+        if not inside:
             raise ValueError(f"{index} names files that are not in its folder; fetch it again")
     config = read_json(folder / "config.json")
-    todo = [*config.items()]
-    while todo:
-        name, x = todo.pop()
-        todo += x.items() if isinstance(x, dict) else ()
-        if isinstance(x, int | float) and not abs(x) <= (200 if "layers" in name else 1_000_000):
-            raise ValueError(f"{folder / 'config.json'}: {name} is {str(x)[:40]}, which no model has")
-    with torch.device("meta"):
-        asked = sum(p.numel() for p in kind(kind.config_class.from_dict(config)).parameters())
+    check_numbers(config, folder / "config.json")
+    with torch.device("meta"):  # allocates nothing
+        weights = sum(p.numel() for p in kind(kind.config_class.from_dict(config)).parameters())
     size = sum(f.stat().st_size for end in ("safetensors", "bin") for f in folder.glob(f"*.{end}"))
-    if asked > size:
-        raise ValueError(f"config.json asks for {asked:,} weights, but the files hold {size:,} bytes")
+    if weights > size:
+        raise ValueError(f"config.json asks for {weights:,} weights, but the files hold {size:,} bytes")
+
+
+def check_numbers(config: dict, path: Path) -> None:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            check_numbers(value, path)
+        elif isinstance(value, int | float):
+            most = MOST_LAYERS if "layers" in name else MOST_NUMBER
+            if math.isnan(value) or abs(value) > most:
+                raise ValueError(f"{path}: {name} is {str(value)[:40]}, which no model has")

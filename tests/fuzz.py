@@ -35,8 +35,7 @@ from PIL import Image, PngImagePlugin
 import clipscore
 import train_lora
 from hanokdiff import convert
-from hanokdiff.compare import __main__ as compare
-from hanokdiff.compare import run
+from hanokdiff.compare import results, run
 from hanokdiff.errors import one_line
 from hanokdiff.files import write_json
 from hanokdiff.formats import embedding_file, hypernet_file, lora_file, single_file
@@ -181,7 +180,7 @@ class Readers:
     def photo(self, file):
         read_photo(file)
         with contextlib.redirect_stderr(io.StringIO()):
-            clipscore.look([file])
+            clipscore.read_pictures([file])
 
     def text(self, file):
         read_caption(file)
@@ -236,10 +235,10 @@ class Readers:
         check_training(args)
 
     def manifest(self, file):
-        compare.read_manifest(file.parent)
+        results.read_manifest(file.parent)
 
     def log(self, file):
-        run.notes(file)
+        run.read_lines(file)
 
     def convert(self, file):
         out = self.out / (

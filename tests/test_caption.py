@@ -550,8 +550,8 @@ def larger_vocabulary(folder):
     (no_config, "the folder cannot be opened .*config.json is missing"),
     (no_tokenizer, "the tokenizer of .* does not fit it"),
     (cut_weights, "the folder cannot be opened"),
-    (missing_tensor, "no whole BLIP captioner: 1 tensors .* such as vision_model.post_layernorm.weight"),
-    (misshapen_tensor, "no whole BLIP captioner: 1 tensors .* such as vision_model.post_layernorm.weight"),
+    (missing_tensor, "is not a whole BLIP model: 1 tensors .* such as vision_model.post_layernorm.weight"),
+    (misshapen_tensor, "is not a whole BLIP model: 1 tensors .* such as vision_model.post_layernorm.weight"),
     (larger_vocabulary, "the tokenizer of .* does not fit it: it has 30 tokens"),
 ])  # fmt: skip
 def test_damaged_models(tmp_path, run, blip, damage, message):
@@ -565,7 +565,7 @@ def test_damaged_models(tmp_path, run, blip, damage, message):
 def test_another_kind_of_model(tmp_path, run):
     photos = fill(tmp_path, ["a.png"])
     code, _, err = run(photos, blip=Path(caption.__file__).parent / "tiny" / "clip")
-    assert code == 2 and "no whole BLIP captioner" in err and err.count("\n") == 1
+    assert code == 2 and "is not a whole BLIP model" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("name,message", [

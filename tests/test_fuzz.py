@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import clipscore
 from hanokdiff import caption
-from hanokdiff.compare import __main__ as compare
+from hanokdiff.compare import results
 from hanokdiff.errors import one_line
 from hanokdiff.files import read_json
 from hanokdiff.formats import embedding_file, hypernet_file, lora_file, single_file
@@ -216,7 +216,7 @@ def test_text_in_a_picture(tmp_path):
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", "a barn\nSteps: 20, Seed: " + "9" * 5000)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
-    assert clipscore.look([tmp_path / "a.png"])[0][str(tmp_path / "a.png")]["seed"] is None
+    assert clipscore.read_pictures([tmp_path / "a.png"])[0][str(tmp_path / "a.png")]["seed"] is None
     info.add_text("bomb", "x" * 60_000_000, zip=True)
     Image.new("RGB", (8, 8)).save(tmp_path / "b.png", pnginfo=info)
     refused(lambda: read_photo(tmp_path / "b.png"), "'b.png'")
@@ -295,10 +295,10 @@ def test_messages_do_not_command_the_terminal():
 ])  # fmt: skip
 def test_a_comparison_of_someone_else(tmp_path, home, name, value):
     manifest = json.loads((home / "files" / "manifest.json").read_text())
-    compare.read_manifest(home / "files")
+    results.read_manifest(home / "files")
     manifest["cells"][1][name] = value
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    refused(lambda: compare.read_manifest(tmp_path), tmp_path / "manifest.json")
+    refused(lambda: results.read_manifest(tmp_path), tmp_path / "manifest.json")
 
 
 def test_scores_of_someone_else(tmp_path, home):
@@ -312,7 +312,7 @@ def test_scores_of_someone_else(tmp_path, home):
         ({"images": 3}, "not"),
     ):
         scores.write_text(json.dumps(content))
-        refused(lambda: compare.show(tmp_path, manifest), tmp_path, words)
+        refused(lambda: results.write_report(tmp_path, manifest), tmp_path, words)
 
 
 def test_a_tokenizer_that_names_other_files(tmp_path, home):

@@ -379,11 +379,11 @@ clipscore large.png --prompt a
     large.png is 600 px on its short side, but the embedded CLIP knows only the tiny world's 64; name another:
     --clip openai/clip-vit-base-patch32
 clipscore photos --prompt a --clip photos
-    the CLIP folder photos cannot be opened (photos/config.json is missing: not a complete model folder in the
-    diffusers layout); it needs config.json, model.safetensors, vocab.json and merges.txt
+    --clip photos: the folder cannot be opened (photos/config.json is missing: not a complete model folder in the
+    diffusers layout); name a folder with a whole CLIP model (config.json, model.safetensors, vocab.json, merges.txt)
 clipscore photos --prompt a --clip some/where/else
-    there is no CLIP folder some/where/else; give one that exists, or a hub id such as
-    openai/clip-vit-base-patch32
+    --clip some/where/else: no such folder; give one that holds a whole CLIP model (config.json, model.safetensors,
+    vocab.json, merges.txt), or a hub id such as openai/clip-vit-base-patch32
 clipscore photos --prompt a --presence "a hanok"
     --presence "a hanok" must name at least 2 different things, as in "a hanok|a barn"
 clipscore photos --prompt a --replace-token "*" "a hanok"
@@ -435,7 +435,7 @@ caption bare --blip empty
     --blip empty: the folder cannot be opened (empty/config.json is missing: not a complete model folder in the
     diffusers layout); name a folder with a whole BLIP model
 caption bare --blip notes.txt
-    --blip notes.txt: not a folder; give one that holds a BLIP model, or a hub id such as
+    --blip notes.txt: not a folder; give one that holds a whole BLIP model, or a hub id such as
     Salesforce/blip-image-captioning-base
 [full disk] caption castles --replace "a castle" "*"
     castles/0.txt cannot be written (No space left on device); what was there before is unchanged
@@ -477,7 +477,7 @@ compare --merge photos
 compare --out notes.txt/x
     --out notes.txt/x cannot be made: notes.txt is a file; name a folder
 compare --model no-unet
-    --model no-unet needs --data FOLDER, the photos, and --clip, a judge that knows such pictures:
+    --model no-unet needs --data FOLDER, the photos, and --clip, a model that knows such pictures:
     openai/clip-vit-base-patch32 or a folder
 compare --data empty
     --data empty: no pictures in it (.avif .bmp .gif .heic .heif .jfif .jpeg .jpg .png .tif .tiff .webp); its

@@ -1,7 +1,7 @@
 """What a report is made of: charts as SVG, sheets of pictures, and a page that becomes HTML and Markdown.
 
-Nothing but the standard library and Pillow. A chart takes its text colour from the page, so it is legible in light and
-in dark; a sheet is transparent, with grey letters, for the same reason.
+Nothing but the standard library and Pillow. A chart takes its text colour from the page, so it is legible in
+light and in dark; a sheet is transparent, with grey letters, for the same reason.
 """
 
 import base64
@@ -11,27 +11,20 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-COLOURS = (
-    "#4e79a7",
-    "#e8833a",
-    "#4c9f70",
-    "#b0679b",
-    "#9c8453",
-    "#7f8c8d",
-    "#c0504d",
-    "#5fa8b8",
-    "#8a77c4",
-    "#a3a847",
-)
+COLOURS = ["#4e79a7", "#e8833a", "#4c9f70", "#b0679b", "#9c8453"]
+COLOURS += ["#7f8c8d", "#c0504d", "#5fa8b8", "#8a77c4", "#a3a847"]
 GREY = (127, 127, 127, 255)
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1e; --paper: #ffffff; --line: #c9c9cf; --soft: #f2f2f5; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8e8ec; --paper: #16161a; --line: #46464e; --soft: #222228; } }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e8ec; --paper: #16161a; --line: #46464e; --soft: #222228; }
+}
 body { margin: 0 auto; padding: 1rem; max-width: 60rem; color: var(--ink); background: var(--paper);
        font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
-.wide { overflow-x: auto; margin: 1rem 0; } figure { margin: 1rem 0; } figcaption { font-size: .9rem; opacity: .85; }
+.wide { overflow-x: auto; margin: 1rem 0; } figure { margin: 1rem 0; }
+figcaption { font-size: .9rem; opacity: .85; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
 th { background: var(--soft); } svg { display: block; min-width: 34rem; width: 100%; height: auto; }
@@ -40,87 +33,83 @@ code { background: var(--soft); padding: 0 .2rem; }
 """
 
 
-# ---------------------------------------------------------------------------------------------------------- a page
+# -------------------------------------------------------------------------------------------------- a page
 
 
 class Page:
     """A title and blocks, added from top to bottom; the same ones in HTML and in Markdown."""
 
     def __init__(self, title: str, refresh: int = 0):
-        self.title, self.refresh, self.rows, self.lines = (
-            title,
-            refresh,
-            [f"<h1>{escape(title)}</h1>"],
-            [f"# {title}"],
-        )
+        self.title, self.refresh = title, refresh  # the browser reloads after so many seconds
+        self.html_blocks, self.markdown_blocks = [f"<h1>{escape(title)}</h1>"], [f"# {title}"]
 
-    def head(self, text: str) -> None:
-        self.rows.append(f"<h2>{escape(text)}</h2>")
-        self.lines.append(f"## {text}")
+    def add(self, html: str, markdown: str) -> None:
+        self.html_blocks.append(html)
+        self.markdown_blocks.append(markdown)
 
-    def say(self, *texts: str) -> None:
-        """Paragraphs, wherever their lines break. What stands between backticks is code."""
-        for text in (" ".join(t.split()) for t in texts):
-            parts = escape(text, quote=False).split("`")
-            inner = "".join(f"<code>{p}</code>" if i % 2 else p for i, p in enumerate(parts))
-            self.rows.append(f"<p>{inner}</p>")
-            self.lines.append(
-                "`".join(p if i % 2 else p.replace("*", "\\*") for i, p in enumerate(text.split("`")))
-            )
+    def heading(self, text: str) -> None:
+        self.add(f"<h2>{escape(text)}</h2>", f"## {text}")
+
+    def text(self, text: str) -> None:
+        """A paragraph, wherever its lines break. What stands between backticks is code."""
+        parts = " ".join(text.split()).split("`")
+        html = [
+            f"<code>{escape(p, False)}</code>" if i % 2 else escape(p, False) for i, p in enumerate(parts)
+        ]
+        markdown = [p if i % 2 else p.replace("*", "\\*") for i, p in enumerate(parts)]
+        self.add(f"<p>{''.join(html)}</p>", "`".join(markdown))
 
     def table(self, head: list, rows: list[list]) -> None:
         def line(cells, tag):
             return "<tr>" + "".join(f"<{tag}>{escape(str(c))}</{tag}>" for c in cells) + "</tr>"
 
         inner = f"<thead>{line(head, 'th')}</thead><tbody>{''.join(line(r, 'td') for r in rows)}</tbody>"
-        self.rows.append(f'<div class="wide"><table>{inner}</table></div>')
         lines = [" | ".join(map(str, r)).replace("*", "\\*") for r in (head, ["---"] * len(head), *rows)]
-        self.lines.append("\n".join(f"| {r} |" for r in lines))
+        markdown = "\n".join(f"| {r} |" for r in lines)
+        self.add(f'<div class="wide"><table>{inner}</table></div>', markdown)
 
     def chart(self, svg: str, file: Path, caption: str) -> None:
-        """Drawn in the HTML, where its letters have the page's colour; a file with grey ones beside the Markdown."""
-        self.rows.append(
-            f'<figure><div class="wide">{svg}</div><figcaption>{escape(caption)}</figcaption></figure>'
-        )
-        file.parent.mkdir(parents=True, exist_ok=True)
+        """Drawn in the HTML, where its letters have the page's colour; a file with grey ones beside the
+        Markdown."""
         alone = (
             f'<svg xmlns="http://www.w3.org/2000/svg" color="#808080" width="{W}" font-family="sans-serif" '
         )
-        file.write_text(svg.replace("<svg ", alone, 1), "utf-8")
-        self.lines.append(f"![{caption}]({file.parent.name}/{file.name})\n\n{caption}")
+        self.figure(svg, file, svg.replace("<svg ", alone, 1).encode(), caption)
 
     def picture(self, image: Image.Image, file: Path, caption: str) -> None:
         """Embedded in the HTML, and a file beside the Markdown."""
-        held = io.BytesIO()
-        image.save(held, "png")
+        png = io.BytesIO()
+        image.save(png, "png")
+        source = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+        size = f'width="{image.width}" height="{image.height}"'
+        html = f'<img src="{source}" {size} alt="{escape(caption)}"/>'
+        self.figure(html, file, png.getvalue(), caption)
+
+    def figure(self, html: str, file: Path, content: bytes, caption: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(held.getvalue())
-        source = "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
-        size, words = f'width="{image.width}" height="{image.height}"', escape(caption)
-        self.rows.append(
-            f'<figure><div class="wide"><img src="{source}" {size} alt="{words}"/></div>'
-            f"<figcaption>{words}</figcaption></figure>"
-        )
-        words = caption.replace("*", "\\*")
-        self.lines.append(f"![{words}]({file.parent.name}/{file.name})\n\n{words}")
+        file.write_bytes(content)
+        html = f'<figure><div class="wide">{html}</div><figcaption>{escape(caption)}</figcaption></figure>'
+        caption = caption.replace("*", "\\*")
+        self.add(html, f"![{caption}]({file.parent.name}/{file.name})\n\n{caption}")
 
     def html(self) -> str:
         again = f'<meta http-equiv="refresh" content="{self.refresh}"/>' if self.refresh else ""
         return (
             f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>{again}<meta name="viewport" '
             f'content="width=device-width, initial-scale=1"/><title>{escape(self.title)}</title>'
-            f"<style>{STYLE}</style></head><body>\n" + "\n".join(self.rows) + "\n</body></html>\n"
+            f"<style>{STYLE}</style></head><body>\n" + "\n".join(self.html_blocks) + "\n</body></html>\n"
         )
 
     def markdown(self) -> str:
-        return "\n\n".join(self.lines) + "\n"
+        return "\n\n".join(self.markdown_blocks) + "\n"
 
 
-# -------------------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------------ pictures
 
 
 def sheet(tiles: list[list[list[Path]]], rows: list[str], columns: list[str]) -> Image.Image:
-    """Up to four pictures per place, in 2 x 2; rows and columns labelled. A place without pictures stays empty."""
+    """Up to four pictures per place, in 2 x 2; rows and columns labelled. A place without pictures stays
+    empty."""
     first = next(path for row in tiles for tile in row for path in tile)
     with Image.open(first) as image:
         side = min(128, 2 * max(image.size))  # tiny ones doubled, photographs reduced
@@ -153,13 +142,14 @@ def fitting(text: str, font, width: float) -> str:
     return text + "..."
 
 
-# ---------------------------------------------------------------------------------------------------------- charts
+# -------------------------------------------------------------------------------------------------- charts
 
 W, H, LEFT, BOTTOM, TOP = 720, 300, 64, 44, 34  # of the drawing, and its margins
 
 
 def bars(groups: list[str], series: list[str], values: list[list], x: str, y: str, most: float = 1.0) -> str:
-    """values[series][group] is (value, low, high) or None: a group of bars for each of `groups`, with whiskers."""
+    """values[series][group] is (value, low, high) or None: a group of bars for each of `groups`, with
+    whiskers."""
     high = H - TOP - BOTTOM
     step = (W - LEFT) / max(1, len(groups))
     width = 0.8 * step / max(1, len(series))
@@ -207,8 +197,8 @@ def stacked(rows: list[str], parts: list[str], values: list[list[float]], x: str
 
 
 def lines(series: list[str], points: list[list], x: str, y: str) -> str:
-    """points[series] is [(x, y), ...]: a line for each, with a ring at its lowest point. The y axis need not begin
-    at 0."""
+    """points[series] is [(x, y), ...]: a line for each, with a ring at its lowest point. The y axis need not
+    begin at 0."""
     xs, ys = ([p[i] for line in points for p in line] for i in (0, 1))
     low, most, far = min(ys), max(ys), max(xs) or 1
     low, most = low - 0.05 * (most - low + 1e-9), most + 0.05 * (most - low + 1e-9)

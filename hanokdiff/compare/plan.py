@@ -2,8 +2,9 @@
 
     manifest = plan(args, prepare(args))
 
-A cell's folder, its pictures and its scores carry a hash of all that they depend on (photos, weights, every option):
-what is there is right, and what has changed gets a new name. Read next: hanokdiff/compare/run.py (how a cell is done).
+A cell's folder, its pictures and its scores carry a hash of all that they depend on (photos, weights, every
+option): what is there is right, and what has changed gets a new name. Read next: hanokdiff/compare/run.py
+(how a cell is done).
 
 Shapes:  P photos to learn from, H held out, d the width of CLIP's common space.
 """
@@ -17,52 +18,37 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
+from hanokdiff.compare.questions import CONDITIONS, KINDS, choices, questions
 from hanokdiff.formats.load import load_model
 from hanokdiff.models import samplers
 from hanokdiff.models.pipeline import StableDiffusion
 from hanokdiff.models.tokens import word_pattern
-from hanokdiff.scoring.clip import SCALES, TINY_CLIP, Clip, nearest, presence
+from hanokdiff.scoring.clip import TINY_CLIP, Clip, nearest, presence
 from hanokdiff.scoring.stats import mean_interval
 from hanokdiff.tiny import world
 from hanokdiff.training import prior
 from hanokdiff.training.args import check_resolution, check_training
 from hanokdiff.training.dataset import Photo, load_photos, photo_files, prepare_captions
 
-METHODS = {
+METHODS = {  # and the file or folder that each leaves
     "ti": "embedding.safetensors",
     "dreambooth": "model",
     "lora": "lora.safetensors",
     "hypernet": "hypernet.pt",
 }
 SCRIPTS = Path(__file__).resolve().parents[2]  # where train_ti.py and its three siblings are
-ASKED = {
-    "untouched-hanok": "hanok",
-    "untouched-described": "a Korean traditional house",
-}  # beside the pseudo word
-KINDS = "a hanok, a Korean traditional house|a Japanese house|a Chinese pavilion|a western house"
-CONDITIONS = "a building on fire|a building beside a campfire|a building"
-OWN = (
-    "--model",
-    "--data",
-    "--images",
-    "--held-out",
-    "--resolution",
-    "--token",
-    "--seed",
-    "--device",
-    "--out",
-    "--resume",
-)  # not for --with
+DESCRIPTIONS = {"untouched-hanok": "hanok", "untouched-described": "a Korean traditional house"}
+RESERVED = "--model --data --images --held-out --resolution --token --seed --device --out --resume"
 HELD_OUT, LEAST_HELD_OUT = 30, 2  # photos that no method sees
 EPOCHS_AT = 50  # photos: there, --budget epochs gives each method its own number of steps
-EXTRA = 32  # pictures at most of what is asked beside the prompts: it is no part of the result
 
 
 @dataclass
 class Context:
-    """What all cells share: the base model, the judge, the photos, the questions."""
+    """What all cells share: the base model, CLIP, the photos, the texts that a picture may be recognised
+    as."""
 
     token: str
     sd: StableDiffusion
@@ -70,19 +56,18 @@ class Context:
     clip: Clip
     photos: list[Photo]  # to learn from, in their nested order
     held_out: list[Photo]  # that no method sees
-    seen: torch.Tensor  # the judge's embeddings of the former (P, d)
-    held: torch.Tensor  # and of the latter (H, d)
-    kinds: dict[str, str]  # label -> text that the judge compares; the first is what is wanted
+    photo_embeddings: Tensor  # (P, d)
+    held_out_embeddings: Tensor  # (H, d)
+    kinds: dict[str, str]  # label -> text; the first is what is wanted
     conditions: dict[str, str]
 
 
 def prepare(args) -> Context:
-    """Open the model, the judge and the photos."""
-    tiny_judge, most = args.clip in (None, "tiny"), max(args.sizes)
-    kinds = choices(args.kinds, KINDS, {"hanok": "", **world.kind_prompts()} if tiny_judge else None)
-    conditions = choices(
-        args.conditions, CONDITIONS, {"fire": "", **world.condition_prompts()} if tiny_judge else None
-    )
+    """Open the model, CLIP and the photos."""
+    tiny_clip, most = args.clip in (None, "tiny"), max(args.sizes)
+    kinds = choices(args.kinds, KINDS, {"hanok": "", **world.kind_prompts()} if tiny_clip else None)
+    tiny_conditions = {"fire": "", **world.condition_prompts()} if tiny_clip else None
+    conditions = choices(args.conditions, CONDITIONS, tiny_conditions)
     held_out = HELD_OUT
     if args.data:  # before a model is opened, or even fetched
         spare = len(photo_files(args.data)) - most
@@ -95,25 +80,13 @@ def prepare(args) -> Context:
     sd = load_model(args.model, args.device)
     resolution = check_resolution(args.resolution, sd)
     samplers.sigmas_and_timesteps(samplers.DEFAULT, sd.schedule, args.sampling_steps)  # refuses too many
-    photos, validation_photos = load_photos(args.data or world.photos, resolution, most, held_out)
-    clip = Clip(TINY_CLIP if tiny_judge else args.clip, args.device or "cpu")
-    seen, held = (clip.images(p.image for p in some) for some in (photos, validation_photos))
-    return Context(args.token, sd, resolution, clip, photos, validation_photos, seen, held, kinds, conditions)
+    photos, unseen = load_photos(args.data or world.photos, resolution, most, held_out)
+    clip = Clip(TINY_CLIP if tiny_clip else args.clip, args.device or "cpu")
+    embeddings = (clip.images(p.image for p in some) for some in (photos, unseen))
+    return Context(args.token, sd, resolution, clip, photos, unseen, *embeddings, kinds, conditions)
 
 
-def choices(given: str | None, usual: str, tiny: dict | None) -> dict[str, str]:
-    """Label -> text: those given, else the tiny world's, else the usual ones."""
-    if given is None and tiny:
-        return tiny
-    labels = [c.strip() for c in (usual if given is None else given).split("|")]
-    if len(labels) < 2 or not all(labels) or len(set(labels)) < len(labels):
-        raise ValueError(
-            f'"{given}" must name 2 different things or more, the wanted one first: "a hanok|a barn"'
-        )
-    return {label: label for label in labels}
-
-
-# ------------------------------------------------------------------------------------------------- one training
+# -------------------------------------------------------------------------------------------- one training
 
 
 @cache
@@ -132,90 +105,37 @@ def training(args, method: str, photos: int, held_out: int, seed: int) -> tuple[
     tiny = args.model == "tiny"
     steps = args.steps or script(method).DEFAULTS["tiny" if tiny else "sd"]["steps"]
     steps = max(1, round(steps * photos / EPOCHS_AT)) if args.budget == "epochs" else steps
-    home = str(Path(args.model).resolve()) if Path(args.model).exists() and not tiny else args.model
-    argv = [
-        "--model",
-        home,
-        "--images",
-        photos,
-        "--held-out",
-        held_out,
-        "--token",
-        args.token,
-        "--steps",
-        steps,
-        "--seed",
-        seed,
-        "--preview-every",
-        0,
-    ]
+    model = str(Path(args.model).resolve()) if Path(args.model).exists() and not tiny else args.model
+    argv = ["--model", model, "--images", photos, "--held-out", held_out, "--token", args.token]
+    argv += ["--steps", steps, "--seed", seed, "--preview-every", 0]
     argv += ["--data", args.data.resolve()] if args.data else []
     argv += ["--device", args.device] if args.device else []
     argv += ["--resolution", args.resolution] if args.resolution else []
-    mine = [more for more in args.more if more.split()[0] in (method, "all")]
-    try:
-        more = sum((shlex.split(words)[1:] for words in mine), [])
-        script(method).options().parse(more)
-    except ValueError as e:
-        raise ValueError(f'--with "{" ".join(mine)}": {e}') from None
-    if own := [o for o in OWN if o in {word.split("=")[0] for word in more}]:
-        raise ValueError(f"--with may not set {own[0]} of {method}, which the comparison sets for every cell")
-    argv = [str(a) for a in argv] + more
-    parsed = script(method).options().parse(argv)
-    known = {
-        k: v for k, v in vars(parsed).items() if v is not None
-    }  # such as --alpha, which follows the rank
+    argv = [str(a) for a in argv] + more_options(args.more, method)
+    parsed = vars(script(method).options().parse(argv))
+    known = {k: v for k, v in parsed.items() if v is not None}  # without --alpha, which follows the rank
     check_training(argparse.Namespace(**{"data": None, **known}))
-    about = {k: v for k, v in vars(parsed).items() if k not in ("model", "data", "device", "out", "resume")}
-    return argv, about
+    elsewhere = ("model", "data", "device", "out", "resume")  # no part of the result, or hashed by content
+    return argv, {k: v for k, v in parsed.items() if k not in elsewhere}
 
 
-# ------------------------------------------------------------------------------------------------ the questions
-
-
-def questions(args, sd, clip: Clip) -> list[dict]:
-    """What every cell is asked, and the texts that the pictures are scored with. Besides the prompts: the pseudo word
-    alone, and where the tokenizer fuses the word with what follows, the prompt as other tools would read it."""
-    out = []
-    for place, (name, prompt) in enumerate(
-        [*zip("ABCDEFGHIJKLMNOPQRSTUVXY", args.prompts), ("word", args.token)]
-    ):
-        subject = word_pattern(args.token).sub(lambda _: args.subject, prompt)
-        row = {
-            "key": name,
-            "prompt": prompt,
-            "literal_tokens": False,
-            "noise": 10_000 * place,
-            "n": args.n if name != "word" else min(args.n, EXTRA),
-            "texts": {"literal": prompt, "words": subject, "context": args.context},
-        }
-        check_length(clip, subject)
-        for literal in (False, True) if name != "word" else (False,):
-            sd.text.literal_tokens = literal
-            ids = sd.text.ids(prompt)
-            end = ids.index(sd.text.tokenizer.eos_token_id)
-            tokens = [sd.text.tokenizer.decode([i]).strip() for i in ids[1:end]]
-            if not literal:
-                out.append({**row, "tokens": tokens})
-            elif tokens != out[-1]["tokens"]:
-                more = {"key": f"{name} literal", "literal_tokens": True, "n": min(args.n, EXTRA)}
-                out.append({**row, **more, "tokens": tokens})
-    sd.text.literal_tokens = False
-    return out
-
-
-def check_length(clip: Clip, text: str) -> None:
-    """A judge that reads only the beginning of a text would score something else."""
-    longest = max((s.prefix + text for s in SCALES.values()), key=len)
-    used = len(clip.tokenizer(longest, verbose=False).input_ids)
-    if used > clip.length:
+def more_options(more: list[str], method: str) -> list[str]:
+    """The words of --with that are meant for this method."""
+    chosen = [text for text in more if text.split()[0] in (method, "all")]
+    try:
+        words = [word for text in chosen for word in shlex.split(text)[1:]]
+        script(method).options().parse(words)
+    except ValueError as e:
+        raise ValueError(f'--with "{" ".join(chosen)}": {e}') from None
+    names = {word.split("=")[0] for word in words}
+    if wrong := [option for option in RESERVED.split() if option in names]:
         raise ValueError(
-            f'"{longest}" is {used} tokens long, but the judge {clip.name} reads {clip.length}; shorten '
-            "--prompts or --subject, or name another --clip"
+            f"--with may not set {wrong[0]} of {method}, which the comparison sets for every cell"
         )
+    return words
 
 
-# ----------------------------------------------------------------------------------------------------- the plan
+# ------------------------------------------------------------------------------------------------ the plan
 
 
 def key(*parts) -> str:
@@ -224,107 +144,102 @@ def key(*parts) -> str:
 
 
 def fingerprint(photos: list[Photo]) -> str:
-    seen = hashlib.sha256()
+    digest = hashlib.sha256()
     for p in photos:
-        seen.update(p.image.tobytes() + (p.caption or "").encode())
-    return seen.hexdigest()[:16]
+        digest.update(p.image.tobytes() + (p.caption or "").encode())
+    return digest.hexdigest()[:16]
 
 
-def plan(args, study: Context) -> dict:
+def plan(args, context: Context) -> dict:
     """The manifest: every cell with the names of its folders, which tell whether it is done."""
-    sd = study.sd
+    sd, clip = context.sd, context.clip
     sd.text.add_word(args.token)
-    asked = questions(args, sd, study.clip)
-    base, held_out = prior.fingerprint(sd), fingerprint(study.held_out)
-    weights = study.clip.model.visual_projection.weight.cpu().numpy().tobytes()
-    judge = [
-        Path(study.clip.name).name,
-        hashlib.sha256(weights).hexdigest()[:16],
-        study.kinds,
-        study.conditions,
-    ]
-    drawing = {
-        "sampler": samplers.DEFAULT,
-        "steps": args.sampling_steps,
-        "cfg": sd.cfg,
-        "size": study.resolution,
-        "dtype": str(sd.dtype).removeprefix("torch."),
+    names = ("model", "methods", "sizes", "seeds", "token", "budget", "n", "quick", "subject", "context")
+    settings = {k: getattr(args, k) for k in names} | {
+        "data": str(args.data or "the drawn hanok of the tiny world"),
+        "drawing": {
+            "sampler": samplers.DEFAULT,
+            "steps": args.sampling_steps,
+            "cfg": sd.cfg,
+            "size": context.resolution,
+            "dtype": str(sd.dtype).removeprefix("torch."),
+        },
+        "scorer": clip.name if args.clip not in (None, "tiny") else "tiny (hanokdiff/tiny/clip)",
+        "kinds": context.kinds,
+        "conditions": context.conditions,
+        "questions": questions(args, sd, clip),
+        "epochs_at": EPOCHS_AT,
+        "photos": fingerprint(context.photos),
+        "held_out": fingerprint(context.held_out),
+        "base": prior.fingerprint(sd),
     }
-    heads = [
-        (name, "untouched", 0, 0, ask) for name, ask in {"untouched-literal": args.token, **ASKED}.items()
+    cells = [
+        cell(args, context, settings, name, "untouched", 0, 0, words)
+        for name, words in {"untouched-literal": args.token, **DESCRIPTIONS}.items()
     ]
-    heads += [
-        (f"{method}-{photos}-{seed}", method, photos, seed, args.token)
+    cells += [
+        cell(args, context, settings, f"{method}-{photos}-{seed}", method, photos, seed, args.token)
         for seed in args.seeds
         for photos in sorted(args.sizes)
         for method in args.methods
     ]
-    cells, captions = [], None
-    for name, method, photos, seed, ask in heads:
-        argv, about = (
-            ([], {}) if method == "untouched" else training(args, method, photos, len(study.held_out), seed)
-        )
-        trained = key(about, base, fingerprint(study.photos[:photos]), held_out)
-        prompts = [q for q in asked if method != "untouched" or not q["literal_tokens"]]
-        prompts = [
-            {**q, "prompt": word_pattern(args.token).sub(lambda _, a=ask: a, q["prompt"])} for q in prompts
-        ]
-        names = ("key", "prompt", "literal_tokens", "noise")
-        drawn = key(trained, drawing, seed, [[q[k] for k in names] for q in prompts])
-        scored = key(drawn, [q["n"] for q in prompts], judge, held_out, asked)
-        captions = captions or (about and (about["replace"], about["caption"]))
-        cells.append(
-            {
-                "name": name,
-                "method": method,
-                "photos": photos,
-                "seed": seed,
-                "ask": ask,
-                "steps": about.get("steps", 0),
-                "batch_size": about.get("batch_size", 0),
-                "prompts": prompts,
-                "folder": f"cells/{name}-{trained}",
-                "pictures": f"pictures-{drawn}",
-                "scores": f"scores-{scored}.json",
-                "options": argv,
-            }
-        )
-    names = ("model", "methods", "sizes", "seeds", "token", "budget", "n", "quick", "subject", "context")
-    settings = {k: getattr(args, k) for k in names} | {
-        "data": str(args.data or "the drawn hanok of the tiny world"),
-        "drawing": drawing,
-        "scorer": study.clip.name if args.clip not in (None, "tiny") else "tiny (hanokdiff/tiny/clip)",
-        "kinds": study.kinds,
-        "conditions": study.conditions,
-        "questions": asked,
-        "epochs_at": EPOCHS_AT,
-        "photos": fingerprint(study.photos),
-        "held_out": held_out,
-        "base": base,
-    }
+    _, trained = training(args, args.methods[0], min(args.sizes), len(context.held_out), args.seeds[0])
+    checks = references(args, context, trained["replace"], trained["caption"])
+    return {"format": 1, "settings": settings, "references": checks, "cells": cells}
+
+
+def cell(args, context: Context, settings: dict, name, method, photos, seed, words) -> dict:
+    """One training, or the untouched model asked in `words` in place of the pseudo word."""
+    argv, about = [], {}
+    if method != "untouched":
+        argv, about = training(args, method, photos, len(context.held_out), seed)
+    prompts = [
+        {**q, "prompt": word_pattern(args.token).sub(lambda _: words, q["prompt"])}
+        for q in settings["questions"]
+        if method != "untouched" or not q["literal_tokens"]
+    ]
+    held_out, inputs = settings["held_out"], ("key", "prompt", "literal_tokens", "noise")
+    trained = key(about, settings["base"], fingerprint(context.photos[:photos]), held_out)
+    drawn = key(trained, settings["drawing"], seed, [[q[k] for k in inputs] for q in prompts])
+    scored = key(drawn, [q["n"] for q in prompts], scorer(context), held_out, settings["questions"])
     return {
-        "format": 1,
-        "settings": settings,
-        "references": references(args, study, *captions),
-        "cells": cells,
+        "name": name,
+        "method": method,
+        "photos": photos,
+        "seed": seed,
+        "ask": words,
+        "steps": about.get("steps", 0),
+        "batch_size": about.get("batch_size", 0),
+        "prompts": prompts,
+        "folder": f"cells/{name}-{trained}",
+        "pictures": f"pictures-{drawn}",
+        "scores": f"scores-{scored}.json",
+        "options": argv,
     }
 
 
-def references(args, study: Context, replace: str, caption: str) -> dict:
-    """What the scores of real, unseen photos of the subject are: the ceiling of likeness, and no copy. And how much
-    the judge can be trusted: whether it names what they show, and prefers their own captions to each other's."""
-    held = study.held
-    same = held @ held.T  # (H, H)
-    apart = same.sum(1).sub(same.diagonal()) / (len(held) - 1)
-    near = {n: nearest(held, study.seen[:n]).double() for n in sorted(args.sizes)}
-    kinds = presence(held, study.clip.texts(list(study.kinds.values())))
-    conditions = presence(held, study.clip.texts(list(study.conditions.values())))
-    captions = prepare_captions(study.held_out, args.token, replace, caption, say=lambda _: None)
+def scorer(context: Context) -> list:
+    weights = context.clip.model.visual_projection.weight.cpu().numpy().tobytes()
+    digest = hashlib.sha256(weights).hexdigest()[:16]
+    return [Path(context.clip.name).name, digest, context.kinds, context.conditions]
+
+
+def references(args, context: Context, replace: str, caption: str) -> dict:
+    """Scores of real, unseen photos of the subject: the ceiling of likeness, which is no copy. And how far
+    CLIP can be trusted: whether it recognises what they show, and prefers their own captions to each
+    other's."""
+    clip, embeddings = context.clip, context.held_out_embeddings
+    cosines = embeddings @ embeddings.T  # (H, H)
+    to_others = cosines.sum(1).sub(cosines.diagonal()) / (len(embeddings) - 1)
+    near = {n: nearest(embeddings, context.photo_embeddings[:n]).double() for n in sorted(args.sizes)}
+    kinds = presence(embeddings, clip.texts(list(context.kinds.values())))
+    conditions = presence(embeddings, clip.texts(list(context.conditions.values())))
+    captions = prepare_captions(context.held_out, args.token, replace, caption, say=lambda _: None)
     captions = [word_pattern(args.token).sub(lambda _: args.subject, text) for text in captions]
-    fits = held @ study.clip.texts(captions).T  # (H, H): photo i with caption j
+    fits = embeddings @ clip.texts(captions).T  # (H, H): photo i with caption j
     return {
-        "held_out": len(held),
-        "ceiling": [round(v, 6) for v in mean_interval(apart)],
+        "held_out": len(embeddings),
+        "ceiling": [round(v, 6) for v in mean_interval(to_others)],
         "recognised": int((kinds == 0).sum()),
         "called_wanted": int((conditions == 0).sum()),
         "own_caption": preferred(fits, captions, 0),
@@ -334,13 +249,12 @@ def references(args, study: Context, replace: str, caption: str) -> dict:
     }
 
 
-def preferred(fits: torch.Tensor, captions: list[str], shift: int) -> float | None:
-    """How often the caption of photo i + shift fits photo i better than another caption does: 0.5 is chance."""
-    n = len(captions)
-    wins = [
-        float(fits[i, (i + shift) % n] > fits[i, j])
-        for i in range(n)
-        for j in range(n)
-        if captions[j] != captions[(i + shift) % n] and j not in (i, (i + shift) % n)
-    ]
+def preferred(fits: Tensor, captions: list[str], shift: int) -> float | None:
+    """How often the caption of photo i + shift fits photo i better than another caption does: 0.5 is
+    chance."""
+    n, wins = len(captions), []
+    for i in range(n):
+        chosen = (i + shift) % n
+        others = [j for j in range(n) if captions[j] != captions[chosen] and j not in (i, chosen)]
+        wins += [float(fits[i, chosen] > fits[i, j]) for j in others]
     return round(sum(wins) / len(wins), 6) if wins else None

@@ -1,11 +1,11 @@
-"""One cell of a comparison: a training as a process of its own, its pictures, their scores, and what it all took.
+"""One cell of a comparison: a training as a process of its own, its pictures, their scores, its costs.
 
-    train     the very train_X.py, so that time and memory are true            CELL/run/
-    draw      the same prompts from the same noise for every method            CELL/pictures-HASH/
-    judge     the judge's opinion of every picture                             CELL/scores-HASH.json
+    train           the very train_X.py, so that time and memory are true      CELL/run/
+    draw            the same prompts from the same noise for every method      CELL/pictures-HASH/
+    score_images    every picture by CLIP                                      CELL/scores-HASH.json
 
-Each does only what is missing. Read next: hanokdiff/scoring/clip.py (the scores), hanokdiff/compare/summary.py (what
-they say).
+Each does only what is missing. Read next: hanokdiff/scoring/clip.py (the scores),
+hanokdiff/compare/summary.py (the statistics).
 """
 
 import ctypes
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 from PIL import PngImagePlugin
+from torch import Tensor
 
 from hanokdiff.compare import plan
 from hanokdiff.files import parse_json, read_json, replacing, write_json
@@ -31,68 +32,71 @@ from hanokdiff.images import read_photo
 from hanokdiff.methods import hypernetwork, lora, textual_inversion
 from hanokdiff.scoring.clip import presence, scores
 
-# ------------------------------------------------------------------------------------------------------- 2. train
+# --------------------------------------------------------------------------------------------- 1. training
 
 
-def note(path: Path, row: dict) -> None:
+def append_line(path: Path, entry: dict) -> None:
     with open(path, "a", encoding="utf-8") as f:
-        f.write(json.dumps(row) + "\n")
+        f.write(json.dumps(entry) + "\n")
 
 
-def notes(path: Path) -> list[dict]:
+def read_lines(path: Path) -> list[dict]:
     """The lines that are whole: the last one before a kill may not be."""
-    rows = []
+    entries = []
     for line in path.read_text("utf-8", "replace").splitlines() if path.is_file() else []:
         with suppress(ValueError):
-            rows.append(parse_json(line, path))
-    return rows
+            entries.append(parse_json(line, path))
+    return entries
 
 
-def train(cell: dict, home: Path) -> None:
-    """Run the cell's train_X.py in its own folder, or let it go on. DreamBooth's class pictures come to lie there too:
-    every cell pays for its own."""
-    run = home / "run"
+def train(cell: dict, folder: Path) -> None:
+    """Run the cell's train_X.py in the cell's folder, or resume it. DreamBooth's class pictures are drawn
+    there too: every cell pays for its own."""
+    run = folder / "run"
     if cell["method"] == "untouched" or (run / plan.METHODS[cell["method"]]).exists():
         return
-    home.mkdir(parents=True, exist_ok=True)
-    device = cell["options"][cell["options"].index("--device") :][:2] if "--device" in cell["options"] else []
-    how = (
-        ["--resume", "run", *device] if (run / "config.json").exists() else [*cell["options"], "--out", "run"]
-    )
-    code, seconds, peak, stopped = process(
-        [sys.executable, plan.SCRIPTS / f"train_{cell['method']}.py", *how], home
-    )
-    note(home / "attempts.jsonl", {"seconds": round(seconds, 2), "peak_bytes": peak, "machine": machine()})
+    folder.mkdir(parents=True, exist_ok=True)
+    argv = [*cell["options"], "--out", "run"]
+    if (run / "config.json").exists():
+        at = argv.index("--device") if "--device" in argv else len(argv)
+        argv = ["--resume", "run", *argv[at : at + 2]]
+    script = plan.SCRIPTS / f"train_{cell['method']}.py"
+    code, seconds, peak, stopped = process([sys.executable, script, *argv], folder)
+    attempt = {"seconds": round(seconds, 2), "peak_bytes": peak, "machine": machine()}
+    append_line(folder / "attempts.jsonl", attempt)
     if stopped:
         raise KeyboardInterrupt
     if code:
-        said = [
-            line for line in (home / "log.txt").read_text("utf-8", "replace").splitlines() if line.strip()
-        ]
-        said = [line for line in said if line.startswith("error: ")] or said or ["no word"]
-        reason = said[-1].removeprefix("error: ")
         raise ValueError(
-            f"cell {cell['name']} could not be trained ({reason}); all it said is in {home / 'log.txt'}; "
-            "the finished cells are kept"
+            f"cell {cell['name']} could not be trained ({last_error(folder / 'log.txt')}); its output is in "
+            f"{folder / 'log.txt'}; the finished cells are kept"
         )
 
 
-def process(argv: list, home: Path) -> tuple[int, float, int | None, bool]:
-    """(exit code, seconds, peak bytes, stopped) of a child. Ctrl-C is passed on: the child saves its state and stops.
+def last_error(log: Path) -> str:
+    lines = [line for line in log.read_text("utf-8", "replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")] or lines or ["without a message"]
+    return errors[-1].removeprefix("error: ")
 
-    Its peak is read from Linux while it runs: wait4's would begin with the parent's own, from before the exec."""
+
+def process(argv: list, folder: Path) -> tuple[int, float, int | None, bool]:
+    """(exit code, seconds, peak bytes, stopped) of a child. Ctrl-C is passed on: the child saves its state
+    and stops.
+
+    Its peak is read from Linux while it runs: wait4's would begin with the parent's own, from before the
+    exec."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     start, peak, stopped = time.perf_counter(), None, False
-    with open(home / "log.txt", "ab") as log:
+    with open(folder / "log.txt", "ab") as log:
         child = subprocess.Popen(
             [str(a) for a in argv],
-            cwd=home,
+            cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            start_new_session=True,  # the terminal's Ctrl-C is for us; ours is for the child
-            preexec_fn=libc and (lambda: libc.prctl(1, signal.SIGKILL)),
-        )  # it ends when we do
+            start_new_session=True,  # the terminal's Ctrl-C reaches this process, which passes it on
+            preexec_fn=libc and (lambda: libc.prctl(1, signal.SIGKILL)),  # it ends when this process does
+        )
         while (code := child.poll()) is None:
             try:
                 if found := re.search(r"VmHWM:\s+(\d+) kB", status(child.pid)):
@@ -119,18 +123,18 @@ def machine() -> str:
     return f"{cpu[1] if cpu else 'CPU'} ({os.cpu_count()} cores), {gpu}, torch {torch.__version__}"
 
 
-# ------------------------------------------------------------------------------------------------ 3. draw and score
+# --------------------------------------------------------------------------------------------- 2. pictures
 
 
 @contextmanager
-def applied(study: plan.Context, cell: dict, run: Path):
+def applied(context: plan.Context, cell: dict, run: Path):
     """The base model with a cell's artefact in it, and afterwards as it was."""
-    sd, file = study.sd, run / plan.METHODS.get(cell["method"], "")
-    sd.text.add_word(study.token)
+    sd, file = context.sd, run / plan.METHODS.get(cell["method"], "")
+    sd.text.add_word(context.token)
     if cell["method"] == "ti":
-        word, rows = embedding_file.apply_file(sd, file, say=None)
+        word, vectors = embedding_file.apply_file(sd, file, say=None)
         yield sd
-        textual_inversion.remove(sd, word, rows)
+        textual_inversion.remove(sd, word, vectors)
     elif cell["method"] == "lora":
         before = lora.merge(sd, lora_file.apply_file(sd, file, say=None)[0])
         yield sd
@@ -145,110 +149,121 @@ def applied(study: plan.Context, cell: dict, run: Path):
         yield sd
 
 
-def draw(study: plan.Context, cell: dict, home: Path, drawing: dict) -> None:
-    """Every picture that is missing. Always in the same batches, so that a stopped study ends in the same pictures."""
-    folder, at_once = home / cell["pictures"], 32 if drawing["size"] <= 64 else 4
-    batches = [
-        (q, range(k, min(k + at_once, q["n"]))) for q in cell["prompts"] for k in range(0, q["n"], at_once)
-    ]
-    todo = [(q, part) for q, part in batches if not all((folder / picture(q, i)).exists() for i in part)]
+def draw(context: plan.Context, cell: dict, folder: Path, drawing: dict) -> None:
+    """Every picture that is missing, in batches that stay the same: rounding depends on the batch, and a
+    comparison that was stopped must end in the same pictures."""
+    pictures, size = folder / cell["pictures"], drawing["size"]
+    batch_size = 32 if size <= 64 else 4
+    todo = []
+    for q in cell["prompts"]:
+        for first in range(0, q["n"], batch_size):
+            batch = range(first, min(first + batch_size, q["n"]))
+            if not all((pictures / file_name(q, i)).exists() for i in batch):
+                todo.append((q, batch))
     if not todo:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with applied(study, cell, home / "run") as sd:
-        for q, part in todo:
-            start, seeds = time.perf_counter(), [noise(cell, q, i) for i in part]
+    pictures.mkdir(parents=True, exist_ok=True)
+    options = {k: drawing[k] for k in ("sampler", "steps", "cfg")} | {"size": (size, size)}
+    with applied(context, cell, folder / "run") as sd:
+        for q, batch in todo:
+            start, seeds = time.perf_counter(), [noise_seed(cell, q, i) for i in batch]
             sd.text.literal_tokens = q["literal_tokens"]
-            how = {k: drawing[k] for k in ("sampler", "steps", "cfg")} | {"size": (drawing["size"],) * 2}
-            drawn = sd.draw([q["prompt"]] * len(part), seeds, at_once, **how)
+            drawn = sd.draw([q["prompt"]] * len(batch), seeds, batch_size, **options)
             seconds = time.perf_counter() - start
-            for i, seed, image in zip(part, seeds, drawn, strict=True):
-                info = PngImagePlugin.PngInfo()
-                info.add_text(
-                    "parameters",
-                    f"{q['prompt']}\nSteps: {how['steps']}, Sampler: {how['sampler']}, "
-                    f"CFG scale: {how['cfg']:g}, Seed: {seed}, Size: {drawing['size']}x{drawing['size']}, "
-                    f"Model: {cell['name']}",
+            for i, seed, image in zip(batch, seeds, drawn, strict=True):
+                parameters = (
+                    f"{q['prompt']}\nSteps: {drawing['steps']}, Sampler: {drawing['sampler']}, "
+                    f"CFG scale: {drawing['cfg']:g}, Seed: {seed}, Size: {size}x{size}, Model: {cell['name']}"
                 )
-                with replacing(folder / picture(q, i)) as aside:
+                info = PngImagePlugin.PngInfo()
+                info.add_text("parameters", parameters)
+                with replacing(pictures / file_name(q, i)) as aside:
                     image.save(aside, "png", pnginfo=info)
-            note(folder / "times.jsonl", {"pictures": len(part), "seconds": round(seconds, 3)})
+            append_line(pictures / "times.jsonl", {"pictures": len(batch), "seconds": round(seconds, 3)})
             sd.text.literal_tokens = False
 
 
-def picture(question: dict, i: int) -> str:
+def file_name(question: dict, i: int) -> str:
     return f"{question['key'].replace(' ', '-')}-{i:04d}.png"
 
 
-def noise(cell: dict, question: dict, i: int) -> int:
-    """The seed of a picture: the same for every method and size, another for each prompt and each training seed."""
+def noise_seed(cell: dict, question: dict, i: int) -> int:
+    """Of picture i: the same for every method and size, another for each prompt and each training seed."""
     return 1_000_000 * cell["seed"] + question["noise"] + i
 
 
-def score_images(study: plan.Context, cell: dict, home: Path) -> None:
+# ----------------------------------------------------------------------------------------------- 3. scores
+
+
+def score_images(context: plan.Context, cell: dict, folder: Path) -> None:
     """The scores of the cell's pictures, and how different those of one prompt are."""
-    file, out = home / cell["scores"], home.parent.parent
+    file = folder / cell["scores"]
     if file.exists():
         return
-    clip, rows, diversity = study.clip, [], {}
-    photos = study.seen[: cell["photos"] or None]  # (P, d); untouched: all
-    kinds, conditions = (clip.texts(list(c.values())) for c in (study.kinds, study.conditions))
+    images, diversity = [], {}
     for q in cell["prompts"]:
-        files = [f"{cell['folder']}/{cell['pictures']}/{picture(q, i)}" for i in range(q["n"])]
-        seen = clip.images(read_photo(out / f)[0] for f in files)  # (N, d)
-        texts = {name: scores(clip, seen, [t] * len(files)) for name, t in q["texts"].items()}
-        near, kind = seen @ photos.T, presence(seen, kinds)
-        condition, like = presence(seen, conditions), (seen @ study.held.T).mean(1)
-        if len(files) > 1:
-            same = seen @ seen.T
-            diversity[q["key"]] = round(
-                1 - (same.sum() - same.trace()).item() / (len(files) * (len(files) - 1)), 6
-            )
-        for i, f in enumerate(files):
-            rows.append(
-                {
-                    "cell": cell["name"],
-                    "method": cell["method"],
-                    "photos": cell["photos"],
-                    "seed": cell["seed"],
-                    "question": q["key"],
-                    "prompt": q["prompt"],
-                    "index": i,
-                    "noise": noise(cell, q, i),
-                    "file": f,
-                    **{
-                        f"{s}_{t}": round(v[s][i].item(), 6)
-                        for s in ("cosine", "clipscore")
-                        for t, v in texts.items()
-                    },
-                    "kind": list(study.kinds)[kind[i]],
-                    "condition": list(study.conditions)[condition[i]],
-                    "subject": int(kind[i] == 0),
-                    "wanted": int(condition[i] == 0),
-                    "both": int(kind[i] == 0 and condition[i] == 0),
-                    "likeness": round(like[i].item(), 6),
-                    "nearest": round(near[i].max().item(), 6),
-                    "nearest_photo": int(near[i].argmax()),
-                }
-            )
-    write_json(file, {"diversity": diversity, "images": rows})
+        files = [f"{cell['folder']}/{cell['pictures']}/{file_name(q, i)}" for i in range(q["n"])]
+        out = folder.parent.parent
+        embeddings = context.clip.images(read_photo(out / f)[0] for f in files)  # (N, d)
+        if (n := len(files)) > 1:
+            cosines = embeddings @ embeddings.T  # (N, N)
+            diversity[q["key"]] = round(1 - (cosines.sum() - cosines.trace()).item() / (n * (n - 1)), 6)
+        for i, measured in enumerate(measure(context, cell, q, embeddings)):
+            about = {
+                "cell": cell["name"],
+                "method": cell["method"],
+                "photos": cell["photos"],
+                "seed": cell["seed"],
+                "question": q["key"],
+                "prompt": q["prompt"],
+                "index": i,
+                "noise": noise_seed(cell, q, i),
+                "file": files[i],
+            }
+            images.append(about | measured)
+    write_json(file, {"diversity": diversity, "images": images})
 
 
-# -------------------------------------------------------------------------------------------- 4. what it took
+def measure(context: plan.Context, cell: dict, question: dict, embeddings: Tensor) -> list[dict]:
+    """Every score of the pictures of one prompt, whose embeddings these are (N, d)."""
+    clip, n = context.clip, len(embeddings)
+    photos = context.photo_embeddings[: cell["photos"] or None]  # (P, d); untouched: all
+    near = embeddings @ photos.T  # (N, P)
+    kinds, conditions = list(context.kinds), list(context.conditions)  # labels
+    kind = presence(embeddings, clip.texts(list(context.kinds.values()))).tolist()
+    condition = presence(embeddings, clip.texts(list(context.conditions.values()))).tolist()
+    likeness = (embeddings @ context.held_out_embeddings.T).mean(1)
+    by_text = {t: scores(clip, embeddings, [text] * n) for t, text in question["texts"].items()}
+    named = {f"{s}_{t}": v[s] for s in ("cosine", "clipscore") for t, v in by_text.items()}
+    return [
+        {
+            **{name: round(values[i].item(), 6) for name, values in named.items()},
+            "kind": kinds[kind[i]],
+            "condition": conditions[condition[i]],
+            "subject": int(kind[i] == 0),
+            "wanted": int(condition[i] == 0),
+            "both": int(kind[i] == 0 and condition[i] == 0),
+            "likeness": round(likeness[i].item(), 6),
+            "nearest": round(near[i].max().item(), 6),
+            "nearest_photo": int(near[i].argmax()),
+        }
+        for i in range(n)
+    ]
 
 
-def times(cell: dict, home: Path) -> dict:
+# -------------------------------------------------------------------------------------- 4. time and memory
+
+
+def times(cell: dict, folder: Path) -> dict:
     """Where the cell's time went, in seconds, and what it took; of a run that was stopped, all its parts."""
-    attempts, log = (
-        notes(home / "attempts.jsonl"),
-        [r for r in notes(home / "run" / "log.jsonl") if "seconds" in r],
-    )
-    drawn = notes(home / cell["pictures"] / "times.jsonl")
-    classes = home / "run" / "class.json"
+    attempts = read_lines(folder / "attempts.jsonl")
+    log = [entry for entry in read_lines(folder / "run" / "log.jsonl") if "seconds" in entry]
+    drawn = read_lines(folder / cell["pictures"] / "times.jsonl")
+    classes = folder / "run" / "class.json"
     class_seconds = read_json(classes)["seconds"] if classes.exists() else 0.0
     seconds = log[-1]["seconds"] if log else 0.0
     wall = max(sum(a["seconds"] for a in attempts), class_seconds + seconds)
-    artefact = home / "run" / plan.METHODS.get(cell["method"], "")
+    artefact = folder / "run" / plan.METHODS.get(cell["method"], "")
     files = [f for f in ([artefact] if artefact.is_file() else artefact.rglob("*")) if f.is_file()]
     return {
         "wall": wall,
@@ -265,6 +280,7 @@ def times(cell: dict, home: Path) -> dict:
     }
 
 
-def curve(home: Path) -> list[list]:
+def validation_curve(folder: Path) -> list[list]:
     """[[step, loss of the held-out photos], ...] along the training."""
-    return [[r["step"], r["held_out"]] for r in notes(home / "run" / "log.jsonl") if "held_out" in r]
+    log = read_lines(folder / "run" / "log.jsonl")
+    return [[entry["step"], entry["held_out"]] for entry in log if "held_out" in entry]

@@ -1,12 +1,11 @@
-"""Scores: how well a picture fits a text, what it is recognised as, what it resembles, and how sure we are.
+"""Scores by CLIP: how well a picture fits a text, what it is recognised as, what it resembles.
 
     CLIP-T     cosine of a picture and a text, on three published scales (Hessel et al. 2021, CLIPScore)
-    CLIP-I     mean cosine of a picture and reference pictures; the nearest of them: memorisation; RefCLIPScore of both
+    CLIP-I     mean cosine of a picture and reference pictures; the nearest of them; RefCLIPScore of both
     presence   which of several texts fits a picture best (Radford et al. 2021, zero-shot)
-    intervals  Student's t for means and paired differences, Wilson's for shares
 
-Shapes:  N pictures, M texts or references, d the width of CLIP's common space; an embedding is a float32 row of
-length 1.
+Shapes:  N pictures, M texts or references, d the width of CLIP's common space. An embedding is a float32
+vector of length 1.
 """
 
 import math
@@ -22,11 +21,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-import hanokdiff
 from hanokdiff.files import read_json
-from hanokdiff.pretrained import check_pretrained
+from hanokdiff.pretrained import open_pretrained
 
-TINY_CLIP = Path(hanokdiff.__file__).parent / "tiny" / "clip"
+TINY_CLIP = Path(__file__).parents[1] / "tiny" / "clip"  # of the drawn world
+WHOLE = "a whole CLIP model (config.json, model.safetensors, vocab.json, merges.txt)"
 EXAMPLE = "openai/clip-vit-base-patch32"  # what CLIPScore is published with
 BATCH = 64  # pictures or texts that go through the model at once
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, of all its CLIPs
@@ -49,20 +48,19 @@ class Clip:
     @torch.inference_mode()
     def images(self, images: Iterable[Image.Image]) -> Tensor:
         """(N, d) of N pictures of any size. A generator is fine: no more than a batch is held at a time."""
-        images, rows = iter(images), [torch.empty(0, self.model.config.projection_dim)]
+        images, embeddings = iter(images), [torch.empty(0, self.model.config.projection_dim)]
         while batch := list(islice(images, BATCH)):
-            pixels = torch.stack(
-                [preprocess(i, self.size, self.mean, self.std) for i in batch]
-            )  # (B, 3, s, s)
-            pooled = self.model.vision_model(pixel_values=pixels.to(self.device)).pooler_output
-            rows.append(F.normalize(self.model.visual_projection(pooled), dim=-1).cpu())
-        return torch.cat(rows)
+            pixels = torch.stack([preprocess(i, self.size, self.mean, self.std) for i in batch])
+            pixels = pixels.to(self.device)  # (B, 3, s, s)
+            pooled = self.model.vision_model(pixel_values=pixels).pooler_output
+            embeddings.append(F.normalize(self.model.visual_projection(pooled), dim=-1).cpu())
+        return torch.cat(embeddings)
 
     @torch.inference_mode()
     def texts(self, texts: Sequence[str]) -> Tensor:
         """(M, d) of M texts. Too long a text is cut, as CLIPScore does (truncate=True), with a warning."""
         ids = [self.tokenizer(t).input_ids for t in texts]  # ragged: start, words, end
-        long = [(len(row), t) for row, t in zip(ids, texts, strict=True) if len(row) > self.length]
+        long = [(len(i), t) for i, t in zip(ids, texts, strict=True) if len(i) > self.length]
         if long:
             n, text = max(long)
             warnings.warn(
@@ -71,14 +69,14 @@ class Clip:
                 "words",
                 stacklevel=2,
             )
-        ids = [row if len(row) <= self.length else row[: self.length - 1] + row[-1:] for row in ids]
-        rows = [torch.empty(0, self.model.config.projection_dim)]
-        return torch.cat(rows + [self._texts(ids[i : i + BATCH]) for i in range(0, len(ids), BATCH)])
+        ids = [i if len(i) <= self.length else i[: self.length - 1] + i[-1:] for i in ids]
+        batches = [self._texts(ids[i : i + BATCH]) for i in range(0, len(ids), BATCH)]
+        return torch.cat([torch.empty(0, self.model.config.projection_dim), *batches])
 
     def _texts(self, ids: list[list[int]]) -> Tensor:
-        ends = torch.tensor([len(row) - 1 for row in ids])  # (B,)
+        ends = torch.tensor([len(i) - 1 for i in ids])  # (B,)
         longest = int(ends.max()) + 1
-        padded = torch.tensor([row + row[-1:] * (longest - len(row)) for row in ids])  # (B, L)
+        padded = torch.tensor([i + i[-1:] * (longest - len(i)) for i in ids])  # (B, L)
         states = self.model.text_model(input_ids=padded.to(self.device)).last_hidden_state  # (B, L, width)
         # Pooled at the end token by position: transformers guesses it from an id in the config, which goes
         # wrong with a small vocabulary. Attention looks back only, so the padding behind it has no effect.
@@ -103,77 +101,42 @@ def open_device(device: str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as e:  # unknown name or no driver; not built in
-        raise ValueError(f"device {device} cannot be used here ({first_line(e)}); use cpu") from None
+        reason = str(e).strip().splitlines()[0].rstrip(".")
+        raise ValueError(f"device {device} cannot be used here ({reason}); use cpu") from None
 
 
 def open_model(model: str | Path):
     """(CLIPModel, tokenizer, (mean, std)). A folder that exists comes first, then the hub."""
-    folder = Path(model).expanduser()
-    local = folder.is_dir()
-    if not local and (isinstance(model, Path) or model.startswith(("/", ".", "~")) or model.count("/") > 1):
-        raise ValueError(
-            f"there is no CLIP folder {model}; give one that exists, or a hub id such as {EXAMPLE}"
-        )
-    from transformers import CLIPModel, CLIPTokenizer  # here, because the import takes seconds
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # else a table of loaded keys, and advice on long texts
-    if local:
-        logging.disable_progress_bar()
-    source, only = (str(folder), {"local_files_only": True}) if local else (str(model), {})
-    try:
-        if local:
-            check_pretrained(folder, CLIPModel)
-        clip, info = CLIPModel.from_pretrained(source, output_loading_info=True, **only)
-        tokenizer = CLIPTokenizer.from_pretrained(source, **only)
-        tokenizer("a b")  # of a damaged one this may fail, too
-        colours = mean_std(source, **only)
-    except Exception as e:  # noqa: BLE001  (OSError, JSON, safetensors, KeyError: for the user all are one)
-        raise ValueError(cannot_open(model, local, e)) from None
-    bad = sorted({str(k) for kind in ("missing_keys", "mismatched_keys") for k in info[kind]})
-    if bad:  # transformers would leave them random, and score with them
-        raise ValueError(
-            f"{model} is no whole CLIP model: {len(bad)} tensors missing or misshapen, as "
-            f"{bad[0]}; give a complete one, such as {EXAMPLE}"
-        )
-    words, rows = len(tokenizer), clip.config.text_config.vocab_size
-    if words > rows:
-        raise ValueError(
-            f"{model}: its tokenizer knows {words} words, its model {rows}; give files that belong together"
-        )
-    return clip, tokenizer, colours
-
-
-def cannot_open(model, local: bool, error: Exception) -> str:
-    if local:
-        return (
-            f"the CLIP folder {model} cannot be opened ({first_line(error)}); it needs config.json, "
-            "model.safetensors, vocab.json and merges.txt"
-        )
-    return (
-        f"{model} is neither a folder here nor a CLIP model that could be fetched from the Hugging Face "
-        f"hub ({first_line(error)}); go online once, or give --clip a folder"
+    clip, tokenizer = open_pretrained(
+        model, "CLIPModel", "CLIPTokenizer", option="--clip", whole=WHOLE, example=EXAMPLE
     )
+    words, vectors = len(tokenizer), clip.config.text_config.vocab_size
+    if words > vectors:
+        raise ValueError(
+            f"{model}: its tokenizer knows {words} words, its model {vectors}; "
+            "give files that belong together"
+        )
+    return clip, tokenizer, mean_std(str(Path(model).expanduser()))
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
-def mean_std(source: str, **only) -> tuple[tuple, tuple]:
-    """Of the pixels, from preprocessor_config.json where the model has one."""
+def mean_std(source: str) -> tuple[tuple, tuple]:
+    """Of the pixels, from preprocessor_config.json where the model has one, else OpenAI's."""
     from transformers.utils import cached_file
 
     try:
-        config = read_json(Path(cached_file(source, "preprocessor_config.json", **only)))
+        config = read_json(Path(cached_file(source, "preprocessor_config.json")))
     except OSError:
-        config = {}
-    colours = tuple(
-        tuple(map(float, config.get(k, own))) for k, own in (("image_mean", MEAN), ("image_std", STD))
-    )
-    if not all(len(c) == 3 and all(map(math.isfinite, c)) for c in colours) or min(colours[1]) <= 0:
-        raise ValueError(f"preprocessor_config.json has image_mean and image_std of {str(colours)[:80]}")
-    return colours
+        return MEAN, STD
+    values = config.get("image_mean", MEAN), config.get("image_std", STD)
+    try:
+        mean, std = (tuple(map(float, v)) for v in values)
+    except (OverflowError, TypeError, ValueError):
+        mean, std = (), ()
+    if not (len(mean) == len(std) == 3 and all(map(math.isfinite, mean + std)) and min(std) > 0):
+        raise ValueError(
+            f"{source}: preprocessor_config.json has image_mean and image_std of {str(values)[:80]}"
+        )
+    return mean, std
 
 
 # -------------------------------------------------------------------------------------------------- scores
@@ -203,8 +166,8 @@ SCALES = {
 LIKENESS = {  # to reference pictures
     "clip_i": "mean over the references of cos(picture, reference); a picture is no reference of itself",
     "nearest": "largest of cos(picture, reference): 1 is a copy",
-    "refclipscore": "2ab / (a + b), a = clipscore, b = max(nearest, 0) (Hessel et al. 2021, whose references are "
-    "captions)",
+    "refclipscore": "2ab / (a + b), a = clipscore, b = max(nearest, 0) (Hessel et al. 2021, whose "
+    "references are captions)",
 }
 
 
@@ -216,9 +179,10 @@ def clip_t(images: Tensor, texts: Tensor) -> Tensor:
 def scores(clip: Clip, images: Tensor, texts: Sequence[str]) -> dict[str, Tensor]:
     """Of each scale (N,) values: picture i of `images` (N, d) with texts[i]. Each text is read once."""
     unique = list(dict.fromkeys(texts))
-    row = torch.tensor([unique.index(t) for t in texts])  # (N,)
-    embedded = {p: clip.texts([p + t for t in unique]) for p in {s.prefix: 0 for s in SCALES.values()}}
-    return {name: s.of(clip_t(images, embedded[s.prefix][row])) for name, s in SCALES.items()}
+    index = torch.tensor([unique.index(t) for t in texts])  # (N,)
+    prefixes = dict.fromkeys(s.prefix for s in SCALES.values())
+    embedded = {p: clip.texts([p + t for t in unique])[index] for p in prefixes}  # (N, d)
+    return {name: s.of(clip_t(images, embedded[s.prefix])) for name, s in SCALES.items()}
 
 
 def presence(images: Tensor, choices: Tensor) -> Tensor:
@@ -232,29 +196,28 @@ def nearest(a: Tensor, b: Tensor) -> Tensor:
 
 
 def likeness(
-    images: Tensor, references: Tensor, clipscore: Tensor, own: Tensor | None = None
+    images: Tensor, references: Tensor, clipscore: Tensor, same: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """(N,) clip_i, nearest and refclipscore of pictures (N, d), and `which` of the references (M, d) is the nearest.
+    """(N,) clip_i, nearest and refclipscore of pictures (N, d), and `which` of the references (M, d) is the
+    nearest.
 
-    `own` (N, M) is true where a reference is the picture itself, which is then left out: real pictures against
-    one another are the ceiling of clip_i.
+    `same` (N, M) is true where a reference is the picture itself, which is then left out: real pictures
+    against one another are the ceiling of clip_i.
     """
     cosines = images @ references.T  # (N, M)
-    own = torch.zeros_like(cosines, dtype=torch.bool) if own is None else own
-    if own.all(-1).any():
+    same = torch.zeros_like(cosines, dtype=torch.bool) if same is None else same
+    if same.all(-1).any():
         raise ValueError(
             f"the only reference ({len(references)} given) is the picture itself; give at least one other"
         )
-    near, which = cosines.masked_fill(own, -2).max(-1)
-    mean = cosines.masked_fill(own, 0).sum(-1) / (~own).sum(-1)
+    near, which = cosines.masked_fill(same, -2).max(-1)
+    mean = cosines.masked_fill(same, 0).sum(-1) / (~same).sum(-1)
     return {"clip_i": mean, "nearest": near, "refclipscore": refclipscore(clipscore, near), "which": which}
 
 
 def refclipscore(clipscore: Tensor, nearest: Tensor) -> Tensor:
-    """(N,) harmonic mean of the two. The paper judges a caption of a picture, by other captions of it; here a picture
-    of a text is judged, by other pictures of it. As there, only the first of the two is times 2.5."""
+    """(N,) harmonic mean of the two. The paper scores a caption of a picture against other captions;
+    here a picture of a text is scored against other pictures. As there, only the first of the two is times
+    2.5."""
     b = nearest.clamp(min=0)
     return 2 * clipscore * b / (clipscore + b).clamp(min=1e-12)
-
-
-# ----------------------------------------------------------------------------------------------- intervals

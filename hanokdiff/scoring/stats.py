@@ -1,4 +1,8 @@
-"""Means, shares and their intervals."""
+"""Intervals of means, shares and differences; p-values of differences.
+
+Student's t with `freedom` degrees of freedom: with t = sqrt(freedom) tan(angle) its density on a quarter
+circle is cos(angle)^(freedom - 1), which is summed by trapezoids.
+"""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +27,7 @@ def mean_interval(values: Sequence[float] | Tensor, confidence: float = 0.95) ->
 def paired_interval(
     a: Sequence[float] | Tensor, b: Sequence[float] | Tensor, confidence: float = 0.95
 ) -> tuple[float, float, float]:
-    """(mean, low, high) of a - b over pairs, a[i] with b[i]: what both share, such as prompt and noise, drops out."""
+    """(mean, low, high) of a - b over pairs, a[i] with b[i]: what both share (prompt, noise) drops out."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape:
         raise ValueError(
@@ -34,15 +38,32 @@ def paired_interval(
 
 @lru_cache
 def t_quantile(freedom: int, confidence: float = 0.95) -> float:
-    """The t with P(|T| < t) = confidence.
-
-    With t = sqrt(freedom) tan(angle) the density is cos(angle)^(freedom - 1) on a quarter circle.
-    """
+    """The t with P(|T| < t) = confidence."""
     angle = np.linspace(0, math.pi / 2, 200_001)
     density = np.cos(angle) ** (freedom - 1)
     p = np.append(0, np.cumsum(density[1:] + density[:-1]))  # trapezoids
     inside = p <= confidence * p[-1] * (1 + 1e-3)  # beyond, p is flat, and np.interp wants it to rise
     return math.sqrt(freedom) * math.tan(np.interp(confidence * p[-1], p[inside], angle[inside]))
+
+
+def t_tail(t: float, freedom: int) -> float:
+    """P(|T| > |t|)."""
+
+    def area(low: float) -> float:
+        density = np.cos(np.linspace(low, math.pi / 2, 20_001)) ** (freedom - 1)
+        return (math.pi / 2 - low) * (density.sum() - (density[0] + density[-1]) / 2) / 20_000
+
+    return float(area(math.atan(abs(t) / math.sqrt(freedom))) / area(0))
+
+
+def holm(p: list[float]) -> list[float]:
+    """p-values corrected for their number (Holm 1979): the smallest times m, the next times m - 1, never
+    falling."""
+    out, worst = [0.0] * len(p), 0.0
+    for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
+        worst = max(worst, min(1.0, (len(p) - rank) * p[i]))
+        out[i] = worst
+    return out
 
 
 def share_interval(k: int, n: int, confidence: float = 0.95) -> tuple[float, float, float]:
