@@ -362,7 +362,7 @@ def claim(scene: world.Scene, r: Random) -> tuple[str, tuple]:
         return sentence.format(b=r.choice(world.GENERIC)), (None, scene.condition, None)
     words = world.caption(scene, r.random(), generic=0)
     said = scene.condition if scene.condition != "none" or "daytime" in words else None
-    return words, (scene.kind, said, scene.look or None)
+    return words, (scene.kind, said, scene.attributes or None)
 
 
 def clip(args) -> None:
@@ -436,7 +436,7 @@ CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 def holds(claims: tuple, scene: world.Scene) -> bool:
     """Whether what a caption claims is true of a scene."""
     return all(
-        c is None or c == s for c, s in zip(claims, (scene.kind, scene.condition, scene.look), strict=True)
+        c is None or c == s for c, s in zip(claims, (scene.kind, scene.condition, scene.attributes), strict=True)
     )
 
 
