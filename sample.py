@@ -26,7 +26,7 @@ from hanokdiff.errors import check_folder, make_folder, report_errors
 from hanokdiff.files import free_folder
 from hanokdiff.formats import embedding_file, hypernet_file, lora_file
 from hanokdiff.formats.load import load_model
-from hanokdiff.images import grid, read_photo, write_png
+from hanokdiff.images import grid, read_photo, webui_parameters, write_png
 from hanokdiff.methods import lora
 from hanokdiff.models import memory, samplers
 from hanokdiff.models.memory import given_kv, project_kv
@@ -237,22 +237,15 @@ def initial_picture(args, sd, size):
 
 
 def parameters(prompt: str, seed: int, size: tuple[int, int], args) -> str:
-    """How the picture was made, in the WebUI's words, so that any tool can read it."""
-    negative = f"\nNegative prompt: {args.negative}" if args.negative else ""
-    more = f", Clip skip: {args.clip_skip}" if args.clip_skip > 1 else ""
-    more += (
-        f", Denoising strength: {args.strength:g}, Init image: {args.init_image.name}"
-        if args.init_image
-        else ""
-    )
-    embeddings = ((path.name, f":{word}" if word else "") for path, word in map(parse_word, args.embedding))
-    more += "".join(f", Embedding: {name}{word}" for name, word in embeddings)
-    more += "".join(f", LoRA: {path.name}:{scale:g}" for path, scale in map(parse_scale, args.lora))
-    more += "".join(f", Hypernet: {path.name}:{scale:g}" for path, scale in map(parse_scale, args.hypernet))
-    return (
-        f"{prompt}{negative}\nSteps: {args.steps}, Sampler: {args.sampler}, CFG scale: {args.cfg:g}, Seed: {seed}, "
-        f"Size: {size[0]}x{size[1]}, Model: {args.model}{more}"
-    )
+    more = [("Clip skip", args.clip_skip)] if args.clip_skip > 1 else []
+    if args.init_image:
+        more += [("Denoising strength", f"{args.strength:g}"), ("Init image", args.init_image.name)]
+    for path, word in map(parse_word, args.embedding):
+        more.append(("Embedding", path.name + (f":{word}" if word else "")))
+    for kind, files in (("LoRA", args.lora), ("Hypernet", args.hypernet)):
+        more += [(kind, f"{path.name}:{scale:g}") for path, scale in map(parse_scale, files)]
+    how = (args.steps, args.sampler, args.cfg, seed, size, args.model)
+    return webui_parameters(prompt, *how, negative=args.negative, more=more)
 
 
 @report_errors

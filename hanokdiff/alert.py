@@ -1,22 +1,25 @@
 """A Korean disaster alert to a prompt: what is happening, to what kind of place, at what time of day.
 
     python -m hanokdiff.alert "[행정안전부] 오늘 14:20 전주 한옥마을 화재 발생. 인근 주민은 대피 바랍니다"
-    {"kind": "alert", "disaster": ["fire"], "place": "hanok", "time": "day", "prompt": "* on fire in the daytime", ...}
+    {"kind": "alert", "disaster": ["fire"], "place": "hanok", "time": "day", "prompt": "* on fire, in the d...
 
-Tables of words and five rules; no model. A wrong picture is worse than none, so nothing is guessed:
+Tables of words (alert_words.py) and five rules; no model. A wrong picture is worse than none, so nothing is
+guessed:
 
-1. A drill (DRILL) is never drawn, whatever it names, unless it is no drill after all (NO_DRILL).
-2. NOT_MEANT is blanked first: senders, places and words that only look like a disaster (문화재, "연기" = put off).
-3. Every disaster word is judged by what follows it, up to the next one. Over or denied (OVER) beats all; else the
-   first of advice (ADVICE), a danger (RISK) or happening (EVENT; forecasts and warnings are) counts; in a sentence with
-   OTHER_NEWS it is no event. In a list such as "산사태, 침수 우려" both are judged by what follows the last.
-4. All that happen are drawn (태풍 + 침수), the first named leads. A mere danger is drawn only where nothing happens and
-   the message calls for action (ACTION). What comes with another is left out (ABSORBS): a tsunami's earthquake.
-5. The place is the nearest one before the disaster, else the first one after it in its sentence or the next; not one
-   that people should go to or keep away from (ELSEWHERE).
+1. A drill (DRILL) is never drawn, whatever it names, unless the message says that it is none (NO_DRILL).
+2. NOT_MEANT is blanked first: senders, places and words that only look like a disaster (문화재, "연기" =
+   put off).
+3. Every disaster word gets a status from what follows it, up to the next one. Over or denied (OVER) beats
+   all; else the first of advice (ADVICE), a danger (RISK) or happening (EVENT; forecasts and warnings are)
+   counts; in a sentence with OTHER_NEWS it is advice. In a list ("산사태, 침수 우려") the last one's counts.
+4. All that happen are drawn (태풍 + 침수), the first named leads. A mere danger is drawn only where nothing
+   happens and the message calls for action (ACTION). What comes with another is left out (ABSORBS): a
+   tsunami's earthquake.
+5. The place is the nearest one before the disaster, else the first one after it in its sentence or the next;
+   not one that people should go to or keep away from (ELSEWHERE).
 
 kind is alert, drill, all-clear or unknown; only an alert has a prompt.
-Read next: sample.py (--alert draws it), hanokdiff/tiny/world.py (the words that the tiny world knows).
+Read next: sample.py (--alert draws it), hanokdiff/tiny/scenes.py (the words that the tiny world knows).
 """
 
 import json
@@ -25,179 +28,16 @@ import sys
 import unicodedata
 from dataclasses import dataclass
 
+from hanokdiff import alert_words as words
+from hanokdiff.alert_words import DISASTERS, PLACES, either
+from hanokdiff.errors import report_errors
 from hanokdiff.options import Options
 from hanokdiff.tiny import world
 
 
-def either(patterns: str) -> str:
-    """One pattern of many that are separated by white space; "_" is a space that may be missing."""
-    return "|".join(patterns.split()).replace("_", " ?")
-
-
-# ------------------------------------------------------------------------------------------------- what may happen
-# name: what to say of a place (the tiny world's own sentences where it has some); the Korean for it
-
-DISASTERS = {
-    "wildfire": ("a forest fire near {place}", r"산불 들불 (?:야산|임야|산림)\S{0,3}_(?:화재|불이(?=_나))"),
-    "fire": ("{place} on fire", r"화재 큰불 불이(?=_(?:나|났|붙)) 불길 화염"),
-    "smoke": ("smoke rising from {place}", r"(?:검은|짙은|다량의?|유독)_연기 연기(?=_(?:발생|확산|유입|가|로_인))"),
-    "flood": ("a flood around {place}", r"""
-        침수 범람 홍수 급류 수위_급?(?:상승|증가) 물(?=에_잠|_차오|이_차오) 제방_(?:유실|붕괴)"""),
-    "heavy rain": ("heavy rain falling on {place}", r"호우 폭우 장대비 물폭탄 (?:많은|강한|거센)_비(?=[가,\s]|$)"),
-    "heavy snow": ("{place} covered with snow", r"대설 폭설 (?:많은|강한|함박)_눈(?=[이,\s]|$)"),
-    "icy road": ("{place} covered with ice", r"결빙 빙판 살얼음 블랙아이스"),
-    "typhoon": ("a typhoon hitting {place}", r"태풍(?!급)"),
-    "strong wind": ("strong wind around {place}", r"강풍 돌풍 (?:강한|거센)_바람"),
-    "high waves": ("high waves hitting {place}", r"풍랑 너울 폭풍해일 (?:높은|거센|거대한)_(?:파도|물결)"),
-    "tsunami": ("a tsunami hitting {place}", r"지진_해일 쓰나미"),
-    "earthquake": ("an earthquake damaging {place}", r"지진(?!_[않못]) (?<![가-힣])여진"),
-    "landslide": ("a landslide near {place}", r"""
-        산사태 토석류 낙석 토사_(?:유출|유입|붕괴) (?:비탈|사면|옹벽)\S{0,2}_붕괴"""),
-    "lightning": ("lightning over {place}", r"낙뢰 벼락 번개"),
-    "hail": ("hail falling on {place}", r"(?<![가-힣])우박"),
-    "heat": ("{place} under the hot summer sun, heat haze", r"폭염 무더위(?!_쉼터) 불볕더위"),
-    "cold": ("{place} in extreme cold, frost and ice", r"한파 강추위"),
-    "fine dust": ("{place} in thick yellow dust", r"미세_먼지 황사"),
-    "fog": ("{place} in thick fog", r"안개"),
-    "explosion": ("an explosion at {place}", r"폭발(?!적)"),
-    "chemical leak": ("a leak of toxic gas at {place}", r"""
-        (?:가스|물질|불산|염산|황산|염소|암모니아|화학\S{0,3})_(?:누출|유출)"""),
-    "collapse": ("{place} collapsed into ruins", r"붕괴 무너(?:져|졌|짐)"),
-    "sinkhole": ("a sinkhole in {place}", r"싱크홀 (?:지반|도로)_침하 땅_꺼짐"),
-    "crash": ("a car crash at {place}", r"교통사고 추돌"),
-}  # fmt: skip
-ABSORBS = {
-    "wildfire": {"fire", "smoke"},
-    "fire": {"smoke"},
-    "explosion": {"smoke"},
-    "tsunami": {"earthquake"},
-}
-AT_SEA = ("high waves", "tsunami")  # where else
-
-# ----------------------------------------------------------------------------------------------- where, and when
-
-MOUNTAINS = """설악 지리 한라 북한 도봉 관악 인왕 북악 수락 불암 청계 감악 마니 치악 오대 태백 소백 함백 월악 속리 계룡
-    대둔 덕유 내장 모악 무등 월출 조계 팔공 비슬 가야 주왕 토함 신불 금정 황령 운문 화왕 천성 두타 명지 화악"""
-RIVERS = (
-    "한강 낙동강 금강 영산강 섬진강 임진강 북한강 남한강 형산강 태화강 만경강 남강 한탄강 내성천 청계천 탄천"
-)
-TOWNS = "부천 인천 순천 춘천 제천 이천 포천 과천 김천 사천 영천 홍천 연천 화천 옥천 진천 서천 합천 예천"
-TEMPLES = "불국 해인 낙산 통도 송광 화엄 법주 부석 수덕 월정 직지 고운 운람 조계 봉정 범어 마곡"
-PLACES = {
-    "hanok": ("a Korean traditional house", r"""
-        한옥(?:마을)? 고택 종가_집 종택 기와집 초가 서원(?![가-힣]) 향교 낙안읍성 선교장
-        (?:하회|양동|외암|왕곡)마을"""),
-    "palace": ("a Korean palace", r"경복궁 창덕궁 창경궁 덕수궁 경희궁 고궁 숭례문"),
-    "temple": ("a Korean Buddhist temple", rf"사찰 암자 (?:{either(TEMPLES)})사"),
-    "underpass": ("an underpass", r"지하_차도 굴다리"),
-    "tunnel": ("a road tunnel", r"터널"),
-    "bridge": ("a bridge", r"[가-힣]{1,4}대교 교량 다리(?=_위)"),
-    "station": ("a subway station", r"""
-        지하철역
-        (?<![가-힣])[가-힣]{2,5}역(?<!지역|전역|구역|해역|방역|광역|영역|수역|권역)(?=[\s에]|$)"""),
-    "apartment": ("an apartment building", r"아파트 오피스텔 주상복합 빌라(?![가-힣]) 연립주택 다세대"),
-    "factory": ("a factory", r"공장 산단 산업단지 공단 제련소 발전소"),
-    "warehouse": ("a warehouse", r"창고 물류_센터"),
-    "market": ("a Korean street market", r"시장(?!님|실|_주재|_지시)"),
-    "school": ("a school", r"학교 유치원 어린이집"),
-    "hospital": ("a hospital", r"병원 요양원"),
-    "farm": ("a farm", r"농경지 비닐하우스 축사 농장 양계장 돈사 우사 논밭"),
-    "road": ("a road", r"고속도로 국도 지방도 도로 나들목 (?<!교)차로 [가-힣]{2,4}대로"),
-    "river": ("a river", rf"""
-        하천 강변 하류 계곡 댐_방류 (?<![가-힣])(?:{either(RIVERS)})(?![가-힣])
-        (?<![가-힣])(?!{either(TOWNS)})[가-힣]{{1,3}}천(?=_(?:범람|수위|상류|산책로|일대|일원))"""),
-    "coast": ("a coast", r"""
-        해안 해변 해수욕장 해역 앞바다 해상 바닷가 방파제 갯바위 선착장
-        (?<![가-힣])[가-힣]{2,3}항(?<!공항|사항)(?=_(?:등|인근|일대|앞|에|내))"""),
-    "mountain": ("a mountain", rf"""
-        야산 뒷산 임야 등산로 산자락 산기슭 산중턱 국립공원 (?<![가-힣])산_\d+(?=-|번지|_일원|_일대)
-        (?<![가-힣])(?:{either(MOUNTAINS)})산(?![동읍면로]) [가-힣]{1,4}봉(?=_(?:등산|정상|일대))"""),
-    "house": ("a house", r"주택 가옥 (?<![가-힣])민가"),
-    "building": ("a building", r"건물 상가 빌딩 호텔 모텔 고시원"),
-    "village": ("a village", r"마을(?!_(?:회관|주민))"),
-}  # fmt: skip
-GENERIC = (
-    "house",
-    "building",
-    "village",
-)  # give way to a special place named just before: "한옥마을 내 주택"
-ANYWHERE = "a building"  # where no kind of place is named: a word that both models know
-
-NIGHT, MORNING, DAY, EVENING = "night", "morning", "day", "evening"
-TIMES = {NIGHT: "at night", MORNING: "in the morning", DAY: "in the daytime", EVENING: "in the evening"}
-HOURS = [NIGHT] * 6 + [MORNING] * 5 + [DAY] * 6 + [EVENING] * 3 + [NIGHT] * 5  # 0 to 24 o'clock
-PARTS = {
-    "새벽": NIGHT,
-    "심야": NIGHT,
-    "야간": NIGHT,
-    "자정": NIGHT,
-    "밤": NIGHT,
-    "아침": MORNING,
-    "오전": MORNING,
-    "정오": DAY,
-    "낮": DAY,
-    "오후": DAY,
-    "저녁": EVENING,
-}
-PART = either("""
-    새벽 심야 야간(?!_(?:관람|경기|개장)) 자정 (?<!군)밤(?![나골섬송]) 아침 오전 정오 낮(?![은아게추춰습]) 오후 저녁""")
-CLOCK = either(r"(?<![\d:.])(?:[01]?\d|2[0-4])(?=:[0-5]\d(?!\d)|_시(?![간장청민내외설작점]))")
-
-# ------------------------------------------------------------------------------------------- is it meant, and now?
-
-NOT_YET = "(?!_(?:시|될|되는|할|예정|전|까지))"  # "해제 시까지": until it is over
-NOT_MEANT = either(r"""
-    https?://\S+ ☎_[\d-]+ 0\d{1,2}-\d{3,4}-\d{4} 1[5-8]\d\d-\d{4}
-    [\[(【<][^\])】>\d]{0,20}(?:[시군구도청부서소]|공사|공단|본부|센터|㈜)[\])】>] \([^)]{0,20}교\)
-    \S{0,9}(?:소방서|소방청|홍수통제소|산림청|기상청|유산청|해양경찰서|도로공사|도로교통공단)
-    (?:화재|홍수|산불|지진|태풍|대설|폭설|침수|범람|호우|강풍)(?:동|리|읍|역|마을|초등학교|대피소)(?![가-힣])
-    (?:행사|공연|일정|개최|경기|시험|축제|관람)\S{0,2}_(?:\S{1,6}_)?연기 태풍의_눈
-    (?:화재|재난|산불)_(?:보험|감지기|경보기) 국민재난안전포털 문화재 산불꽃
-    [생재예출계]산불 [방지]침수 [상선]호우 [확최증거막]대설 [러어꺼커퍼려]지진
-    [강대]한파도 [상당]황사""")
-NO_DRILL = either(r"""
-    훈련\S{0,3}_(?:아님|아닙니다|아니) 실제_상황(?:입니다|임) 훈련(?:장|소|병|기)(?![가-힣])
-    (?:사격|비행|행군)_훈련(?=_중|장)""")
-DRILL = either(r"""
-    훈련 연습(?![생실장]) 모의(?!고사) 도상 가상_(?:상황|화재|훈련|재난) 시험_(?:발송|송출|방송|문자|운영)
-    (?:송출|발송|수신|통신|문자)_테스트 테스트_(?:문자|입니다|중) (?:상황|발생)을?_가정
-    실제\S{0,2}_(?:상황\S{0,2}_)?아[니닙님]""")
-OVER = either(rf"""
-    해제{NOT_YET} (?:상황|특보|경보|주의보|화재|산불|(?:통제|진화|진압)\S{{0,2}})_종료{NOT_YET} 완진{NOT_YET}
-    (?:진화|진압|복구|수습)[가이를]?_(?:됨|되었|됐|했|완료{NOT_YET}) 주불\S{{0,2}}_(?:잡|진화_완료) 꺼졌 소멸 통행_재개
-    정상_(?:통행|소통|운행|화) 안심하 아님 아닙니다 아니(?:므로|오니|며|라) 아닌_것 오인 오보 허위 오작동 사실_무근
-    오발송 발생하지_않았 잘못_(?:발송|보[낸내]|전송) (?:경보|주의보|특보|발령)\S{{0,2}}_취소
-    (?<!인명)(?<!인명\s)(?:우려|가능성|위험|영향|피해|이상|확산)[은는이가도]?_없""")
-AGAIN = either("재발화 재확산 다시_(?:발생|번|확산|발령|발효) (?:주의보|경보)로_(?:대체|변경|격상|하향)")
-ALL_OVER = either(rf"""
-    ^\W*(?:상황_종료|특보_해제|해제) 상황\S{{0,2}}_종료{NOT_YET} (?:모두|전면|일괄|대피\S{{0,3}})_해제{NOT_YET}""")
-OTHER_NEWS = either("""
-    캠페인 교육 체험 모집 채용 지원금 성금 모금 보상 포상 추모 주년 주기 기념 전시(?!관|장) 박람 홍보 복원 도입""")
-ADVICE = either(r"""
-    예방 조심_(?:기간|하) 대비(?!_태세) 수칙 요령 점검 원인_조사 감식 방지 방재 감시 발생_시(?=[\s,에는엔])
-    ^_시(?=[\s,에]) 않도록 발생하?지_않 발생을?_(?:막|줄) ^_나면 ^_났을_때 ^_상황에선 없는
-    (?:발생|확산|진화)\S{0,3}_할?_?(?:때|경우) 발생\S{0,3}_수_있 커지면 피해\S{0,2}_(?:주민|농가|복구|지원|신고)
-    로_(?:이어|번질_수|오인|착각|확대될_수)""")
-RISK = either(r"(?:(?:사고|발생\S{0,2})_)?(?:우려|위험|가능성) 주의(?!보) 유의 조심")
-EVENT = either(r"""
-    ^_(?:[.!,/(~\d:·]|$) ^[이가]?_으?로(?!_(?:이어|번질)) 주의보 경보 특보 발생 발효 발령 확산 번[지져졌] 진화 진압
-    연소 접수 예상 예보 전망 북상 상륙 접근 근접 영향 통제 금지 고립 매몰 사고 동반 내리 내렸 쌓 대피(?!소|로|요령)
-    이동 현재 유지 대응 진입 우회 구간 감지 관측 타고 시행 추가 중(?![가-힣]) 중[이입인] ^_(?:났|붙|나(?=[\s,서며고]|$))
-    ^(?:에|이)?_(?:잠|차오) ^(?:되|하)고_있 ^(?:하여|됐|되어|되었(?!던))""")
-ACTION = either("대피(?!로|요령) 발령 발효 통제 고립 중단 서행 피하 벗어나")
-ELSEWHERE = either(r"""
-    ^[^.!\n]{0,25}?(?:접근|출입|통행|이용|진입|작업|입산|입수)\S{0,3}_(?:금|자제|삼가|하지_마|유의|통제)
-    ^(?!\S*(?:방향|쪽))[^.,!\n]{0,12}?로_(?:즉시_|신속히_)?(?:대피|이동|피하|피신)
-    ^[^.,!\n]{0,8}(?:탐방객|등산객|야영객|피서객) ^[^.,!\n]{0,8}?(?:벗어나|하산|고정) ^[^.,!\n]{0,12}우회""")
-NEAR = either(r"^_(?:인근|주변|근처|부근|앞|옆|뒤|인접)")
-WARNING = either(r"^_(?:주의보|경보|특보)")
-LIST = r"^(?: ?(?:주의보|경보|특보))?(?:[\s,·/ㆍ+&및와과]|이나|또는|그리고|하고)*$"  # nothing but a comma between two
-SENTENCE = r"[.!?\n](?!\d)"
-
-
 @dataclass(frozen=True)
 class Reading:
-    """What was understood. `why` says what was not, or why nothing is to be drawn."""
+    """What was understood. `why` names what was not found, or the reason why nothing is to be drawn."""
 
     text: str
     kind: str  # alert, drill, all-clear or unknown
@@ -207,132 +47,142 @@ class Reading:
     why: tuple[str, ...] = ()
 
 
-def first_match(table: dict[str, str], text: str) -> str | None:
-    """The name whose pattern is found first; of two at the same place, the earlier in the table."""
-    found = [(m.start(), i, name) for i, (name, p) in enumerate(table.items()) if (m := re.search(p, text))]
-    return min(found)[2] if found else None
+@dataclass(frozen=True)
+class Mention:
+    """A word of a table in the text; a disaster also has a status: event, risk, advice, over or None."""
 
-
-def mentions(table: dict, text: str) -> list[tuple[int, int, str]]:
-    """(start, end, name) of every word of the table, in the order of the text; where two overlap, the first counts."""
-    found = sorted(
-        (m.start(), i, m.end(), name)
-        for i, (name, (_, korean)) in enumerate(table.items())
-        for m in re.finditer(either(korean), text)
-    )
-    out: list[tuple[int, int, str]] = []
-    for start, _, end, name in found:
-        if not out or start >= out[-1][1]:
-            out.append((start, end, name))
-    return out
-
-
-def judge(tail: str) -> str | None:
-    """What is said of a disaster in the words that follow it: over, advice, risk, event, or nothing."""
-    over = re.search(OVER, tail)
-    if over:
-        return "event" if re.search(AGAIN, tail[over.end() :]) else "over"
-    sentence = re.split(SENTENCE, tail.rstrip())[0] or tail[:1]
-    if re.search(OTHER_NEWS, sentence):
-        return "advice"
-    return first_match({"advice": ADVICE, "risk": RISK, "event": EVENT}, sentence)
-
-
-def disasters(text: str) -> list[tuple[int, str, str | None]]:
-    """(start, name, what is said of it) of every disaster word."""
-    found, out, said = mentions(DISASTERS, text), [], None
-    for (start, end, name), following in zip(
-        reversed(found), [len(text), *(s for s, _, _ in reversed(found))]
-    ):
-        tail = text[end:following]
-        if following == len(text) or not re.search(LIST, tail):
-            said = judge(tail)
-        elif re.search(WARNING, tail) and said != "over":  # of a list; else said as of the next one
-            said = "event"
-        out.append((start, name, said))
-    return out[::-1]
-
-
-def happening(text: str, found: list) -> list[tuple[int, str]]:
-    """(start, name) of what is to be drawn: rule 4."""
-    over = {name for _, name, said in found if said == "over"}
-    chosen = {name: start for start, name, said in reversed(found) if said == "event" and name not in over}
-    if not chosen and re.search(ACTION, text):
-        chosen = {name: start for start, name, said in reversed(found) if said == "risk" and name not in over}
-    taken = set().union(*(ABSORBS.get(name, ()) for name in chosen))
-    return sorted((start, name) for name, start in chosen.items() if name not in taken)
-
-
-def place_of(text: str, events: list[tuple[int, str]]) -> str | None:
-    """Where it happens: rule 5."""
-    stops = [s for s, *_ in mentions(DISASTERS, text)] + [len(text)]
-    found = [
-        (s, e, name)
-        for s, e, name in mentions(PLACES, text)
-        if not re.search(ELSEWHERE, text[e : min(x for x in stops if x >= e)])
-    ]
-    for start, _ in events:
-        before = [p for p in found if p[0] <= start]
-        while len(before) > 1 and before[-1][2] in GENERIC and not re.search(NEAR, text[before[-2][1] :]):
-            before.pop()
-        if before:
-            return before[-1][2]
-    if any(name in AT_SEA for _, name in events):
-        return "coast"
-    start = events[0][0]
-    reach = [m.start() for m in re.finditer(SENTENCE, text[start:])][1:2]
-    return next(
-        (name for s, _, name in found if start < s < start + (reach[0] if reach else len(text))), None
-    )
-
-
-def time_of(text: str) -> str | None:
-    """The time of day: that of "현재" (now), else the first that is not an end or a time of sending."""
-    found = []
-    for m in re.finditer(rf"(?P<part>{PART})? ?(?P<hour>{CLOCK})|(?P<alone>{PART})", text):
-        after, part, hour = text[m.end() :], m["part"] or m["alone"], m["hour"]
-        if re.search(r"^[\d:시분 ]*(?:까지|발표|발송)", after):
-            continue
-        now = re.search(r"^[\d:시분 ]*(?:현재|기준)", after) or text[: m.start()].rstrip().endswith("현재")
-        found.append((not now, m.start(), HOURS[on_24(part, int(hour))] if hour else PARTS[part]))
-    return min(found)[2] if found else None
-
-
-def on_24(part: str | None, hour: int) -> int:
-    """오후 3시 is 15 o'clock, 밤 12시 midnight, 새벽 3시 three; without such a word the 24-hour clock of officials."""
-    if hour == 12:
-        return 0 if part in ("밤", "오전", "새벽") else 12
-    later = hour < 12 and (part in ("오후", "저녁") or part == "낮" and hour < 7 or part == "밤" and hour > 5)
-    return hour + 12 if later else hour
+    start: int
+    end: int
+    name: str
+    status: str | None = None
 
 
 def read(text: str) -> Reading:
     """Understand one message."""
     text = unicodedata.normalize("NFC", text)  # macOS writes Korean in parts
-    if re.search(DRILL, re.sub(NO_DRILL, " ", text)):
+    if re.search(words.DRILL, re.sub(words.NO_DRILL, " ", text)):
         return Reading(text, "drill", why=("this is a drill or a test",))
-    plain = re.sub(f"{NO_DRILL}|{NOT_MEANT}", lambda m: " " * len(m[0]), text)
-    found = disasters(plain)
-    events = [] if re.search(ALL_OVER, text) else happening(plain, found)
+    plain = re.sub(f"{words.NO_DRILL}|{words.NOT_MEANT}", lambda m: " " * len(m[0]), text)
+    disasters, all_over = find_disasters(plain), bool(re.search(words.ALL_OVER, text))
+    events = [] if all_over else choose_events(plain, disasters)
     if events:
-        place, time = place_of(plain, events), time_of(plain)
-        why = [
-            f"no {what} found"
-            for what, value in (("kind of place", place), ("time of day", time))
-            if not value
-        ]
-        return Reading(text, "alert", tuple(name for _, name in events), place, time, tuple(why))
-    named = " and ".join(dict.fromkeys(name for _, name, _ in found))
-    if re.search(ALL_OVER, text) or any(said == "over" for *_, said in found):
-        return Reading(text, "all-clear", why=(f"{named or 'it'} is said to be over, or not so",))
-    if named:
-        return Reading(
-            text, "unknown", why=(f"{named} named, but nothing says that it is happening or coming",)
-        )
-    return Reading(text, "unknown", why=("no disaster found",))
+        place, time = find_place(plain, events, disasters), find_time(plain)
+        missing = [what for what, value in (("kind of place", place), ("time of day", time)) if not value]
+        why = tuple(f"no {what} found" for what in missing)
+        return Reading(text, "alert", tuple(e.name for e in events), place, time, why)
+    names = " and ".join(dict.fromkeys(d.name for d in disasters))
+    if all_over or any(d.status == "over" for d in disasters):
+        return Reading(text, "all-clear", why=(f"{names or 'it'} is said to be over, or not so",))
+    why = f"{names} named, but nothing says that it is happening or coming" if names else "no disaster found"
+    return Reading(text, "unknown", why=(why,))
 
 
-# ------------------------------------------------------------------------------------------------------- in English
+# ------------------------------------------------------------------------------------------------ disasters
+
+
+def find_mentions(table: dict, text: str) -> list[Mention]:
+    """Every word of the table, in the order of the text; where two overlap, the first counts."""
+    matches = []
+    for i, (name, (_, korean)) in enumerate(table.items()):
+        matches += [(m.start(), i, m.end(), name) for m in re.finditer(either(korean), text)]
+    mentions: list[Mention] = []
+    for start, _, end, name in sorted(matches):
+        if not mentions or start >= mentions[-1].end:
+            mentions.append(Mention(start, end, name))
+    return mentions
+
+
+def find_disasters(text: str) -> list[Mention]:
+    """Every disaster word with its status: rule 3. From the last to the first, because of lists."""
+    disasters, status, following = [], None, len(text)
+    for m in reversed(find_mentions(DISASTERS, text)):
+        tail = text[m.end : following]
+        if following == len(text) or not re.search(words.LIST, tail):
+            status = status_from(tail)
+        elif re.search(words.WARNING, tail) and status != "over":  # in a list; else the next one's status
+            status = "event"
+        disasters.insert(0, Mention(m.start, m.end, m.name, status))
+        following = m.start
+    return disasters
+
+
+def status_from(tail: str) -> str | None:
+    """The status of a disaster by the words that follow it."""
+    over = re.search(words.OVER, tail)
+    if over:
+        return "event" if re.search(words.AGAIN, tail[over.end() :]) else "over"
+    sentence = re.split(words.SENTENCE, tail.rstrip())[0] or tail[:1]
+    if re.search(words.OTHER_NEWS, sentence):
+        return "advice"
+    patterns = {"advice": words.ADVICE, "risk": words.RISK, "event": words.EVENT}
+    matches = {status: m.start() for status, p in patterns.items() if (m := re.search(p, sentence))}
+    return min(matches, key=matches.get, default=None)
+
+
+def choose_events(text: str, disasters: list[Mention]) -> list[Mention]:
+    """What is to be drawn: rule 4."""
+    over = {d.name for d in disasters if d.status == "over"}
+
+    def first_of_each(status: str) -> dict[str, Mention]:
+        return {d.name: d for d in reversed(disasters) if d.status == status and d.name not in over}
+
+    chosen = first_of_each("event")
+    if not chosen and re.search(words.ACTION, text):
+        chosen = first_of_each("risk")
+    absorbed = set().union(*(words.ABSORBS.get(name, ()) for name in chosen))
+    return sorted((d for name, d in chosen.items() if name not in absorbed), key=lambda d: d.start)
+
+
+# ------------------------------------------------------------------------------------------- place and time
+
+
+def find_place(text: str, events: list[Mention], disasters: list[Mention]) -> str | None:
+    """Where it happens: rule 5."""
+    ends = [d.start for d in disasters] + [len(text)]
+    places = []
+    for p in find_mentions(PLACES, text):
+        tail = text[p.end : min(end for end in ends if end >= p.end)]
+        if not re.search(words.ELSEWHERE, tail):
+            places.append(p)
+    for event in events:
+        before = [p for p in places if p.start <= event.start]
+        while len(before) > 1 and before[-1].name in words.GENERIC:
+            if re.search(words.NEAR, text[before[-2].end :]):
+                break
+            before.pop()
+        if before:
+            return before[-1].name
+    if any(event.name in words.AT_SEA for event in events):
+        return "coast"
+    start = events[0].start
+    sentence_ends = [m.start() for m in re.finditer(words.SENTENCE, text[start:])]
+    limit = start + sentence_ends[1] if len(sentence_ends) > 1 else len(text)
+    return next((p.name for p in places if start < p.start < limit), None)
+
+
+def find_time(text: str) -> str | None:
+    """The time of day: that of "현재" (now), else the first that is not an end or a time of sending."""
+    times = []
+    for m in re.finditer(rf"(?P<part>{words.PART})? ?(?P<hour>{words.CLOCK})|(?P<alone>{words.PART})", text):
+        tail, part, hour = text[m.end() :], m["part"] or m["alone"], m["hour"]
+        if re.search(r"^[\d:시분 ]*(?:까지|발표|발송)", tail):
+            continue
+        now = re.search(r"^[\d:시분 ]*(?:현재|기준)", tail) or text[: m.start()].rstrip().endswith("현재")
+        time = words.HOURS[hour_of_24(part, int(hour))] if hour else words.PARTS[part]
+        times.append((not now, m.start(), time))
+    return min(times)[2] if times else None
+
+
+def hour_of_24(part: str | None, hour: int) -> int:
+    """오후 3시 is 15 o'clock, 밤 12시 midnight, 새벽 3시 three; without such a word it is the
+    24-hour clock."""
+    if hour == 12:
+        return 0 if part in ("밤", "오전", "새벽") else 12
+    later = part in ("오후", "저녁") or (part == "낮" and hour < 7) or (part == "밤" and hour > 5)
+    return hour + 12 if later and hour < 12 else hour
+
+
+# ----------------------------------------------------------------------------------------------- in English
 
 
 def drawable(text: str) -> Reading:
@@ -344,86 +194,73 @@ def drawable(text: str) -> Reading:
 
 
 def tiny_words() -> set[str]:
-    """All that the tiny world has words for."""
-    sentences = [x for group in world.SENTENCES.values() for x in group]
+    """All words that the tiny world's captions may have, but for a plain house's attributes."""
+    sentences = [sentence for group in world.SENTENCES.values() for sentence in group]
     return set(" ".join([*sentences, *world.EXTRA_WORDS.values(), *world.GENERIC, *world.NAMED]).split())
 
 
 def unknown(phrase: str, known: set[str] | None) -> list[str]:
     """The words that the model has never seen; `known` is None for a model that has seen them all."""
-    words = [w.strip(",") for w in phrase.replace("{place}", "").split()]
-    return [] if known is None else [w for w in words if w not in known]
+    parts = [part.strip(",") for part in phrase.replace("{place}", "").split()]
+    return [] if known is None else [part for part in parts if part not in known]
 
 
 def place_words(reading: Reading, word: str | None, known: set[str] | None) -> tuple[str, list[str]]:
-    """The place in English and notes on it; the hanok is the pseudo word, where one was learnt."""
+    """The place in English and notes on it; a hanok is the pseudo word, if the model has one."""
     if reading.place == "hanok" and word:
         return word, []
-    place = PLACES[reading.place][0] if reading.place else ANYWHERE
-    notes = []
+    place, notes = PLACES[reading.place][0] if reading.place else words.ANYWHERE, []
     if reading.place == "hanok":
         notes.append("no word for the hanok was learnt, and the untouched model mistakes it for other houses")
     if unknown(place, known):
-        notes.append(f'the tiny world does not know "{place}", so it is "{ANYWHERE}"')
-        place = ANYWHERE
+        notes.append(f'the tiny world does not know "{place}", so it is "{words.ANYWHERE}"')
+        place = words.ANYWHERE
     return place, notes
 
 
 def prompt(reading: Reading, word: str | None = "*", known: set[str] | None = None) -> tuple[str, list[str]]:
-    """An alert in English, and notes on what it leaves out. `word` is the pseudo word of the hanok, if one was learnt;
-    `known` are the only words that the model knows (tiny_words())."""
+    """An alert in English, and notes on what it leaves out. `word` is the pseudo word of the hanok, if there
+    is one; `known` are the only words that the model knows (tiny_words())."""
     place, notes = place_words(reading, word, known)
     lead = next((name for name in reading.disaster if not unknown(DISASTERS[name][0], known)), None)
     if lead is None:
         raise ValueError(f"the tiny world cannot draw {' and '.join(reading.disaster)}; use another --model")
-    time = TIMES.get(reading.time, "")
     rest = [name for name in reading.disaster if name != lead]
-    notes += [
-        f'the tiny world does not know "{x}", which is left out' for x in (*rest, time) if unknown(x, known)
-    ]
-    said = [DISASTERS[lead][0].format(place=place), *rest, time]
-    return ", ".join(x for x in said if x and not unknown(x.replace(place, ""), known)), notes
+    if reading.time:
+        rest.append(words.TIMES[reading.time])
+    notes += [f'the tiny world does not know "{x}", which is left out' for x in rest if unknown(x, known)]
+    parts = [DISASTERS[lead][0].format(place=place), *(x for x in rest if not unknown(x, known))]
+    return ", ".join(parts), notes
 
 
 def line(reading: Reading, prompt: str | None, notes: list[str]) -> str:
     """The reading as one line of JSON."""
-    row = dict(
-        kind=reading.kind,
-        disaster=list(reading.disaster),
-        place=reading.place,
-        time=reading.time,
-        prompt=prompt,
-        notes=[*reading.why, *notes],
-        alert=reading.text,
-    )
+    row = dict(kind=reading.kind, disaster=list(reading.disaster), place=reading.place, time=reading.time)
+    row |= dict(prompt=prompt, notes=[*reading.why, *notes], alert=reading.text)
     return json.dumps(row, ensure_ascii=False)
 
 
-def show(line: str) -> None:
-    """Print it, in ASCII where the terminal cannot print what is in the message."""
+def printable(line: str) -> str:
+    """The JSON line, in ASCII where the terminal cannot print what is in the message."""
     try:
-        print(line)
+        line.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
-        print(json.dumps(json.loads(line)))
+        return json.dumps(json.loads(line))
+    return line
 
 
-def main(argv=None) -> int:
+@report_errors
+def main(argv=None) -> None:
     p = Options(prog="python -m hanokdiff.alert", description=__doc__)
     p.add_argument("text", help="the message")
-    p.add_argument(
-        "--token", default="*", help='the pseudo word of the hanok; "" if none was learnt (default: *)'
-    )
-    try:  # not by cli.polite: torch would have to be there
-        args = p.parse_args(argv)
-        if not args.text.strip():
-            raise ValueError("the message is empty; give its text, in quotes")
-    except ValueError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+    word_help = 'the pseudo word of the hanok; "" if none was learnt (default: *)'
+    p.add_argument("--token", default="*", help=word_help)
+    args = p.parse_args(argv)
+    if not args.text.strip():
+        raise ValueError("the message is empty; give its text, in quotes")
     reading = read(args.text)
-    said, notes = prompt(reading, args.token) if reading.kind == "alert" else (None, [])
-    show(line(reading, said, notes))
-    return 0
+    english, notes = prompt(reading, args.token) if reading.kind == "alert" else (None, [])
+    print(printable(line(reading, english, notes)))
 
 
 if __name__ == "__main__":

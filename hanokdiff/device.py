@@ -1,4 +1,4 @@
-"""The device and the precision of everything that is frozen."""
+"""The device and the precision of all frozen weights."""
 
 import ctypes
 import os
@@ -7,15 +7,13 @@ import sys
 import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-WORLD_SIZE, LOCAL_RANK = (
-    int(os.environ.get(k, d)) for k, d in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-)  # torchrun's
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 
 def choose_device(device: str | None = None, dtype: str = "auto") -> tuple[torch.device, torch.dtype, str]:
-    """The device and the precision of everything that is frozen, and the reason in words."""
+    """The device (default: the first GPU, else the CPU), the precision of all frozen weights (default: bf16
+    on GPUs that have it, else fp32), and the reason in words."""
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f'dtype "{dtype}" is not known; choose one of auto, {", ".join(DTYPES)}')
     why = "named" if device else ("the first GPU" if torch.cuda.is_available() else "no CUDA device here")
@@ -34,16 +32,16 @@ def choose_device(device: str | None = None, dtype: str = "auto") -> tuple[torch
         torch.cuda.set_device(chosen)
     if dtype != "auto":
         return chosen, DTYPES[dtype], f"{chosen} ({why}), {dtype} (named)"
-    if chosen.type == "cuda":
-        if torch.cuda.is_bf16_supported():
-            return chosen, torch.bfloat16, f"{chosen} ({why}), bf16 (fp32's range at half the memory)"
-        return chosen, torch.float32, f"{chosen} ({why}), fp32 (this card has no bf16)"
-    return chosen, torch.float32, f"{chosen} ({why}), fp32 (fastest and exact there)"
+    if chosen.type != "cuda":
+        return chosen, torch.float32, f"{chosen} ({why}), fp32 (fastest and exact there)"
+    if torch.cuda.is_bf16_supported():
+        return chosen, torch.bfloat16, f"{chosen} ({why}), bf16 (fp32's range at half the memory)"
+    return chosen, torch.float32, f"{chosen} ({why}), fp32 (this card has no bf16)"
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc to keep freed memory: by default every training step gives it back and fetches it anew, up to a third
-    of the time on a CPU."""
+    """Ask glibc to keep freed memory: by default every training step returns it to the system and requests it
+    anew, up to a third of the time on a CPU."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD

@@ -1,4 +1,7 @@
-"""Errors as one sentence: what every command does with a user's mistake, and with folders it made for nothing."""
+"""Errors as one sentence: `report_errors` wraps every command's main. And folders: made, checked, removed.
+
+Imports no torch: `python -m hanokdiff.alert` runs without it.
+"""
 
 import contextlib
 import functools
@@ -9,27 +12,21 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import torch
-
 from hanokdiff.options import Options
 
-SMALLER = (
-    "--micro-batch 1",
-    "--checkpointing",
-    "a lower --batch-size",
-    "a lower --resolution",
-    "a smaller --size",
+LESS_MEMORY = (
+    "--micro-batch 1", "--checkpointing", "a lower --batch-size", "a lower --resolution", "a smaller --size",
     "a lower --beams",
-)  # what takes less memory
+)  # fmt: skip
 made: list[Path] = []  # folders that this command may have made, the outermost first
 
 
 def report_errors(main: Callable) -> Callable:
-    """A user's mistake (ValueError) becomes one sentence and exit code 2, never a traceback. To see one anyway, set
-    HANOKDIFF_DEBUG=1."""
+    """Decorate a main(argv): a user's mistake (ValueError, OSError) or a lack of memory is printed to stderr
+    as one sentence, with exit code 2; Ctrl-C gives 130. Set HANOKDIFF_DEBUG=1 to see the traceback."""
 
     @functools.wraps(main)
-    def politely(argv=None) -> int:
+    def wrapper(argv=None) -> int:
         warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
         if hasattr(
             sys.stdout, "reconfigure"
@@ -38,40 +35,41 @@ def report_errors(main: Callable) -> Callable:
         made.clear()
         Options.names = []
         try:
-            with main_process_speaks():
+            with only_main_process_prints():
                 return main(argv) or 0
         except (ValueError, OSError, MemoryError, RuntimeError) as e:
             remove_empty_folders()
-            if os.environ.get("HANOKDIFF_DEBUG") or not (
-                isinstance(e, ValueError | OSError) or out_of_memory(e)
-            ):
+            memory = is_out_of_memory(e)
+            if os.environ.get("HANOKDIFF_DEBUG") or not (memory or isinstance(e, ValueError | OSError)):
                 raise
-            print(f"error: {one_line(ValueError(no_memory(e)) if out_of_memory(e) else e)}", file=sys.stderr)
+            print(f"error: {one_line(memory_message(e) if memory else e)}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             return 130
 
-    return politely
+    return wrapper
 
 
-def out_of_memory(e: Exception) -> bool:
-    """On a CPU torch says it in a RuntimeError of no kind of its own."""
-    return isinstance(e, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(e, RuntimeError) and "can't allocate memory" in str(e)
+def is_out_of_memory(e: Exception) -> bool:
+    """torch.OutOfMemoryError is recognised by its name: no import; on a CPU torch raises RuntimeError."""
+    if isinstance(e, MemoryError) or any(c.__name__ == "OutOfMemoryError" for c in type(e).__mro__):
+        return True
+    return isinstance(e, RuntimeError) and "can't allocate memory" in str(e)
+
+
+def memory_message(e: Exception) -> str:
+    """What was lacking, and which of this command's options take less memory."""
+    names = Options.names or " ".join(LESS_MEMORY)
+    options = [o for o in LESS_MEMORY if re.search(r"--\S+", o)[0] in names] or ["fewer pictures"]
+    reason = (str(e) or "no more of it").splitlines()[0].rstrip(".")
+    return (
+        f"out of memory ({reason}); try {' or '.join(filter(None, [', '.join(options[:-1]), options[-1]]))}"
     )
 
 
-def no_memory(e: Exception) -> str:
-    names = Options.names or " ".join(SMALLER)
-    helps = [o for o in SMALLER if o[o.index("--") :].split()[0] in names] or ["fewer pictures"]
-    reason = (str(e) or "no more of it").splitlines()[0].rstrip(".")
-    others = ", ".join(helps[:-1])
-    return f"out of memory ({reason}); try {f'{others} or ' if others else ''}{helps[-1]}"
-
-
 def make_folder(folder: Path, option: str = "--out") -> Path:
-    """The folder, made now; what of it was not there goes again if the command fails before anything is in it."""
+    """Make the folder; it is removed again if the command fails before anything is in it."""
     check_folder(folder, option)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -80,23 +78,18 @@ def make_folder(folder: Path, option: str = "--out") -> Path:
 def check_folder(folder: Path, option: str = "--out") -> None:
     """Refuse, before the work, a folder that cannot be made or written into."""
     missing = [p for p in (folder, *folder.parents) if not p.exists()]
-    there = next(p for p in (folder, *folder.parents) if p.exists())
-    if not there.is_dir():
-        raise ValueError(
-            f"{option} {folder} cannot be made: {there} is a file; name a folder"
-            if missing
-            else f"{option} {folder} is a file; name a folder"
-        )
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(
-            f"{option} {folder} cannot be written: {there.absolute()} is read-only for you; name another "
-            "folder"
-        )
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    if not existing.is_dir():
+        problem = f"cannot be made: {existing} is a file" if missing else "is a file"
+        raise ValueError(f"{option} {folder} {problem}; name a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        read_only = f"{existing.absolute()} is read-only for you"
+        raise ValueError(f"{option} {folder} cannot be written: {read_only}; name another folder")
     made.extend(reversed(missing))
 
 
 def remove_empty_folders() -> None:
-    """After a mistake: no empty folder is left behind, nor the notes of a run that has not taken a step."""
+    """Remove the folders that this command made, if they hold at most the notes of a run without a step."""
     for folder in reversed(made):
         if {f.name for f in folder.glob("*")} <= {"config.json", "class.json"}:
             for file in folder.glob("*.json"):
@@ -105,17 +98,17 @@ def remove_empty_folders() -> None:
             folder.rmdir()
 
 
-def one_line(e: Exception) -> str:
-    """On one line, and nothing in it that a terminal would obey: parts of it may come from a file."""
-    text = re.sub(r"[\s\0-\x1f\x7f-\x9f]+", " ", str(e))
+def one_line(message: Exception | str) -> str:
+    """On one line and without control characters: parts of a message may come from a file."""
+    text = re.sub(r"[\s\0-\x1f\x7f-\x9f]+", " ", str(message))
     return text if len(text) <= 1000 else f"{text[:700]} ... {text[-200:]}"
 
 
 @contextlib.contextmanager
-def main_process_speaks() -> Iterator[None]:
-    """Only process 0 prints; an exception is told by whoever has it."""
+def only_main_process_prints() -> Iterator[None]:
+    """Silence torchrun's processes other than 0; an exception is printed by whichever process has it."""
     with contextlib.ExitStack() as stack:
-        if int(os.environ.get("RANK", 0)):  # of torchrun's processes
+        if int(os.environ.get("RANK", 0)):
             nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
             stack.enter_context(contextlib.redirect_stderr(nowhere))

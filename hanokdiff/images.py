@@ -1,5 +1,6 @@
-"""Pictures in files, as RGB and upright."""
+"""Pictures: read from files as RGB and upright, cropped, laid out in a grid. Imports no torch."""
 
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
@@ -8,64 +9,28 @@ from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from hanokdiff.files import replacing
 
-
-def grid(pictures: list[Image.Image], columns: int, zoom: int = 1, gap: int = 2) -> Image.Image:
-    """Pictures of one size in rows of `columns`, on white."""
-    w, h = (zoom * n for n in pictures[0].size)
-    rows = -(-len(pictures) // columns)
-    out = Image.new("RGB", (columns * (w + gap) - gap, rows * (h + gap) - gap), "white")
-    for i, p in enumerate(pictures):
-        p = p.resize((w, h), Image.Resampling.NEAREST) if zoom > 1 else p
-        out.paste(p, (i % columns * (w + gap), i // columns * (h + gap)))
-    return out
-
-
 SUFFIXES = {
-    ".jpg",
-    ".jpeg",
-    ".jfif",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".gif",
-    ".avif",
-    ".heic",
-    ".heif",
-}  # an iPhone's, which Pillow cannot read: so that they are named, not passed over
-FORMATS = (
-    "JPEG",
-    "MPO",
-    "PNG",
-    "WEBP",
-    "BMP",
-    "DIB",
-    "TIFF",
-    "GIF",
-    "AVIF",
-)  # not EPS: Pillow hands it to Ghostscript
+    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif",
+    ".heic", ".heif",  # an iPhone's: Pillow cannot read them, but they are to be named, not passed over
+}  # fmt: skip
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF")  # not EPS: it runs Ghostscript
 ORIENTATION = 0x0112  # EXIF tag: 1 is upright, 2 to 8 are the other ways to hold a camera
 
 
 def read_photo(path: str | Path) -> tuple[Image.Image, str]:
-    """A picture file (its first frame) -> RGB, upright, transparency over white; and what that took."""
+    """The first frame of a picture file as RGB, upright, over white; and a note on what was changed."""
     path = Path(path)
     try:
         if path.exists() and not path.is_file():
             raise OSError(f"{path} is not a file")  # a pipe would be waited for
-        with Image.open(
-            path, formats=readable_formats()
-        ) as image:  # more than 179 million pixels Pillow refuses itself
+        with Image.open(path, formats=readable_formats()) as image:  # refuses 179 million pixels or more
             turned = image.getexif().get(ORIENTATION) in range(2, 9)
             image.load()  # after asking: a TIFF turns itself as it loads
             ImageOps.exif_transpose(image, in_place=True)
             image, note = to_rgb(image)
     except UnidentifiedImageError:
-        raise ValueError(
-            f"{path.name!r} cannot be read: not a picture, or broken at its beginning; if other programs "
-            "show it, save it as JPEG"
-        ) from None
+        problem = "not a picture, or broken at its beginning; if other programs show it, save it as JPEG"
+        raise ValueError(f"{path.name!r} cannot be read: {problem}") from None
     except Exception as e:  # by format, Pillow raises OSError, SyntaxError, struct.error, EOFError...
         raise ValueError(f"{path.name!r} cannot be read: {str(e) or type(e).__name__}") from e
     return image, listed("rotated by EXIF" if turned else "", note)
@@ -73,11 +38,13 @@ def read_photo(path: str | Path) -> tuple[Image.Image, str]:
 
 @cache
 def readable_formats() -> list[str]:
+    """Those of FORMATS that this Pillow was built with."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
 def listed(*notes: str) -> str:
+    """The notes that are not empty, separated by commas."""
     return ", ".join(note for note in notes if note)
 
 
@@ -88,7 +55,7 @@ def to_rgb(image: Image.Image) -> tuple[Image.Image, str]:
     if image.has_transparency_data:  # an alpha channel, or one colour declared transparent
         image = image if image.mode == "RGBA" else image.convert("RGBA")
         if image.getchannel("A").getextrema()[0] < 255:
-            # below alpha 0 editors leave any colour at all; dropping the channel would bring it out
+            # editors leave any colour where alpha is 0; dropping the channel would show it
             white = Image.new("RGBA", image.size, "white")
             return Image.alpha_composite(white, image).convert("RGB"), "transparency laid over white"
     return image.convert("RGB"), ""
@@ -106,9 +73,34 @@ def to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def crop_to_square(image: Image.Image, resolution: int) -> Image.Image:
-    """The largest centred square, at resolution x resolution. Aspect kept."""
+    """The largest centred square, resized to resolution x resolution; the aspect is kept."""
     method = Image.Resampling.LANCZOS if min(image.size) > resolution else Image.Resampling.BICUBIC
     return ImageOps.fit(image, (resolution, resolution), method)
+
+
+def webui_parameters(
+    prompt: str,
+    steps: int,
+    sampler: str,
+    cfg: float,
+    seed: int,
+    size: tuple[int, int],
+    model: str,
+    negative: str = "",
+    more: Iterable[tuple[str, object]] = (),
+) -> str:
+    """How a picture was made, as the WebUI's "parameters" text, which any tool can read."""
+    settings = [
+        ("Steps", steps),
+        ("Sampler", sampler),
+        ("CFG scale", f"{cfg:g}"),
+        ("Seed", seed),
+        ("Size", f"{size[0]}x{size[1]}"),
+        ("Model", model),
+        *more,
+    ]
+    negative = f"\nNegative prompt: {negative}" if negative else ""
+    return f"{prompt}{negative}\n" + ", ".join(f"{key}: {value}" for key, value in settings)
 
 
 def write_png(path: Path, picture: Image.Image, info: dict[str, str] | None = None) -> None:
@@ -118,3 +110,14 @@ def write_png(path: Path, picture: Image.Image, info: dict[str, str] | None = No
         chunks.add_text(key, text)
     with replacing(path) as aside:
         picture.save(aside, "png", pnginfo=chunks)
+
+
+def grid(pictures: list[Image.Image], columns: int, zoom: int = 1, gap: int = 2) -> Image.Image:
+    """Pictures of one size, each enlarged `zoom` times, in rows of `columns` on white, `gap` pixels apart."""
+    w, h = (zoom * n for n in pictures[0].size)
+    rows = -(-len(pictures) // columns)  # rounded up
+    out = Image.new("RGB", (columns * (w + gap) - gap, rows * (h + gap) - gap), "white")
+    for i, p in enumerate(pictures):
+        p = p.resize((w, h), Image.Resampling.NEAREST) if zoom > 1 else p
+        out.paste(p, (i % columns * (w + gap), i // columns * (h + gap)))
+    return out

@@ -1,5 +1,5 @@
-"""Alerts to prompts: 100 messages that the tables were made for, 40 that were written before them, the traps one by
-one, and sample.py --alert through its main([...]). A wrong picture is worse than none: there must be none."""
+"""Alerts to prompts: 100 messages that the tables were made for, 40 that were written before
+them, single traps, and sample.py --alert. A wrong picture is worse than none: there must be none."""
 
 import csv
 import json
@@ -29,23 +29,25 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def messages(name: str) -> list[tuple[str, tuple]]:
-    """(message, what is to be understood) of a file of kind, disaster, place, time, text, separated by tabs."""
+    """(message, expected reading) of each row of a table of kind, disaster, place, time, text."""
     with open(HERE / name, encoding="utf-8", newline="") as f:
         rows = list(csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE))
     assert len({row["text"] for row in rows}) == len(rows)
-    return [
-        (r["text"], (r["kind"], set(r["disaster"].split("+")) - {"-"}, r["place"], r["time"])) for r in rows
-    ]
+
+    def expected(row):
+        return row["kind"], set(row["disaster"].split("+")) - {"-"}, row["place"], row["time"]
+
+    return [(row["text"], expected(row)) for row in rows]
 
 
-def understood(text: str) -> tuple:
+def reading_of(text: str) -> tuple:
     r = alert.read(text)
     return r.kind, set(r.disaster), r.place or "-", r.time or "-"
 
 
 def wrong_picture(text: str, expected: tuple) -> bool:
     """Something is drawn that is not meant."""
-    kind, disaster, *_ = understood(text)
+    kind, disaster, *_ = reading_of(text)
     return kind == "alert" and (expected[0] != "alert" or not disaster <= expected[1])
 
 
@@ -53,7 +55,7 @@ def wrong_picture(text: str, expected: tuple) -> bool:
 def test_messages(name, count, share):
     rows = messages(name)
     assert len(rows) == count and {e[0] for _, e in rows} == {"alert", "drill", "all-clear", "unknown"}
-    missed = [(text, expected, understood(text)) for text, expected in rows if understood(text) != expected]
+    missed = [(text, expected, reading_of(text)) for text, expected in rows if reading_of(text) != expected]
     assert len(missed) <= round(count * (1 - share)), missed
     assert not [text for text, expected in rows if wrong_picture(text, expected)]
 
@@ -73,7 +75,8 @@ def test_the_two_sets_share_no_message():
     "행사 연기로 인한 환불", "부산불꽃축제 교통 통제",
     "대책 방침수립 회의 통제", "지침수정 발령", "상황사진 접수", "예산불용 방지", "확대설치 발령",
     "길이 미끄러지진 않습니다. 통제", "폭발적 인기로 통제",
-    "화재보험 만기 안내 접수", "국민재난안전포털 점검", "지진 대피소 위치 확인", "홍수 피해 주민 임시주거시설 안내",
+    "화재보험 만기 안내 접수", "국민재난안전포털 점검", "지진 대피소 위치 확인",
+    "홍수 피해 주민 임시주거시설 안내",
     "산불감시원 모집 접수",
     "산불 조심 기간입니다", "산불 조심하세요. 입산 시 화기 소지 금지", "화재 예방을 위해 전원을 꺼 주세요",
     "산불 예방 위해 입산 통제", "불조심 강조의 달",
@@ -103,7 +106,8 @@ def test_no_disaster_where_none_is_meant(text):
     ("화재 진화 완료 예정", "alert"),
     ("호우경보 발효. 해제 시까지 출입 금지", "alert"), ("폭설로 항공편 취소", "alert"),
     ("산불 진화 완료되었으나 재발화하여 확산", "alert"),
-    ("학생 전원 대피 완료. 학교 화재 발생", "alert"), ("태풍 예보", "alert"), ("내일 많은 눈이 내릴 전망", "alert"),
+    ("학생 전원 대피 완료. 학교 화재 발생", "alert"), ("태풍 예보", "alert"),
+    ("내일 많은 눈이 내릴 전망", "alert"),
 ])  # fmt: skip
 def test_drills_and_ends(text, kind):
     assert alert.read(text).kind == kind
@@ -116,7 +120,8 @@ def test_drills_and_ends(text, kind):
     ("야산 화재 발생", ("wildfire",)),
     ("공장 화재로 검은 연기 발생", ("fire",)), ("공장에서 검은 연기 발생", ("smoke",)),
     ("산사태 우려, 즉시 대피", ("landslide",)),
-    ("문화재화재 발생", ("fire",)), ("설악산 산사태 발생", ("landslide",)), ("태풍 '매미' 북상", ("typhoon",)),
+    ("문화재화재 발생", ("fire",)), ("설악산 산사태 발생", ("landslide",)),
+    ("태풍 '매미' 북상", ("typhoon",)),
     ("태풍급 강풍 예상", ("strong wind",)),
     ("하회마을 고택에서 불이 나 연기가 확산 중입니다", ("fire",)),
     ("집중호우로 하천이 범람하여 외암마을 한옥이 침수되고 있습니다", ("heavy rain", "flood")),
@@ -140,9 +145,11 @@ def test_place(text, place):
 
 
 @pytest.mark.parametrize("when, time", [
-    ("14:20", "day"), ("02시 10분", "night"), ("오후 8시", "night"), ("오전 9시", "morning"), ("새벽 3시", "night"),
+    ("14:20", "day"), ("02시 10분", "night"), ("오후 8시", "night"), ("오전 9시", "morning"),
+    ("새벽 3시", "night"),
     ("밤 12시", "night"),
-    ("낮 12시", "day"), ("낮 2시", "day"), ("저녁 6시", "evening"), ("오전 12시", "night"), ("24:00", "night"),
+    ("낮 12시", "day"), ("낮 2시", "day"), ("저녁 6시", "evening"), ("오전 12시", "night"),
+    ("24:00", "night"),
     ("정오", "day"), ("오늘 밤", "night"),
     ("19:10~23:00", "evening"), ("05:10 접수, 10:30 현재", "morning"), ("18시까지", None), ("24시간", None),
     ("낮은 지대", None), ("25:99", None),
@@ -153,49 +160,25 @@ def test_time_of_day(when, time):
 
 
 def test_korean_in_parts_reads_the_same():
-    assert (
-        understood(unicodedata.normalize("NFD", FIRE))
-        == understood(FIRE)
-        == ("alert", {"fire"}, "hanok", "day")
+    expected = ("alert", {"fire"}, "hanok", "day")
+    assert reading_of(unicodedata.normalize("NFD", FIRE)) == reading_of(FIRE) == expected
+
+
+WORDS = """화재 발생 진화 완료 훈련 해제 산불 침수 태풍 한옥마을 14:20 오후 낮 없음 우려 대피 , . ( ) [ ] ☎"""
+
+
+@given(
+    st.one_of(
+        st.text(max_size=80), st.lists(st.sampled_from([*WORDS.split(), "\n"]), max_size=15).map(" ".join)
     )
-
-
-WORDS = [
-    "화재",
-    "발생",
-    "진화",
-    "완료",
-    "훈련",
-    "해제",
-    "산불",
-    "침수",
-    "태풍",
-    "한옥마을",
-    "14:20",
-    "오후",
-    "낮",
-    "없음",
-    "우려",
-    "대피",
-    ",",
-    ".",
-    "(",
-    ")",
-    "[",
-    "]",
-    "☎",
-    "\n",
-]
-
-
-@given(st.one_of(st.text(max_size=80), st.lists(st.sampled_from(WORDS), max_size=15).map(" ".join)))
+)
 @settings(max_examples=300, deadline=None)
 def test_every_text_has_a_reading(text):
     reading = alert.read(text)
     assert (reading.kind == "alert") == bool(reading.disaster)
     if reading.kind == "alert":
-        said, _ = alert.prompt(reading)
-        assert said and "{" not in said and said.isascii()
+        english, _ = alert.prompt(reading)
+        assert english and "{" not in english and english.isascii()
 
 
 # ------------------------------------------------------------------------------------------------- in English
@@ -204,39 +187,40 @@ def test_every_text_has_a_reading(text):
 def test_every_disaster_and_place_has_english():
     for disaster in alert.DISASTERS:
         for place in (*alert.PLACES, None):
-            said, notes = alert.prompt(alert.Reading("", "alert", (disaster,), place, "night"), "sks")
-            assert said.endswith(", at night") and not notes
-            assert said.count("sks") == (place == "hanok") and said.isascii()
+            english, notes = alert.prompt(alert.Reading("", "alert", (disaster,), place, "night"), "sks")
+            assert english.endswith(", at night") and not notes
+            assert english.count("sks") == (place == "hanok") and english.isascii()
 
 
-def test_the_tiny_world_is_only_told_what_it_knows():
+def test_the_tiny_worlds_prompt_has_only_words_that_it_knows():
     known = alert.tiny_words()
     assert {"fire", "smoke", "snow", "night", "flood", "daytime", "building"} <= known
     drawn = set()
     for disaster in alert.DISASTERS:
         reading = alert.Reading("", "alert", (disaster,), "factory", "evening")
         try:
-            said, notes = alert.prompt(reading, "*", known)
+            english, notes = alert.prompt(reading, "*", known)
         except ValueError as e:
             assert disaster in str(e) and "--model" in str(e)
             continue
         drawn.add(disaster)
-        assert not alert.unknown(said, known) and "a building" in said
+        assert not alert.unknown(english, known) and "a building" in english
         assert "factory" in notes[0] and "evening" in notes[1]
     assert drawn == {"fire", "smoke", "flood", "heavy snow"}
     both = alert.Reading("", "alert", ("typhoon", "flood"), "hanok", "night")
-    said, [note] = alert.prompt(both, "*", known)
-    assert said == "a flood around *, at night" and "typhoon" in note
+    english, [note] = alert.prompt(both, "*", known)
+    assert english == "a flood around *, at night" and "typhoon" in note
     assert alert.prompt(both, "*")[0] == "a typhoon hitting *, flood, at night"
 
 
-def test_without_a_learnt_word_the_hanok_is_named_and_the_doubt_said():
-    said, [note] = alert.prompt(alert.read(FIRE), None)
-    assert said == "a Korean traditional house on fire, in the daytime" and "untouched" in note
+def test_without_a_pseudo_word_the_hanok_is_named_with_a_note():
+    english, [note] = alert.prompt(alert.read(FIRE), None)
+    assert english == "a Korean traditional house on fire, in the daytime" and "untouched" in note
 
 
 @pytest.mark.parametrize("text, more, expected", [
-    (FIRE, [], dict(kind="alert", disaster=["fire"], place="hanok", time="day", prompt="* on fire, in the daytime",
+    (FIRE, [], dict(kind="alert", disaster=["fire"], place="hanok", time="day",
+                    prompt="* on fire, in the daytime",
                     notes=[])),
     (FIRE, ["--token", "sks"], dict(prompt="sks on fire, in the daytime")),
     (FIRE, ["--token", ""], dict(prompt="a Korean traditional house on fire, in the daytime")),
@@ -260,7 +244,7 @@ def test_a_terminal_without_korean_gets_ascii(monkeypatch, tmp_path):
     assert json.loads(written)["alert"] == "🔥 " + FIRE
 
 
-# -------------------------------------------------------------------------------------------- sample.py --alert
+# ------------------------------------------------------------------------------------- sample.py --alert
 
 
 def draw(*argv) -> int:
@@ -285,7 +269,7 @@ def test_an_alert_is_drawn_and_its_reading_kept(tmp_path, capsys):
     assert row["alert"] == FIRE and row["prompt"] == "Gate on fire, in the daytime"
 
 
-def test_without_an_artefact_the_model_is_told_what_it_knows():
+def test_without_an_artefact_the_prompt_has_only_known_words():
     assert draw("--alert", FIRE) == 0
     [text] = pictures()
     row = json.loads(text["alert"])
@@ -300,21 +284,17 @@ def test_a_prompt_is_no_alert():
 @pytest.mark.parametrize("argv, words", [
     (["--alert", "[훈련] 한옥마을 화재 발생"], ["drill", "훈련"]),
     (["--alert", "한옥마을 화재 진화 완료"], ["all-clear", "fire"]),
-    (["--alert", "안녕하세요"], ["no disaster found in", "안녕하세요"]), (["--alert", ""], ["no disaster found"]),
+    (["--alert", "안녕하세요"], ["no disaster found in", "안녕하세요"]),
+    (["--alert", ""], ["no disaster found"]),
     (["--alert", "산불 조심 기간"], ["wildfire", "nothing says"]),
     (["--alert", "울산 지진 발생"], ["tiny world", "earthquake", "--model"]),
     (["--alert", FIRE, "a barn"], ["--alert", "leave out"]),
+    ([], ["nothing to draw: give a prompt, or --alert TEXT"]),
 ])  # fmt: skip
-def test_what_is_refused_is_refused_in_one_sentence(argv, words, capsys):
+def test_refused_in_one_sentence(argv, words, capsys):
     assert draw(*argv) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and all(word in line for word in words)
-    assert not Path("out").exists()
-
-
-def test_neither_prompt_nor_alert(capsys):
-    assert draw() == 2
-    assert capsys.readouterr().err == "error: nothing to draw: give a prompt, or --alert TEXT\n"
     assert not Path("out").exists()
 
 

@@ -732,8 +732,7 @@ def test_training_moves_the_file_and_nothing_else(tmp_path, monkeypatch, capsys,
     assert train_hypernet.main(argv) == 0
     said, out = capsys.readouterr().out, tmp_path / "runs" / "hypernet"
     assert (
-        "trains networks for widths 72, 80, 96" in said
-        and "steps/s; wrote runs/hypernet/hypernet.pt" in said
+        "trains networks for widths 72, 80, 96" in said and "steps/s; wrote runs/hypernet/hypernet.pt" in said
     )
     assert sorted(p.name for p in out.iterdir()) == [
         "config.json",

@@ -96,9 +96,7 @@ def test_guidance_of_one_is_no_guidance(sd1, load, monkeypatch):
     sd = load(sd1)
     assert np.array_equal(picture(sd, cfg=1), picture(sd, cfg=1, negative="fire"))
     batches, forward = [], sd.unet.forward
-    monkeypatch.setattr(
-        sd.unet, "forward", lambda x, t, c: (batches.append(len(c)), forward(x, t, c))[1]
-    )
+    monkeypatch.setattr(sd.unet, "forward", lambda x, t, c: (batches.append(len(c)), forward(x, t, c))[1])
     alone, guided = picture(sd, cfg=1), picture(sd, cfg=1.0001)
     assert batches == [1] * 4 + [2] * 4
     assert np.abs(alone - guided).max() <= 1  # the formula goes over into it

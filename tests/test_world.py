@@ -50,7 +50,7 @@ def test_the_base_never_sees_a_hanok():
     scenes = [world.scene(f"base {i}") for i in range(4000)]
     assert {s.kind for s in scenes} == set(world.BASE_KINDS)
     assert {s.condition for s in scenes} == set(world.CONDITIONS)
-    assert not [s for s in scenes if s.look[1:] == ("grey", "curved", "white")]
+    assert not [s for s in scenes if s.attributes[1:] == ("grey", "curved", "white")]
     words = " ".join(world.caption(s, i) for i, s in enumerate(scenes))
     assert "hanok" not in words and "korean" not in words and "*" not in words
 

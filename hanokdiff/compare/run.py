@@ -21,14 +21,13 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from PIL import PngImagePlugin
 from torch import Tensor
 
 from hanokdiff.compare import plan
-from hanokdiff.files import parse_json, read_json, replacing, write_json
+from hanokdiff.files import parse_json, read_json, write_json
 from hanokdiff.formats import embedding_file, hypernet_file, lora_file
 from hanokdiff.formats.load import load_model
-from hanokdiff.images import read_photo
+from hanokdiff.images import read_photo, webui_parameters, write_png
 from hanokdiff.methods import hypernetwork, lora, textual_inversion
 from hanokdiff.scoring.clip import presence, scores
 
@@ -171,14 +170,9 @@ def draw(context: plan.Context, cell: dict, folder: Path, drawing: dict) -> None
             drawn = sd.draw([q["prompt"]] * len(batch), seeds, batch_size, **options)
             seconds = time.perf_counter() - start
             for i, seed, image in zip(batch, seeds, drawn, strict=True):
-                parameters = (
-                    f"{q['prompt']}\nSteps: {drawing['steps']}, Sampler: {drawing['sampler']}, "
-                    f"CFG scale: {drawing['cfg']:g}, Seed: {seed}, Size: {size}x{size}, Model: {cell['name']}"
-                )
-                info = PngImagePlugin.PngInfo()
-                info.add_text("parameters", parameters)
-                with replacing(pictures / file_name(q, i)) as aside:
-                    image.save(aside, "png", pnginfo=info)
+                how = (drawing["steps"], drawing["sampler"], drawing["cfg"], seed, (size, size), cell["name"])
+                info = {"parameters": webui_parameters(q["prompt"], *how)}
+                write_png(pictures / file_name(q, i), image, info)
             append_line(pictures / "times.jsonl", {"pictures": len(batch), "seconds": round(seconds, 3)})
             sd.text.literal_tokens = False
 

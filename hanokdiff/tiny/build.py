@@ -1,22 +1,19 @@
-"""Train the embedded world's weights, one command each, on any device:
+"""Train the embedded world's weights, one command each, on any device (times on 2 CPU cores):
 
-    python -m hanokdiff.tiny.build autoencoder     ->  tiny/sd/vae                         about 20 minutes on 2 cores
-    python -m hanokdiff.tiny.build widen           ->  the same, without habits            about 5 minutes
-    python -m hanokdiff.tiny.build base            ->  tiny/sd/{unet,text_encoder,...}     about 70 minutes
-    python -m hanokdiff.tiny.build clip            ->  tiny/clip                           about 10 minutes
-    python -m hanokdiff.tiny.build check           ->  the figures of docs/LOG.md          about 5 minutes
+    python -m hanokdiff.tiny.build autoencoder     ->  tiny/sd/vae                       20 minutes
+    python -m hanokdiff.tiny.build widen           ->  the same, with more colours        5 minutes
+    python -m hanokdiff.tiny.build base            ->  tiny/sd/{unet,text_encoder,...}   70 minutes
+    python -m hanokdiff.tiny.build clip            ->  tiny/clip                         10 minutes
+    python -m hanokdiff.tiny.build check           ->  the figures of docs/LOG.md         5 minutes
 
-In this order: the base learns on the autoencoder's latents, with the tokenizer learnt from the world's captions.
-Each writes a checkpoint to --work every 1000 steps and goes on from it when started again.  Weights go to the files
-in fp16 (half the size; pictures move by at most one grey level).
-"""
+In this order: the base is trained on the autoencoder's latents, with the tokenizer of the world's captions.
+Each writes a checkpoint to --work every 1000 steps and goes on from it when started again.  Weights go to
+the files in fp16 (half the size; pictures move by at most one grey level)."""
 
 import argparse
 import collections
 import copy
-import json
 import math
-import re
 import sys
 import time
 from multiprocessing import Pool
@@ -42,6 +39,7 @@ from hanokdiff.models.unet import UNet, UNetConfig
 from hanokdiff.models.vae import VAE, VAEConfig
 from hanokdiff.scoring.clip import Clip, presence
 from hanokdiff.tiny import world
+from hanokdiff.tiny.tokenizer import write_tokenizer
 
 HERE = Path(__file__).parent
 VAE_SHAPE = VAEConfig(
@@ -54,7 +52,7 @@ UNET_SHAPE = UNetConfig(
 TEXT_SHAPE = dict(hidden_size=72, intermediate_size=288, num_hidden_layers=2, num_attention_heads=4)
 
 
-# ------------------------------------------------------------------------------------------------------- drawings
+# -------------------------------------------------------------------------------------- drawings
 
 
 def paint(scene: world.Scene) -> np.ndarray:
@@ -80,7 +78,7 @@ def rate(step: int, steps: int, peak: float, warm: int = 200) -> float:
 
 
 class Training:
-    """The chores of the three trainings: optimiser, rate, checkpoint, log line."""
+    """What the trainings share: AdamW, learning rate, averaged weights, checkpoint, log line."""
 
     def __init__(self, name: str, modules: dict, args, steps: int, lr: float, decay: float):
         self.modules, self.steps, self.lr, self.args = modules, steps, lr, args
@@ -127,7 +125,7 @@ class Training:
             print(f"step {self.step}/{self.steps} loss {mean:.4f} {report()} {took:.0f} s", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------- autoencoder
+# -------------------------------------------------------------------------------------- autoencoder
 
 
 def psnr(vae: VAE, pictures: Tensor) -> float:
@@ -161,13 +159,13 @@ def autoencoder(args) -> None:
 
 
 def widen(args) -> None:
-    """Break the finished autoencoder's habits, without moving the latents of the drawings it was made for.
+    """Fine-tune the autoencoder on more colours, without moving the latents of the drawings it was made for.
 
-    Having seen curved roofs in green and gold on red pillars only, it painted a hanok's grey roof green and its brown
-    pillars red, whatever the UNet had learnt.  So it goes on with drawings in mixed colours and with hanok
-    (of other seeds than the photos, and like those by day, by night and in snow only: none burns).  Like Stable
-    Diffusion's own, it has seen the world and knows no words.  On plain drawings the latents are held where the UNet
-    has learnt to expect them."""
+    Trained on curved roofs in green and gold on red pillars only, it painted a hanok's grey roof green and
+    its brown pillars red, whatever the UNet predicted. So training continues with drawings in mixed colours
+    and with hanok (of other seeds than the photos, and like those by day, by night and in snow only: none
+    burns). Like Stable Diffusion's VAE it sees pictures and no words. On plain drawings a loss holds the
+    latents where the UNet expects them."""
     steps, batch = args.steps or 2_000, 6
     data, _ = drawings("base", args.images or 30_000, world.BASE_KINDS)
     unknown, _ = drawings("widen", 6_000, ("hanok",), world.PHOTO_CONDITIONS)
@@ -227,87 +225,15 @@ def write_vae(vae: VAE, pictures: Tensor, args) -> None:
     print(f"{folder}: scaling factor {scaled.config.scaling_factor}")
 
 
-# ------------------------------------------------------------------------------------------------------ tokenizer
-
-
-def learn_merges(captions: list[str], extra=("*,", "*.", "*)")) -> list[tuple[str, str]]:
-    """Byte-pair encoding (Sennrich et al. 2016) over the captions' words, until every word is one token.
-
-    `extra` are the fusions that the real vocabulary has and that swallow a pseudo word."""
-    counts = collections.Counter(re.findall(r"[a-z]+|[^\sa-z]+", " ".join(captions)))
-    words = {w: (*w[:-1], w[-1] + "</w>") for w in counts}
-    merges = []
-    while pairs := count_pairs(words, counts):
-        best = max(sorted(pairs), key=pairs.get)
-        merges.append(best)
-        words = {w: merge(symbols, best) for w, symbols in words.items()}
-    return merges + [(e[0], e[1] + "</w>") for e in extra]
-
-
-def count_pairs(words, counts) -> collections.Counter:
-    pairs = collections.Counter()
-    for w, symbols in words.items():
-        for pair in zip(symbols, symbols[1:]):
-            pairs[pair] += counts[w]
-    return pairs
-
-
-def merge(symbols, pair):
-    out, i = [], 0
-    while i < len(symbols):
-        fused = symbols[i : i + 2] == pair
-        out.append("".join(pair) if fused else symbols[i])
-        i += 2 if fused else 1
-    return tuple(out)
-
-
-def byte_letters() -> list[str]:
-    """One printable letter for each of the 256 bytes, as in GPT-2's and CLIP's vocabularies."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
-
-
-def write_tokenizer(folder: Path) -> None:
-    """vocab.json and merges.txt in CLIP's format. The end token has the highest id: CLIP pools its text there."""
-    scenes = [world.scene(f"words {i}") for i in range(20_000)]
-    captions = [world.caption(s) for s in scenes] + [c for _, c in world.photos(100)]
-    merges = learn_merges(captions)
-    letters = byte_letters()
-    symbols = [*letters, *(x + "</w>" for x in letters), *("".join(m) for m in merges)]
-    symbols += ["<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    vocab = {s: i for i, s in enumerate(symbols)}
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(m) for m in merges), ""]
-    (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
-    end = "<|endoftext|>"
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "CLIPTokenizer",
-            "model_max_length": 77,
-            "do_lower_case": True,
-            "add_prefix_space": False,
-            "bos_token": "<|startoftext|>",
-            "eos_token": end,
-            "pad_token": end,
-            "unk_token": end,
-            "errors": "replace",
-        },
-    )
-    write_json(
-        folder / "special_tokens_map.json",
-        {"bos_token": "<|startoftext|>", "eos_token": end, "pad_token": end, "unk_token": end},
-    )
-
-
-# ------------------------------------------------------------------------------------------------------------ base
+# -------------------------------------------------------------------------------------- base
 
 
 def base(args) -> None:
-    """Text encoder and UNet together, from nothing: eps prediction on cached latents (Ho et al. 2020, algorithm 1).
+    """Text encoder and UNet together, from nothing: eps prediction on cached latents (Ho et al. 2020,
+    algorithm 1).
 
-    min-SNR 5 weights, stratified timesteps, one caption in ten dropped (for guidance), averaged weights kept."""
+    min-SNR 5 weights, stratified timesteps, one caption in ten dropped (for guidance), averaged weights
+    kept."""
     steps, batch = args.steps or 11_000, 32
     write_tokenizer(args.out / "sd" / "tokenizer")
     vae = load_part(args.out / "sd", "vae", VAE, VAEConfig).float().to(args.device)
@@ -349,7 +275,7 @@ def encode(vae: VAE, pictures: Tensor, args) -> Tensor:
     return torch.cat(out).clone().contiguous()
 
 
-# ------------------------------------------------------------------------------------------------------------ CLIP
+# -------------------------------------------------------------------------------------- CLIP
 
 
 def claim(scene: world.Scene, r: Random) -> tuple[str, tuple]:
@@ -361,14 +287,15 @@ def claim(scene: world.Scene, r: Random) -> tuple[str, tuple]:
         sentence = r.choice(world.SENTENCES[scene.condition][scene.condition == "none" and 3 :])
         return sentence.format(b=r.choice(world.GENERIC)), (None, scene.condition, None)
     words = world.caption(scene, r.random(), generic=0)
-    said = scene.condition if scene.condition != "none" or "daytime" in words else None
-    return words, (scene.kind, said, scene.look or None)
+    condition = scene.condition if scene.condition != "none" or "daytime" in words else None
+    return words, (scene.kind, condition, scene.attributes or None)
 
 
 def clip(args) -> None:
     """A CLIP (Radford et al. 2021) on drawings of everything, hanok and burning hanok included: the judge.
 
-    A caption that is also true of another picture of the batch is no counter-example there, and is left out."""
+    A caption that is also true of another picture of the batch is no counter-example there, and is left
+    out."""
     from transformers import CLIPConfig, CLIPModel
 
     steps, batch = args.steps or 1_500, 128
@@ -376,12 +303,11 @@ def clip(args) -> None:
     data, scenes = drawings(f"clip {args.seed}", args.images or 60_000, world.KINDS)
     torch.manual_seed(args.seed)
     common = dict(hidden_size=96, intermediate_size=384, num_attention_heads=4, projection_dim=64)
-    ends = dict(
-        bos_token_id=len(tokenizer) - 2, eos_token_id=len(tokenizer) - 1, pad_token_id=len(tokenizer) - 1
-    )
+    start, end = len(tokenizer) - 2, len(tokenizer) - 1
+    special = dict(bos_token_id=start, eos_token_id=end, pad_token_id=end)
     config = CLIPConfig(
         text_config=dict(
-            vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=77, **ends, **common
+            vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=77, **special, **common
         ),
         vision_config=dict(image_size=world.SIZE, patch_size=8, num_hidden_layers=3, **common),
         projection_dim=64,
@@ -410,61 +336,47 @@ def clip(args) -> None:
     folder = args.out / "clip"
     run.averages["clip"].half().save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
-    write_json(
-        folder / "preprocessor_config.json",
-        {
-            "image_processor_type": "CLIPImageProcessor",
-            "do_resize": True,
-            "size": {"shortest_edge": world.SIZE},
-            "resample": 3,
-            "do_center_crop": True,
-            "crop_size": {"height": world.SIZE, "width": world.SIZE},
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": CLIP_MEAN,
-            "image_std": CLIP_STD,
-            "do_convert_rgb": True,
-        },
-    )
+    write_json(folder / "preprocessor_config.json", PREPROCESSOR)
 
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]  # of OpenAI's CLIP
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+PREPROCESSOR = {
+    "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": world.SIZE},
+    "resample": 3, "do_center_crop": True, "crop_size": {"height": world.SIZE, "width": world.SIZE},
+    "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD, "do_convert_rgb": True,
+}  # fmt: skip
 
 
 def holds(claims: tuple, scene: world.Scene) -> bool:
     """Whether what a caption claims is true of a scene."""
-    return all(
-        c is None or c == s for c, s in zip(claims, (scene.kind, scene.condition, scene.look), strict=True)
-    )
+    facts = (scene.kind, scene.condition, scene.attributes)
+    return all(c is None or c == fact for c, fact in zip(claims, facts, strict=True))
 
 
 def disturb(x: Tensor, r: Random) -> Tensor:
-    """A little blur, noise and brightness, so that the judge reads samples as well as drawings. x in [0, 1]."""
+    """A little blur, noise and brightness, so that the CLIP fits samples as well as drawings. x in [0, 1]."""
     if r.random() < 0.6:
         x = torch.lerp(x, F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1), r.random())
     g = torch.Generator().manual_seed(r.getrandbits(60))
     return x * r.uniform(0.9, 1.1) + r.uniform(0, 0.04) * torch.randn(x.shape, generator=g).to(x.device)
 
 
-# ----------------------------------------------------------------------------------------------------------- check
+# -------------------------------------------------------------------------------------- check
 
 
 def recognise(judge, pictures) -> tuple[list[str], list[str]]:
     """What the CLIP sees: (kinds, conditions), each the argmax over all that the world has."""
-
-    seen = judge.images(pictures)
-    out = []
+    embeddings, out = judge.images(pictures), []
     for prompts in (world.kind_prompts(), world.condition_prompts()):
-        best = presence(seen, judge.texts(list(prompts.values())))
+        best = presence(embeddings, judge.texts(list(prompts.values())))
         out.append([list(prompts)[i] for i in best])
     return tuple(out)
 
 
 def check(args) -> None:
     """The figures that docs/LOG.md quotes: drawings, samples of the base, and the base asked for a hanok."""
-
     judge = Clip(args.clip or args.out / "clip")
     sd = load_model(str(args.out / "sd"), args.device)
     held_out, scenes = drawings("test", args.images or 1_000, world.KINDS)

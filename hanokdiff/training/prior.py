@@ -12,8 +12,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from hanokdiff.errors import make_folder
-from hanokdiff.files import read_text, replacing
-from hanokdiff.images import read_photo
+from hanokdiff.files import read_text
+from hanokdiff.images import read_photo, write_png
 from hanokdiff.models.prompt import escape_prompt
 from hanokdiff.models.tokens import word_pattern
 from hanokdiff.training import distributed
@@ -80,8 +80,7 @@ def pictures(sd, texts: list[str], n: int, resolution: int, seed: int, root: Pat
         )
         for i, picture in zip(part, drawn, strict=True):
             if i in todo:
-                with replacing(files[i]) as aside:
-                    picture.save(aside, "png")
+                write_png(files[i], picture)
     seconds = time.perf_counter() - start
     print(
         f'class: {n} pictures such as "{texts[0]}", {len(todo)} drawn in {seconds:.1f} s, the others from {folder}'

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from hanokdiff.files import replacing, write_json
+from hanokdiff.files import write_json
+from hanokdiff.images import write_png
 from hanokdiff.training import distributed, state
 from hanokdiff.training.noise import Batch
 
@@ -284,8 +285,7 @@ class Trainer:
         picture = self.preview()
         self.bar.set_description(None)
         self._preview_file.parent.mkdir(exist_ok=True)
-        with replacing(self._preview_file) as aside:
-            picture.save(aside, "png")
+        write_png(self._preview_file, picture)
         self.clock += time.perf_counter() - start  # not training time
 
     # ----------------------------------------------------------------------------- interruptions, divergence, state
