@@ -1,10 +1,14 @@
 """DreamBooth: teach Stable Diffusion a subject with all its weights, and keep it from forgetting the rest.
 
-    L = || eps - eps_theta(x_t, t, words with *) ||^2  +  w || eps' - eps_theta(x'_t', t', words of the class) ||^2
-        over the photos                                   over pictures that the untouched model drew of the class
-    Ruiz et al. 2022, arXiv:2208.12242, equation 2: the second term is prior preservation; UNet and text encoder learn
+    L = || eps - eps_theta(x_t, t, words with *) ||^2  +  w || eps' - eps_theta(x'_t', t', words of the class)
+    ||^2
+        over the photos                                   over pictures that the untouched model drew of the
+                                                          class
+    Ruiz et al. 2022, arXiv:2208.12242, equation 2: the second term is prior preservation; UNet and text
+    encoder learn
 
-    python train_dreambooth.py                                          the embedded hanok, a minute on a laptop
+    python train_dreambooth.py                                          the embedded hanok, a minute on a
+                                                                        laptop
     python train_dreambooth.py --model MODEL --data PHOTOS --token sks  your photos on a real checkpoint
 
 Writes runs/dreambooth/model/ (a whole model in the diffusers layout), log.jsonl, previews/.
@@ -40,7 +44,8 @@ from hanokdiff.training.args import (
 from hanokdiff.training.dataset import LatentDataset
 from hanokdiff.training.trainer import Trainer
 
-# What the class pictures show is not forgotten: the tiny world's show campfires, smoke and floods too, but no fire.
+# What the class pictures show is not forgotten: the tiny world's show campfires, smoke and floods too, but no
+# fire.
 DEFAULTS = {
     "tiny": dict(steps=300, batch_size=8, lr=1e-3, text_lr=1e-3, word_lr=2e-2, text_steps=None, class_images=64,
                  min_snr=5.0, save_every=100, preview_every=150),
@@ -158,7 +163,8 @@ def main(argv=None):
 
 
 def save_model(path: Path, sd, token: str, embedding, ids: list[int]) -> None:
-    """Write the model folder aside, the pseudo word's vectors folded into its token table, then give it its name."""
+    """Write the model folder aside, the pseudo word's vectors folded into its token table, then give it its
+    name."""
     dtype = torch.float32 if sd.dtype == torch.float32 else torch.float16
     aside = path.with_name(path.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)  # left by a kill

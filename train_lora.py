@@ -3,10 +3,12 @@
     W' = W + (alpha / rank) up down          Hu et al. 2021, arXiv:2106.09685, equation 3
     L  = || eps - eps_theta(x_t, t, words) ||^2 over the photos, only `down` and `up` learn
 
-    python train_lora.py                                          the embedded hanok, half a minute on a laptop
+    python train_lora.py                                          the embedded hanok, half a minute on a
+                                                                  laptop
     python train_lora.py --model MODEL --data PHOTOS --token sks  your photos on a real checkpoint
 
-Writes runs/lora/lora.safetensors (kohya's format: the WebUI, ComfyUI and diffusers read it), log.jsonl, previews/.
+Writes runs/lora/lora.safetensors (kohya's format: the WebUI, ComfyUI and diffusers read it), log.jsonl,
+previews/.
 Then:  python sample.py "*, fire" "* in the fire" --lora runs/lora/lora.safetensors
 Read next: hanokdiff/methods/lora.py (the layer), hanokdiff/methods/losses.py (the loss),
 hanokdiff/training/trainer.py (the chores).

@@ -1,16 +1,19 @@
 """Textual inversion: teach Stable Diffusion a subject by a new word alone.
 
-    v* = argmin_v  E || eps - eps_theta(x_t, t, words(v)) ||^2       Gal et al. 2022, arXiv:2208.01618, equation 2
+    v* = argmin_v  E || eps - eps_theta(x_t, t, words(v)) ||^2       Gal et al. 2022, arXiv:2208.01618,
+                                                                     equation 2
     nothing in the model changes: only v, n vectors as wide as a word, learns
 
-    python train_ti.py                                            the embedded hanok, half a minute on a laptop
+    python train_ti.py                                            the embedded hanok, half a minute on a
+                                                                  laptop
     python train_ti.py --model MODEL --data PHOTOS --init house   your photos on a real checkpoint
 
-Writes runs/ti/embedding.safetensors (for diffusers, which wants another word than "*": load_textual_inversion(FILE,
-token="<hanok>"); python -m hanokdiff.convert makes the WebUI's .pt of it), log.jsonl, previews/.
+Writes runs/ti/embedding.safetensors (for diffusers, which wants another word than "*":
+load_textual_inversion(FILE, token="<hanok>"); python -m hanokdiff.convert makes the WebUI's .pt of it),
+log.jsonl, previews/.
 Then:  python sample.py "*, fire" "* in the fire" --embedding runs/ti/embedding.safetensors
-Read next: hanokdiff/methods/textual_inversion.py (the rows beyond the vocabulary), hanokdiff/models/tokens.py (how a
-prompt finds them).
+Read next: hanokdiff/methods/textual_inversion.py (the rows beyond the vocabulary), hanokdiff/models/tokens.py
+(how a prompt finds them).
 """
 
 import sys
@@ -38,7 +41,8 @@ DEFAULTS = {
     "sd": dict(steps=3000, batch_size=4, lr=5e-3, vectors=1, init="building", min_snr=0.0, save_every=500,
                preview_every=500),
 }  # fmt: skip
-# A word seen in one sentence only does not learn to stand in others. (The tiny world has no word for "photo".)
+# A word seen in one sentence only does not learn to stand in others. (The tiny world has no word for
+# "photo".)
 TEMPLATES = {
     "tiny": ("{}", "a picture of {}"),
     "sd": (

@@ -1,9 +1,12 @@
-"""The trials behind single figures of docs/LOG.md, section 13: two sides of one thing in turns, as in hanokdiff.bench.
+"""The trials behind single figures of docs/LOG.md, section 13: two sides of one thing in turns, as in
+hanokdiff.bench.
 
 python docs/trials.py lean      a frozen network's training step with lean.py's functions, over torch's own
-python docs/trials.py packed    a sampler's step with convolution weights re-ordered once for oneDNN, over ours
+python docs/trials.py packed    a sampler's step with convolution weights re-ordered once for oneDNN, over
+                                ours
 python docs/trials.py inside    a sampler's step, over the network alone in it
-python docs/trials.py kv        a guided step that projects keys and values, over one that has them from the first step
+python docs/trials.py kv        a guided step that projects keys and values, over one that has them from the
+                                first step
 python docs/trials.py pad_keys  a guided step that attends to 77 tokens, over one to 80, three of them masked
 """
 
@@ -29,8 +32,8 @@ def with_flag(steps, on: bool):
 
 
 def network(sd, side: int, batch: int, steps: int = 1, given: bool = True, padded: bool = True):
-    """The UNet alone, guided: `batch` pictures with two prompts each; with keys and values `given` or projected in
-    every step, `padded` to 80 tokens or as they are."""
+    """The UNet alone, guided: `batch` pictures with two prompts each; with keys and values `given` or
+    projected in every step, `padded` to 80 tokens or as they are."""
     h = side // sd.vae.config.factor
     x, context = (
         torch.randn(2 * batch, 4, h, h),

@@ -1,9 +1,9 @@
 """Damaged and hostile files, by the thousand, into every reader:   python tests/fuzz.py --files 20000
 
-A case is a number: it chooses a reader, a good file, and what happens to it, so that `--first N --files 1` repeats case
-N alone.  Whatever the file holds, the reader opens it or raises a ValueError or OSError that names it; it takes at most
-SECONDS of a processor and MEMORY more than it had, and it never hangs or dies.  The cases run in a child process with
-RLIMIT_AS, which a hang or a crash costs nothing but that child.
+A case is a number: it chooses a reader, a good file, and what happens to it, so that `--first N --files 1`
+repeats case N alone.  Whatever the file holds, the reader opens it or raises a ValueError or OSError that
+names it; it takes at most SECONDS of a processor and MEMORY more than it had, and it never hangs or dies.
+The cases run in a child process with RLIMIT_AS, which a hang or a crash costs nothing but that child.
 """
 
 import argparse
@@ -61,7 +61,7 @@ SECONDS, MEMORY, ADDRESSES = (
     4 << 30,
 )  # processor time; resident bytes and address space more than before
 
-# ---------------------------------------------------------------------------------------------------- the good files
+# --------------------------------------------------------------------------------------------- the good files
 
 
 def small_model():
@@ -151,7 +151,7 @@ def good_files(home: Path) -> None:
     torch.save(dict(tensors), home / "single" / "old.ckpt", _use_new_zipfile_serialization=False)
 
 
-# ------------------------------------------------------------------------------------------------------- the readers
+# ------------------------------------------------------------------------------------------------ the readers
 
 
 class Readers:
@@ -248,7 +248,7 @@ class Readers:
             convert.main.__wrapped__([str(file), str(out), "--overwrite"])
 
 
-# -------------------------------------------------------------------------------------------------------- the damage
+# ------------------------------------------------------------------------------------------------- the damage
 
 ODD = [
     None,
@@ -425,7 +425,7 @@ def damage(raw: bytes, name: str, r: random.Random) -> bytes:
     return out.encode() if isinstance(out, str) else out
 
 
-# --------------------------------------------------------------------------------------------------------- the cases
+# -------------------------------------------------------------------------------------------------- the cases
 
 
 def case(readers: Readers, number: int) -> tuple[str, str]:

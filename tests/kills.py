@@ -1,12 +1,15 @@
-"""Kill (SIGKILL) the four trainers and the comparison at random moments, let them go on, and compare what they leave.
+"""Kill (SIGKILL) the four trainers and the comparison at random moments, let them go on, and compare what
+they leave.
 
-    python tests/kills.py --kills 100                 all five, a quarter of an hour on one core; prints a table
+    python tests/kills.py --kills 100                 all five, a quarter of an hour on one core; prints a
+                                                      table
     python tests/kills.py --kills 5 --only lora ti
 
-A run is killed up to six times, then finishes and must equal one that was left in peace: the artefact and the numbered
-files in every tensor, the previews to the byte, the log times aside, and not a file more or less. After every kill the
-log must be whole. Children are forked from a process that has imported everything: a start costs tenths of a second.
-Half of the kills are aimed at the moments that could hurt: while something is written, or has just been.
+A run is killed up to six times, then finishes and must equal one that was left in peace: the artefact and the
+numbered files in every tensor, the previews to the byte, the log times aside, and not a file more or less.
+After every kill the log must be whole. Children are forked from a process that has imported everything: a
+start costs tenths of a second. Half of the kills are aimed at the moments that could hurt: while something is
+written, or has just been.
 """
 
 import argparse
@@ -74,7 +77,7 @@ AIMS = {  # and how many seconds after it has begun at most
 }
 
 
-# ------------------------------------------------------------------------------------------------------- the child
+# -------------------------------------------------------------------------------------------------- the child
 
 
 def child(module: str, argv: list[str], home: Path) -> None:
@@ -120,7 +123,7 @@ def doing(home: Path) -> tuple[str, int]:
     return what, int(step or 0)
 
 
-# ------------------------------------------------------------------------------------------------- what is compared
+# ------------------------------------------------------------------------------------------- what is compared
 
 
 def plain(x):
@@ -167,7 +170,7 @@ def left(home: Path, comparison: bool) -> dict:
     }  # seconds of drawing
 
 
-# ------------------------------------------------------------------------------------------------------ the killer
+# ------------------------------------------------------------------------------------------------- the killer
 
 
 @dataclass
@@ -190,7 +193,8 @@ def server():
 
 
 def killed(name: str, kills: int, folder: Path, seed: int = 0, options=(), each: int = 6) -> Tally:
-    """Kill a kind of run so many times, each run up to `each` times, and compare all of them with one in peace."""
+    """Kill a kind of run so many times, each run up to `each` times, and compare all of them with one in
+    peace."""
     module, argv = RUNS[name]
     argv, comparison, dice, tally = (
         [*argv, *options],

@@ -1,4 +1,5 @@
-"""The benchmark does what it says: both sides with the same weights, the table and the JSON with the same figures."""
+"""The benchmark does what it says: both sides with the same weights, the table and the JSON with the same
+figures."""
 
 import json
 import os
@@ -105,7 +106,8 @@ def test_the_default_size(capsys):
 
 
 def test_stopped(monkeypatch, tmp_path, capsys):
-    """Ctrl-C ends it: no state of a training that nobody wants, no folder left; the JSON has what was done."""
+    """Ctrl-C ends it: no state of a training that nobody wants, no folder left; the JSON has what was
+    done."""
     real, temporary, file = bench.interleaved, tmp_path / "temporary", tmp_path / "new" / "a.json"
     temporary.mkdir()
     monkeypatch.setattr(bench.tempfile, "tempdir", str(temporary))

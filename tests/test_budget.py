@@ -1,9 +1,9 @@
-"""What a training step costs at the size of SD 1.5, without a GPU: the four scripts through their main([...]) on the
-meta device, where tensors have shapes and no numbers.
+"""What a training step costs at the size of SD 1.5, without a GPU: the four scripts through their main([...])
+on the meta device, where tensors have shapes and no numbers.
 
-Counted are the floating-point operations of matrix products, convolutions and attention, and the bytes that the
-forward keeps for the backward. A lost requires_grad_(False), photos encoded in every step, autocast: each shows here.
-The table as it is now:  pytest tests/test_budget.py -rP
+Counted are the floating-point operations of matrix products, convolutions and attention, and the bytes that
+the forward keeps for the backward. A lost requires_grad_(False), photos encoded in every step, autocast: each
+shows here. The table as it is now:  pytest tests/test_budget.py -rP
 """
 
 import importlib
@@ -27,10 +27,14 @@ from hanokdiff.models.vae import VAE, VAEConfig
 from hanokdiff.training.dataset import LatentDataset, encode
 from hanokdiff.training.noise import Batch
 
-# One photo of 512 px in bf16: operations (1e12) as counted on diffusers' modules, within 2 %; how many of the products
-# are done in fp32; bytes kept (1e9) for one photo and for two. The last three are what they were when this was last
-# changed, within 0.5 %: whoever saves some, lowers them here. A photo more, beside what torch's own operations would
-# keep: DreamBooth 0.806 (0.96), LoRA 0.526 (0.79), textual inversion 0.485 (0.75), hypernetwork of all widths 0.595
+# One photo of 512 px in bf16: operations (1e12) as counted on diffusers' modules, within 2 %; how many of the
+# products
+# are done in fp32; bytes kept (1e9) for one photo and for two. The last three are what they were when this
+# was last
+# changed, within 0.5 %: whoever saves some, lowers them here. A photo more, beside what torch's own
+# operations would
+# keep: DreamBooth 0.806 (0.96), LoRA 0.526 (0.79), textual inversion 0.485 (0.75), hypernetwork of all widths
+# 0.595
 # (0.86).
 BUDGET = {
     "dreambooth": (2.513, 0, 0.8059, 1.6118),
@@ -43,7 +47,7 @@ BUDGET = {
 }
 
 
-# --------------------------------------------------------------------------------------------------- the counter
+# ------------------------------------------------------------------------------------------------ the counter
 
 
 class Count(budget.Count):
@@ -70,7 +74,7 @@ class Count(budget.Count):
         self.kept = sum(s.nbytes() for s in self.storages.values()) / 1e9
 
 
-# ----------------------------------------------------------------------------------------- a model without numbers
+# ------------------------------------------------------------------------------------ a model without numbers
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +155,7 @@ def check(script: str, one: Count) -> None:
     assert one.waits == []
 
 
-# -------------------------------------------------------------------------------------------------- what is held
+# ----------------------------------------------------------------------------------------------- what is held
 
 
 @pytest.mark.parametrize("script", BUDGET)
@@ -189,7 +193,8 @@ def test_photos_encoded_in_the_step_are_noticed(sd15, tmp_path, monkeypatch):
 
 
 def autocast(sd, patch) -> None:
-    """What it does, by hand (on meta there is none): norms in fp32, what follows them too, up to the next product."""
+    """What it does, by hand (on meta there is none): norms in fp32, what follows them too, up to the next
+    product."""
     patch.setattr(memory, "norm_silu", lambda norm, x: F.silu(norm(x)))
     for m in sd.unet.modules():
         if isinstance(m, nn.GroupNorm | nn.LayerNorm):
@@ -206,11 +211,12 @@ def test_autocast_is_noticed(sd15, tmp_path, monkeypatch):
         check("ti", count)
 
 
-# -------------------------------------------------------------------------------------------- memory, simulated
+# ------------------------------------------------------------------------------------------ memory, simulated
 
 
 def test_the_most_alive_at_once():
-    """By hand: two leaves of 4 kB, their product, its square; then the gradients, each freed when it is spent."""
+    """By hand: two leaves of 4 kB, their product, its square; then the gradients, each freed when it is
+    spent."""
     a, b = (torch.empty(32, 32, device="meta", requires_grad=True) for _ in range(2))
     with budget.Count() as count:
         y = a @ b

@@ -1,4 +1,5 @@
-"""LoRA files in every tool's spelling, written and read by peft and diffusers themselves; and `hanokdiff.convert`."""
+"""LoRA files in every tool's spelling, written and read by peft and diffusers themselves; and
+`hanokdiff.convert`."""
 
 import copy
 import json
@@ -179,7 +180,8 @@ def test_their_spellings_here(sd, reference, adapted, tmp_path, spelling):  # no
 
 @pytest.mark.parametrize("reference", ["sd1"], indirect=True)
 def test_peft_alone(sd, reference, tmp_path):  # noqa: F811
-    """A folder per network, alpha in adapter_config.json, rank-stabilised: the scale is alpha / sqrt(rank)."""
+    """A folder per network, alpha in adapter_config.json, rank-stabilised: the scale is alpha /
+    sqrt(rank)."""
     p, files = reference.pipeline, []
     for part, settings in (("unet", UNET_LORA), ("text_encoder", TEXT_LORA)):
         network = peft.get_peft_model(
@@ -216,12 +218,12 @@ def test_one_network_saved_by_diffusers(sd, reference, adapted, tmp_path):  # no
     assert difference(outputs(sd)[0], adapted.outputs[0]) <= 1e-5
 
 
-# ------------------------------------------------------------------------------------------- our file in theirs
+# ----------------------------------------------------------------------------------------- our file in theirs
 
 
 def test_our_native_file_there(sd, reference, tmp_path):  # noqa: F811
-    """Every kind of layer, another rank in the text encoder, alpha not the rank, strength not 1; in diffusers as in
-    peft itself."""
+    """Every kind of layer, another rank in the text encoder, alpha not the rank, strength not 1; in diffusers
+    as in peft itself."""
     before, path = outputs(sd), tmp_path / "a.safetensors"
     loras = lora.insert(sd, 4, 6.0, "attention+ff+conv", 3)
     trained(loras)
@@ -274,7 +276,8 @@ def test_there_and_back(sd, tmp_path):  # noqa: F811
 
 @pytest.mark.parametrize("alpha", [1.0, 6.0])
 def test_half_precision_keeps_its_digits(tmp_path, alpha):
-    """A scale of 1/128 on weights as small as trained ones: all of it in `up` would leave fp16's normal range."""
+    """A scale of 1/128 on weights as small as trained ones: all of it in `up` would leave fp16's normal
+    range."""
     g = torch.Generator().manual_seed(0)
     down, up = torch.randn(128, 320, generator=g) / 20, torch.randn(320, 128, generator=g) * 1e-3
     name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -284,7 +287,7 @@ def test_half_precision_keeps_its_digits(tmp_path, alpha):
     assert ((now - then).norm() / then.norm()) < 5e-4
 
 
-# --------------------------------------------------------------------------------------------------------- names
+# ------------------------------------------------------------------------------------------------------ names
 
 
 def full_size() -> types.SimpleNamespace:
@@ -327,7 +330,7 @@ def test_names_without_a_native_spelling(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------------------------- refusing
+# --------------------------------------------------------------------------------------------------- refusing
 
 
 PATH = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -383,7 +386,7 @@ def test_without_settings_alpha_is_the_rank(tmp_path):
         assert float(t.get("alpha", 4)) == 4
 
 
-# --------------------------------------------------------------------------------------- python -m hanokdiff.convert
+# -------------------------------------------------------------------------------- python -m hanokdiff.convert
 
 
 @pytest.fixture
@@ -424,7 +427,8 @@ def test_model_to_file_and_back(run, reference, load):
 
 
 def test_precision_and_the_pseudo_word(run, sd1, tmp_path):
-    """--dtype changes it, and without it what is there stays; a folder's pseudo word goes along or is told."""
+    """--dtype changes it, and without it what is there stays; a folder's pseudo word goes along or is
+    told."""
     assert run(sd1.folder, "half", "--dtype", "fp16")[0] == 0
     (tmp_path / "half" / "hanokdiff.json").write_text('{"token": "sks"}')
     code, said = run("half", "a.safetensors")
@@ -438,7 +442,8 @@ def test_precision_and_the_pseudo_word(run, sd1, tmp_path):
 
 
 def test_ckpt_to_safetensors(run, sd1, load, monkeypatch):
-    """Needs no tokenizer. (Sizes as odd as these cannot be read off a .ckpt, so the reading itself is stood in for.)"""
+    """Needs no tokenizer. (Sizes as odd as these cannot be read off a .ckpt, so the reading itself is stood
+    in for.)"""
     sd_ = load(sd1)
     torch.save({"state_dict": {}}, "a.ckpt")
     parts = (sd_.unet, sd_.vae, sd_.text.encoder, sd_.schedule)

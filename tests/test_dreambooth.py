@@ -1,6 +1,8 @@
-"""DreamBooth: the two-term loss against diffusers, what moves and what stays, the class pictures, the folder it leaves.
+"""DreamBooth: the two-term loss against diffusers, what moves and what stays, the class pictures, the folder
+it leaves.
 
-All runs share a home folder, so that its class pictures are drawn once; and they are drawn in two steps, not twenty."""
+All runs share a home folder, so that its class pictures are drawn once; and they are drawn in two steps, not
+twenty."""
 
 import copy
 import hashlib
@@ -120,7 +122,7 @@ def whole(sd1, photos):
     return train(sd1, photos, "whole", "--save-every", 2, "--preview-every", 3)
 
 
-# --------------------------------------------------------------------------------------------------------- the loss
+# --------------------------------------------------------------------------------------------------- the loss
 
 
 class EnoughError(Exception):
@@ -171,7 +173,8 @@ def by_hand(pipeline, dataset, batch: Batch, gamma: float) -> float:
 @pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize("gamma", [0, 5])
 def test_the_loss_has_two_terms(sd1, sd2, photos, size, gamma):
-    """Each the mean of its own half, at its own timesteps and noise; epsilon and v, with and without min-SNR."""
+    """Each the mean of its own half, at its own timesteps and noise; epsilon and v, with and without
+    min-SNR."""
     made = sd2 if size == 4 and not gamma else sd1
     seen = first_step(
         made, photos, "--batch-size", size, "--min-snr", gamma, "--prior-weight", 0.5, "--seed", 6
@@ -213,11 +216,12 @@ def test_without_class_pictures(sd1, photos, monkeypatch):
     assert seen.loss == pytest.approx(by_hand(sd1.pipeline, own, Batch(6, 0, range(2), 2), 0), rel=1e-5)
 
 
-# ------------------------------------------------------------------------------------------- what moves, what stays
+# ------------------------------------------------------------------------------------- what moves, what stays
 
 
 def test_what_learns(sd1, base, whole, home):
-    """All of UNet and text encoder, the autoencoder never; in the table of words the pseudo word's row alone."""
+    """All of UNet and text encoder, the autoencoder never; in the table of words the pseudo word's row
+    alone."""
     assert moved(base, whole) == of("unet", base) | of("text_encoder", base)
     table, now = (t["text_encoder.embeddings.token_embedding.weight"] for t in (base, whole))
     changed = (now != table).any(1).nonzero().flatten().tolist()
@@ -240,7 +244,8 @@ def test_what_learns(sd1, base, whole, home):
 
 
 def test_the_text_encoder_may_stop_and_a_run_go_on(sd1, photos, base):
-    """--text-steps 1 of 3: its weights are those after the first step; stopped and resumed, the very same tensors."""
+    """--text-steps 1 of 3: its weights are those after the first step; stopped and resumed, the very same
+    tensors."""
     options = ["--text-steps", 1, "--save-every", 1]
     stopped = train(sd1, photos, "stopped", *options)
     first = tensors(Path("stopped/model-000001"))
@@ -316,8 +321,9 @@ def test_frozen_text_and_a_crash_while_the_model_is_written(sd1, photos, base, m
 
 
 def test_half_precision(sd1, photos, base):
-    """bf16 weights with fp32 masters; the folder is fp16, as others publish. At 64 px: where a convolution of stride 2
-    has 1x1 to go on (at 32 px), torch's CPU gradient of its bf16 weight is memory that nobody wrote."""
+    """bf16 weights with fp32 masters; the folder is fp16, as others publish. At 64 px: where a convolution of
+    stride 2 has 1x1 to go on (at 32 px), torch's CPU gradient of its bf16 weight is memory that nobody
+    wrote."""
     half = train(
         sd1, photos, "half", "--dtype", "bf16", "--class-images", 0, "--steps", 2, "--resolution", 64
     )
@@ -329,8 +335,8 @@ def test_half_precision(sd1, photos, base):
 
 
 def test_half_precision_loses_no_digit(sd1, photos, base):
-    """What is learnt begins at the file's own numbers and is saved with all its digits, not as bf16 leaves both: after
-    two steps too small to matter the folder is the model it was, to fp16's last digit."""
+    """What is learnt begins at the file's own numbers and is saved with all its digits, not as bf16 leaves
+    both: after two steps too small to matter the folder is the model it was, to fp16's last digit."""
     half = train(
         sd1,
         photos,
@@ -376,7 +382,7 @@ def test_the_folder_in_diffusers(whole, sd1, home):
     ) == ["sks"]
 
 
-# --------------------------------------------------------------------------------------------------- class pictures
+# --------------------------------------------------------------------------------------------- class pictures
 
 
 def test_class_prompts():
@@ -415,7 +421,8 @@ def test_more_class_prompts(tmp_path):
 
 @pytest.fixture
 def painter(sd1, load):
-    """A model that draws at once: a colour that depends on the prompt and the seed. `drawn` is what it was asked."""
+    """A model that draws at once: a colour that depends on the prompt and the seed. `drawn` is what it was
+    asked."""
     sd, drawn = load(sd1), []
 
     def draw(prompts, seeds, batch_size=32, size=None, **_):
@@ -511,7 +518,8 @@ def test_stopped_while_drawing(painter, tmp_path):
 
 
 def test_a_class_picture_is_its_prompts_and_seeds_alone(sd1, load, tmp_path):
-    """Within one grey level, however many are asked for; a prompt of more than 75 tokens changes no other's picture."""
+    """Within one grey level, however many are asked for; a prompt of more than 75 tokens changes no other's
+    picture."""
     sd, texts = load(sd1), ["a house", "a barn " * 40, "fire"]
     few, many = (prior.pictures(sd, texts, n, 32, 0, tmp_path / str(n))[0] for n in (1, 6))
     assert all(high <= 1 for _, high in ImageChops.difference(few[0], many[0]).getextrema())
@@ -523,7 +531,7 @@ def test_a_class_picture_is_its_prompts_and_seeds_alone(sd1, load, tmp_path):
     assert all(high <= 1 for _, high in ImageChops.difference(other[1], many[5]).getextrema())
 
 
-# ------------------------------------------------------------------------------------------------------- mistakes
+# --------------------------------------------------------------------------------------------------- mistakes
 
 
 MISTAKES = {

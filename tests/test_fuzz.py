@@ -1,4 +1,5 @@
-"""Files made to attack, one by one, and some hundred random ones; thousands by: python tests/fuzz.py --files 20000"""
+"""Files made to attack, one by one, and some hundred random ones; thousands by: python tests/fuzz.py --files
+20000"""
 
 import json
 import os
@@ -83,7 +84,7 @@ def test_the_judge_notices(tmp_path):
     assert "KeyError" in judged(lambda: raises(KeyError("a.pt"))) and "s of processor time" in judged(slow)
 
 
-# ---------------------------------------------------------------------------------------------------------- pickles
+# ---------------------------------------------------------------------------------------------------- pickles
 
 READ = {
     "model": lambda path, sd: single_file.read(path.rename(path.with_suffix(".ckpt"))),
@@ -132,7 +133,7 @@ def test_code_is_not_run(tmp_path, sd, kind, monkeypatch):
     assert not (tmp_path / "sprung").exists()
 
 
-# -------------------------------------------------------------------------------------------------------- the others
+# ------------------------------------------------------------------------------------------------- the others
 
 
 def test_headers_that_promise_terabytes(tmp_path, sd):
@@ -286,7 +287,7 @@ def test_messages_do_not_command_the_terminal():
     assert len(one_line(ValueError("x" * 10**6))) < 1000
 
 
-# ------------------------------------------------------------------------------------------------- names as paths
+# --------------------------------------------------------------------------------------------- names as paths
 
 
 @pytest.mark.parametrize("name, value", [

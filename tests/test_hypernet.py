@@ -1,4 +1,5 @@
-"""Hypernetworks: the WebUI's formula and file, written out by hand here and hung into diffusers' UNet; the trainer.
+"""Hypernetworks: the WebUI's formula and file, written out by hand here and hung into diffusers' UNet; the
+trainer.
 
 x + m f(x) stands before every to_k and to_v; f's tensors are named by their place in a Sequential."""
 
@@ -50,7 +51,7 @@ STRINGS = {
 }
 
 
-# ------------------------------------------------------------------------------- the format, from its description
+# --------------------------------------------------------------------------- the format, from its description
 
 
 def settings(layers=(1, 2, 1), activation="linear", norm=False, dropout=None, output=False) -> dict:
@@ -179,7 +180,7 @@ def bare(sd):
     sd.unet._forward_pre_hooks.clear()
 
 
-# ---------------------------------------------------------------------------------------------------- applying it
+# ------------------------------------------------------------------------------------------------ applying it
 
 
 KINDS = {
@@ -251,7 +252,8 @@ def test_several_in_order(sd_1, sd1, tmp_path):
 @pytest.mark.parametrize("first", ["lora", "hypernet"])
 @pytest.mark.parametrize("out", ["lora", "hypernet"])
 def test_together_with_a_lora(sd_1, sd1, tmp_path, first, out):
-    """Whichever comes first, in its file or fresh, and whichever leaves first: W'(x + f(x)), with W' merged by hand."""
+    """Whichever comes first, in its file or fresh, and whichever leaves first: W'(x + f(x)), with W' merged
+    by hand."""
     before, made = ours(sd_1), lora.insert(sd_1, 4, 4.0, "attention+ff")
     trained(made)
     lora_file.save_file(tmp_path / "a.safetensors", made, {})
@@ -282,7 +284,8 @@ def test_together_with_a_lora(sd_1, sd1, tmp_path, first, out):
 
 
 def test_half_precision(tmp_path):
-    """The weights, learnt in fp32, work in the precision of what comes in: no product is done in fp32 beside it."""
+    """The weights, learnt in fp32, work in the precision of what comes in: no product is done in fp32 beside
+    it."""
     content = random_file(tmp_path / "a.pt", [48], settings(activation="relu"))
     spec, nets, _ = hypernet_file.read_file(tmp_path / "a.pt")
     h = hypernetwork.Hypernetwork(spec, nets, 0.7)
@@ -297,7 +300,7 @@ def test_half_precision(tmp_path):
         assert h.pairs["48"][1].linear[0].weight.dtype == torch.float32
 
 
-# ------------------------------------------------------------------------------------------------------- the module
+# ------------------------------------------------------------------------------------------------- the module
 
 
 @pytest.mark.parametrize(("spec", "parts", "names"), [
@@ -334,7 +337,7 @@ def test_activations():
     assert hypernetwork.ACTIVATIONS.keys() == others | {"linear", "swish"} and len(others) > 24
 
 
-# --------------------------------------------------------------------------------------------------------- the file
+# --------------------------------------------------------------------------------------------------- the file
 
 
 def test_what_is_written(tmp_path):
@@ -548,7 +551,7 @@ def test_files_that_are_no_files(sd_1, tmp_path):
     assert not list(tmp_path.glob("b*"))
 
 
-# ------------------------------------------------------------------------------------------------------- learning
+# --------------------------------------------------------------------------------------------------- learning
 
 
 def begin(sd, spec, which="all", seed=0) -> hypernetwork.Hypernetwork:
@@ -627,7 +630,8 @@ def test_a_sampler_rewrites_the_words_once(sd_1, tmp_path, monkeypatch):
 
 
 def test_nothing_old_is_heard(sd_1):
-    """After an optimiser's step, a forward without gradients, in either mode: always what a new one would compute."""
+    """After an optimiser's step, a forward without gradients, in either mode: always what a new one would
+    compute."""
     (x, t, context), _ = inputs()
     h = begin(sd_1, hypernetwork.HypernetConfig(activation="relu"))
     adam = torch.optim.AdamW(h.parameters(), 0.05, fused=True)
@@ -811,7 +815,7 @@ def test_the_file_does_what_the_run_did(sd1, sd_1, photos, tmp_path):
     assert difference(ours(sd_1), expected) <= 1e-5 and difference(expected, before) > 1e-2
 
 
-# ------------------------------------------------------------------------------------------------------- mistakes
+# --------------------------------------------------------------------------------------------------- mistakes
 
 
 MISTAKES = {

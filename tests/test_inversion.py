@@ -1,5 +1,5 @@
-"""Textual inversion: rows beyond the vocabulary that leave no trace, every layout of file in and out, diffusers as the
-judge of ours, and no file that runs code or loads halfway."""
+"""Textual inversion: rows beyond the vocabulary that leave no trace, every layout of file in and out,
+diffusers as the judge of ours, and no file that runs code or loads halfway."""
 
 import copy
 import hashlib

@@ -1,4 +1,5 @@
-"""Layers that keep less: the same numbers as torch's own, each to the bit, forward and backward, and less kept."""
+"""Layers that keep less: the same numbers as torch's own, each to the bit, forward and backward, and less
+kept."""
 
 import pytest
 import torch
@@ -141,7 +142,8 @@ def test_a_convolution_that_is_half_frozen():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("words", [77, 5, 80])
 def test_even_words_are_the_same_words(words, dtype):
-    """Values and gradients of attention to lengthened words are those of the words; whole vectors stay as they are."""
+    """Values and gradients of attention to lengthened words are those of the words; whole vectors stay as
+    they are."""
     q, k, v = (
         normal(2, 4, n, 8, seed=i, dtype=dtype).requires_grad_(True) for i, n in enumerate((9, words, words))
     )
@@ -163,7 +165,7 @@ def test_no_other_device_has_words_added():
     assert memory.pad_keys(k, k) == (k, k)
 
 
-# ------------------------------------------------------------------------------------------------- whole networks
+# --------------------------------------------------------------------------------------------- whole networks
 
 
 def fresh(reference):
@@ -227,8 +229,9 @@ def test_checkpointing_changes_no_number(sd1, name):
 
 @pytest.mark.parametrize("name", ["unet", "lora", "hypernet"])
 def test_a_whole_network_keeps_less_and_changes_no_number(sd1, name, monkeypatch):
-    """As on a GPU, against torch's own operations, which a CPU is given: to the bit, but for the last digit behind a
-    frozen convolution whose input lies in channels-last order (proj_out's): there torch may take another kernel."""
+    """As on a GPU, against torch's own operations, which a CPU is given: to the bit, but for the last digit
+    behind a frozen convolution whose input lies in channels-last order (proj_out's): there torch may take
+    another kernel."""
     plain, ours = fresh(sd1), fresh(sd1)
     a, b = method(plain, name), method(ours, name)
     x, t, context = normal(1, 4, 16, 16), torch.tensor([5]), plain.text(["a barn"]).detach()
@@ -266,8 +269,8 @@ def test_prompts_and_seeds_are_as_many(reference):
 
 
 def test_blocks_are_compiled_each_alone(sd1, monkeypatch):
-    """Through torch.compile's front, without its code generator, which takes minutes: no block (of every third) breaks
-    in two, each shape has its own graph, and the numbers stay."""
+    """Through torch.compile's front, without its code generator, which takes minutes: no block (of every
+    third) breaks in two, each shape has its own graph, and the numbers stay."""
     sd, graphs = fresh(sd1), []
 
     def backend(graph, _):

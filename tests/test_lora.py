@@ -1,5 +1,6 @@
-"""LoRA against peft and diffusers, in both directions, and what one must be able to rely on: step 0, taking it out,
-merging, refusing. Effects are asserted to be large first, so that no comparison is of nothing with nothing."""
+"""LoRA against peft and diffusers, in both directions, and what one must be able to rely on: step 0, taking
+it out, merging, refusing. Effects are asserted to be large first, so that no comparison is of nothing with
+nothing."""
 
 import copy
 import hashlib
@@ -84,7 +85,7 @@ def names_of(module, classes: tuple[str, ...], prefix: str) -> set[str]:
     return out
 
 
-# ---------------------------------------------------------------------------------------------------- insertion
+# -------------------------------------------------------------------------------------------------- insertion
 
 
 @pytest.mark.parametrize("targets", TARGETS)
@@ -108,7 +109,8 @@ def test_names_are_kohyas_and_step_0_is_the_base(sd, reference, targets):
 
 
 def test_names_at_full_size():
-    """SD 1.5's counts in kohya, and some names that other tools look for; on the meta device, so no gigabytes."""
+    """SD 1.5's counts in kohya, and some names that other tools look for; on the meta device, so no
+    gigabytes."""
     with torch.device("meta"):
         sd = SimpleNamespace(unet=UNet(UNetConfig()), text=SimpleNamespace(encoder=TextEncoder(TextConfig())))
         attention, loras = lora.insert(sd, 1, 1).keys(), lora.insert(sd, 1, 1, "attention+ff+conv", 1)
@@ -137,7 +139,7 @@ def test_the_seed_decides_the_start(sd):
     assert not any(torch.equal(a, b) for a, b in zip(starts[0], starts[2], strict=True))
 
 
-# ----------------------------------------------------------------------------------------- against peft and diffusers
+# --------------------------------------------------------------------------------- against peft and diffusers
 
 
 def their_outputs(reference, path, strength: float):
@@ -213,14 +215,16 @@ def test_their_file_here(sd, reference, tmp_path, alpha):
 
 
 def test_alpha_missing_for_some(sd, tmp_path):
-    """Each for itself, as kohya and the WebUI do; diffusers would give those without it the commonest of the others."""
+    """Each for itself, as kohya and the WebUI do; diffusers would give those without it the commonest of the
+    others."""
     save_file(wild(sd, lambda i: (None, 2.0, 10.0)[i % 3]), tmp_path / "wild.safetensors")
     loras, _ = lora_file.apply_file(sd, tmp_path / "wild.safetensors", say=None)
     assert [m.alpha / m.rank for m in loras.values()][:6] == [1, 0.4, 2] * 2
 
 
 def test_either_shape_of_a_1x1_convolution(sd, tmp_path):
-    """Some writers flatten them, some give Linears two dimensions more: the same numbers, the same picture."""
+    """Some writers flatten them, some give Linears two dimensions more: the same numbers, the same
+    picture."""
     loras = lora.insert(sd, 2, 2, "attention+ff")
     trained(loras)
     lora_file.save_file(tmp_path / "a.safetensors", loras, {})
@@ -236,7 +240,7 @@ def test_either_shape_of_a_1x1_convolution(sd, tmp_path):
     assert difference(outputs(sd)[0], expected[0]) <= 1e-5
 
 
-# ---------------------------------------------------------------------------------------- merging, stacking, removing
+# -------------------------------------------------------------------------------- merging, stacking, removing
 
 
 def test_merging_equals_applying_and_two_add_up(sd):
@@ -278,7 +282,7 @@ def test_removing_in_any_order(sd, order):
     assert not any(isinstance(m, lora.LoRA) for m in sd.unet.modules())
 
 
-# ------------------------------------------------------------------------------------------------------ refusing
+# --------------------------------------------------------------------------------------------------- refusing
 
 
 NAME = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -362,7 +366,7 @@ def test_what_is_not_finite_is_not_written(sd, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------------------------ metadata
+# --------------------------------------------------------------------------------------------------- metadata
 
 
 OPTIONS = dict(
@@ -382,7 +386,8 @@ OPTIONS = dict(
 
 
 def test_metadata_and_hashes(sd, reference, tmp_path):
-    """FORMATS: sha256 of what follows the header, and of 64 KiB at 1 MiB, both on a copy with ss_ metadata only."""
+    """FORMATS: sha256 of what follows the header, and of 64 KiB at 1 MiB, both on a copy with ss_ metadata
+    only."""
     path, loras = tmp_path / "a.safetensors", lora.insert(sd, 64, 32)
     trained(loras)
     lora_file.save_file(path, loras, lora_file.metadata(sd, **OPTIONS))

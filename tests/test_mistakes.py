@@ -1,7 +1,8 @@
 """What a careless newcomer does, and the one line that answers it: a table of commands and messages.
 
-Each ends with exit code 2, and afterwards the user's folder is what it was, to the byte, and holds nothing new. The
-messages are exact. "[full disk] train_lora ..." runs under a simulation of that name; (REASON) is the library's word.
+Each ends with exit code 2, and afterwards the user's folder is what it was, to the byte, and holds nothing
+new. The messages are exact. "[full disk] train_lora ..." runs under a simulation of that name; (REASON) is
+the library's word.
 """
 
 import errno
@@ -560,7 +561,7 @@ def rows() -> dict[str, str]:
     return {command: " ".join(lines) for command, lines in found.items()}
 
 
-# ------------------------------------------------------------------------------------------- the user's folder
+# ------------------------------------------------------------------------------------------ the user's folder
 
 
 def edit(file: Path, **values) -> None:
@@ -747,12 +748,13 @@ def test_the_catalogue():
     assert len(rows()) > 190 and all(rows().values())
 
 
-# ------------------------------------------------------------------------------------------- what is no mistake
+# ----------------------------------------------------------------------------------------- what is no mistake
 
 
 def test_names_and_captions_as_koreans_have_them(tmp_path, monkeypatch, capsys):
-    """Folders with spaces, names in Korean and emoji; captions of old and new Windows, with its line ends: a training
-    of two steps understands them as they are, and caption.py puts the pseudo word into them, in UTF-8."""
+    """Folders with spaces, names in Korean and emoji; captions of old and new Windows, with its line ends: a
+    training of two steps understands them as they are, and caption.py puts the pseudo word into them, in
+    UTF-8."""
     monkeypatch.chdir(tmp_path)
     photos = tmp_path / "내 사진 2023 \U0001f3e0"
     photos.mkdir()

@@ -1,5 +1,5 @@
-"""Emphasis and chunks by worked examples and closed formulas, contexts against transformers' encoder, pseudo words in
-all of it."""
+"""Emphasis and chunks by worked examples and closed formulas, contexts against transformers' encoder, pseudo
+words in all of it."""
 
 import warnings
 
@@ -177,7 +177,8 @@ def test_emphasis_multiplies_and_gives_the_mean_back(reference, load, prompt):
 
 @torch.inference_mode()
 def test_long_prompts_are_chunks_end_to_end(reference, load):
-    """Each encoded alone; shorter prompts are filled with the empty prompt; emphasis is settled in each chunk."""
+    """Each encoded alone; shorter prompts are filled with the empty prompt; emphasis is settled in each
+    chunk."""
     text = load(reference).text
     barns, fires, empty = text(["barn " * 75, "fire " * 5, ""])
     long, short, broken, loud = text.prompts(
@@ -233,7 +234,8 @@ def test_clip_skip_out_of_range(text, n):
 
 @torch.inference_mode()
 def test_sd2_has_no_clip_skip(sd1, load):
-    """Its last layer is always left out: told, and ignored. Known by its width of 1024, and by nothing else."""
+    """Its last layer is always left out: told, and ignored. Known by its width of 1024, and by nothing
+    else."""
     tokenizer, ids = load(sd1).text.tokenizer, [523, 7, 524]
     for width, heads in ((1024, 16), (48, 4)):
         c = TextConfig(
@@ -249,7 +251,7 @@ def test_sd2_has_no_clip_skip(sd1, load):
         assert torch.equal(text._encode([ids]), before) == (width == 1024)
 
 
-# ------------------------------------------------------------------------------------------------ pseudo words
+# ----------------------------------------------------------------------------------------------- pseudo words
 
 NEW = [900, 901]  # ids of the word in what follows
 WORDS = [  # word, prompt, its parts as they are tokenised (True is the word) with their weights

@@ -1,4 +1,5 @@
-"""The chores on a toy that takes microseconds a step; then the trainers themselves: spoilt, killed, run for long."""
+"""The chores on a toy that takes microseconds a step; then the trainers themselves: spoilt, killed, run for
+long."""
 
 import importlib
 import io
@@ -36,7 +37,7 @@ from hanokdiff.training.validation import validation_loss
 KILLS = int(os.environ.get("HANOKDIFF_KILLS", "1"))
 
 
-# --------------------------------------------------------------------------------------------- randomness of a batch
+# -------------------------------------------------------------------------------------- randomness of a batch
 
 
 def draws(b: Batch) -> list[torch.Tensor]:
@@ -101,7 +102,8 @@ def test_drawing_uses_up_nothing():
 
 
 def test_halves_have_draws_of_their_own():
-    """DreamBooth's own half sees what the other methods see; the class's half is another stream, any split the same."""
+    """DreamBooth's own half sees what the other methods see; the class's half is another stream, any split
+    the same."""
     plain, other = draws(Batch(5, 3, range(4), 4)), draws(Batch(5, 3, range(4), 4).subset("class"))
     both = draws(Batch(5, 3, range(4), 4).subset("", "class"))
     parts = [draws(Batch(5, 3, range(a, a + 2), 4).subset("", "class")) for a in (0, 2)]
@@ -114,7 +116,7 @@ def test_halves_have_draws_of_their_own():
     assert all(sorted(e) == list(range(7)) for e in cls.view(4, 7).tolist()) and not torch.equal(own, cls)
 
 
-# ------------------------------------------------------------------------------------------------------- the toy
+# ---------------------------------------------------------------------------------------------------- the toy
 
 TRUE = torch.tensor([[1.0, -2.0], [0.5, 3.0], [-1.0, 0.0]])
 
@@ -304,7 +306,8 @@ def test_the_rate_rises_stays_and_falls(undisturbed, tmp_path, steps):
 
 
 def test_each_group_has_its_own_rate(undisturbed, tmp_path):
-    """By the beginning of the names; the ratio stays along the schedule. Against torch's AdamW with two groups."""
+    """By the beginning of the names; the ratio stays along the schedule. Against torch's AdamW with two
+    groups."""
     used, seen = [], []
 
     def each(run, trainable):
@@ -331,7 +334,8 @@ def test_each_group_has_its_own_rate(undisturbed, tmp_path):
 
 
 def test_what_has_no_gradient_for_a_while_stands_still(tmp_path):
-    """A text encoder that is switched off, or joins late: no decay, no momentum, exact over a stop and a resume."""
+    """A text encoder that is switched off, or joins late: no decay, no momentum, exact over a stop and a
+    resume."""
 
     def losses(batch, w):
         frozen = {**w, "b": w["b"].detach()} if batch.step < 5 or batch.step >= 12 else w
@@ -370,7 +374,7 @@ def test_more_figures_in_the_log(undisturbed, tmp_path):
     assert rows(tmp_path)[-1]["w"] == pytest.approx(result["w"].sum().item(), abs=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ half precision
+# --------------------------------------------------------------------------------------------- half precision
 
 
 def half_loss(batch: Batch, trainable: dict) -> torch.Tensor:
@@ -385,7 +389,8 @@ def masters(run) -> dict:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_learns_through_fp32_masters(tmp_path, dtype):
-    """Gradients come from the rounded weights, clip, moments and steps are fp32: by hand with torch's AdamW."""
+    """Gradients come from the rounded weights, clip, moments and steps are fp32: by hand with torch's
+    AdamW."""
     seen, norms = [], []
     result = toy(
         tmp_path, steps=10, losses=half_loss, dtype=dtype, each=lambda run, _: seen.append(masters(run))
@@ -423,7 +428,8 @@ def test_small_steps_add_up_in_half_precision(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_masters_survive_a_stop_and_a_bad_step(tmp_path, dtype):
-    """Resuming goes on from fp32, not from what was rounded; a step that is not finite leaves the masters alone."""
+    """Resuming goes on from fp32, not from what was rounded; a step that is not finite leaves the masters
+    alone."""
     options = dict(
         losses=lambda b, w: half_loss(b, w) * (torch.nan if b.step == 5 else 1), dtype=dtype, lr=0.003
     )
@@ -443,7 +449,7 @@ def test_masters_survive_a_stop_and_a_bad_step(tmp_path, dtype):
     )
 
 
-# ---------------------------------------------------------------------------------------------- what goes wrong
+# -------------------------------------------------------------------------------------------- what goes wrong
 
 
 def broken(when, value=torch.nan):
@@ -532,7 +538,8 @@ def test_divergence_before_anything_was_saved(tmp_path):
 
 @pytest.mark.parametrize("steps", [(15,), (15, 60)])
 def test_a_spike_is_bounded_and_told(tmp_path, steps):
-    """Huge but finite, once or twice: the clip bounds the gradient, AdamW the step; training goes on, the log tells."""
+    """Huge but finite, once or twice: the clip bounds the gradient, AdamW the step; training goes on, the log
+    tells."""
     seen = []
     options = dict(steps=200, each=lambda run, w: seen.append({k: p.detach().clone() for k, p in w.items()}))
     result = toy(tmp_path / "a", losses=broken(lambda s: s in steps, 1e9), **options)
@@ -626,8 +633,8 @@ def numbers(folder: Path) -> list[torch.Tensor]:
 @pytest.mark.parametrize("what", ["loss", "gradient", "weight", "base", "photo"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_in_a_real_training(tmp_path, monkeypatch, capsys, what, value):
-    """A loss or a gradient: the step is skipped. A weight: back to the last state. One of the base, which no way back
-    mends, ends the run, and a photo keeps it from starting. No file has such a number."""
+    """A loss or a gradient: the step is skipped. A weight: back to the last state. One of the base, which no
+    way back mends, ends the run, and a photo keeps it from starting. No file has such a number."""
     backward, encode, opened, done = Trainer.backward, dataset.encode, [], []
 
     def opening(*args, **more):
@@ -700,7 +707,7 @@ def test_a_forgotten_update_is_noticed(tmp_path):
             pass
 
 
-# ----------------------------------------------------------------------------------- saving, stopping, going on
+# --------------------------------------------------------------------------------- saving, stopping, going on
 
 
 def test_what_is_saved_on_the_way(undisturbed, tmp_path):
@@ -880,7 +887,8 @@ def test_a_picture_that_a_kill_prevented_is_drawn_on_resume(tmp_path):
 
 
 def test_force_goes_on_with_other_settings(tmp_path, capsys):
-    """They are told, kept in config.json, and used: rates too, which the optimiser's own state holds as well."""
+    """They are told, kept in config.json, and used: rates too, which the optimiser's own state holds as
+    well."""
     stop = dict(each=lambda run, _: setattr(run, "interrupted", run.step == 7), lr={"w": 0.05, "b": 0.05})
     with pytest.raises(SystemExit):
         toy(tmp_path, **stop)
@@ -901,13 +909,14 @@ def test_force_goes_on_with_other_settings(tmp_path, capsys):
     assert json.loads((tmp_path / "config.json").read_text()) == new
 
 
-# ----------------------------------------------------------------------------------------------------- the loss
+# --------------------------------------------------------------------------------------------------- the loss
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("gamma", [0.0, 5.0])
 def test_denoising_loss_by_hand(prediction, gamma):
-    """sqrt(a) x0 + sqrt(1 - a) eps goes in; eps or v should come out; min(SNR, gamma) / SNR, or / (SNR + 1) for v."""
+    """sqrt(a) x0 + sqrt(1 - a) eps goes in; eps or v should come out; min(SNR, gamma) / SNR, or / (SNR + 1)
+    for v."""
     schedule, batch = Schedule(prediction_type=prediction), Batch(0, 3, range(6), 6)
     x_0 = torch.randn(6, 4, 5, 3, generator=torch.Generator().manual_seed(0))
     noise, t = batch.normal(x_0.shape), batch.timesteps(1000)
@@ -930,12 +939,13 @@ def test_denoising_loss_by_hand(prediction, gamma):
     assert losses.shape == (6,) and (losses - by_hand).abs().max() < 1e-5 * by_hand.max()
 
 
-# ------------------------------------------------------------------------------------ killed at random, and for long
+# ----------------------------------------------------------------------------- killed at random, and for long
 
 
 @pytest.mark.parametrize("name", [n for n in kills.RUNS if n != "comparison"])
 def test_killed_and_resumed_writes_the_very_tensors(tmp_path, name):
-    """At KILLS random moments (HANOKDIFF_KILLS=10 for more); python tests/kills.py --kills 100 does it thoroughly."""
+    """At KILLS random moments (HANOKDIFF_KILLS=10 for more); python tests/kills.py --kills 100 does it
+    thoroughly."""
     options = [
         "--steps",
         "6",
@@ -960,7 +970,8 @@ def usage() -> tuple[int, int]:
 
 
 def long_toy(out: Path, tell) -> None:
-    """1,000 steps with numbers enough (600 kB, a state of 1.9 MB) that a state or a picture that stays would show."""
+    """1,000 steps with numbers enough (600 kB, a state of 1.9 MB) that a state or a picture that stays would
+    show."""
     w, seen = nn.Parameter(torch.ones(400, 400)), []
     run = Trainer(
         out,

@@ -1,5 +1,5 @@
-"""sample.py through main([...]) on the embedded tiny model: pictures to begin with, embeddings beside the other
-artefacts, emphasis, long prompts; and what it refuses, in one sentence, with nothing written."""
+"""sample.py through main([...]) on the embedded tiny model: pictures to begin with, embeddings beside the
+other artefacts, emphasis, long prompts; and what it refuses, in one sentence, with nothing written."""
 
 import warnings
 from pathlib import Path
@@ -95,7 +95,8 @@ def test_strength_is_how_far_from_the_picture(made):
     ([], (88, 64)), (["--size", "48x80"], (48, 80)), (["--sampler", "ddim", "--batch-size", "1"], (88, 64)),
 ])  # fmt: skip
 def test_size_of_a_picture_from_a_picture(made, more, size):
-    """The shorter side as the model knows it, the shape kept; cropped to a size that is asked for, not squeezed."""
+    """The shorter side as the model knows it, the shape kept; cropped to a size that is asked for, not
+    squeezed."""
     [drawn] = draw("--steps", 10, "--init-image", made.wide_png, "--strength", "0.1", *more)
     assert drawn.shape == (size[1], size[0], 3)
     with Image.open(made.wide_png) as wide:
@@ -197,7 +198,8 @@ LONG = "a castle in the snow " * 30  # 150 tokens: two chunks
 
 
 def test_prompts_of_every_length_in_one_call(made):
-    """Each is drawn as if it were alone, whatever the others' length and the order; nothing of a long one is lost."""
+    """Each is drawn as if it were alone, whatever the others' length and the order; nothing of a long one is
+    lost."""
     prompts, text = (
         [PROMPT, LONG, "(a castle:1.3)", LONG + "fire", "fire BREAK a house"],
         load_model("tiny").text,

@@ -220,7 +220,8 @@ def test_final_latent_with_the_unet(sd1, load, name):
 @pytest.mark.parametrize("steps", [10, 20, 30])
 @pytest.mark.parametrize("strength", [None, 0.3, 0.75])
 def test_euler_a_karras_is_k_diffusions(prediction, steps, strength):
-    """diffusers has no Karras spacing for it: the textbook formula, written out; with a picture to begin with, too."""
+    """diffusers has no Karras spacing for it: the textbook formula, written out; with a picture to begin
+    with, too."""
     a = Schedule().alpha_bar.double()
     table = ((1 - a) / a).sqrt()
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
@@ -263,7 +264,7 @@ def test_arrives_where_the_network_points(name, steps):
     assert (x - clean).abs().max() < (0.2 if name == "ddim" else 1e-4)
 
 
-# ------------------------------------------------------------------------------- from a picture instead of noise
+# ---------------------------------------------------------------------------- from a picture instead of noise
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.75, 1.0])
@@ -291,8 +292,8 @@ def test_from_a_picture_at_other_spacings(name, spacing):
 
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_strength_is_how_far_from_the_picture(name):
-    """One that always paints its own: a picture ends there whatever the strength; one that paints what it sees: the
-    less strength, the nearer."""
+    """One that always paints its own: a picture ends there whatever the strength; one that paints what it
+    sees: the less strength, the nearer."""
     first, g = picture(), torch.Generator().manual_seed(1)
     plan = samplers.plan(name, Schedule(), 20, 0.5)
     *_, x = samplers.sample(plan, lambda *_: -first, lambda: torch.randn(first.shape, generator=g), first)

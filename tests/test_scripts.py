@@ -1,5 +1,5 @@
-"""The scripts through their main([...]): odd photos in, a LoRA out, pictures drawn with it; and every kind of bad
-input, answered in one sentence, with exit code 2 and nothing written."""
+"""The scripts through their main([...]): odd photos in, a LoRA out, pictures drawn with it; and every kind of
+bad input, answered in one sentence, with exit code 2 and nothing written."""
 
 import hashlib
 import importlib
@@ -320,7 +320,8 @@ def test_stopped_and_resumed(sd1, photos, tmp_path, capsys, monkeypatch):
 
 
 def test_what_may_change_on_resume_and_whose_run_it_is(sd1, photos, capsys, monkeypatch):
-    """Options that change no result need no --force; another method's run is refused even with it, and unharmed."""
+    """Options that change no result need no --force; another method's run is refused even with it, and
+    unharmed."""
     update = train_lora.Trainer.backward
 
     def stop(run, losses):
@@ -347,7 +348,8 @@ def test_what_may_change_on_resume_and_whose_run_it_is(sd1, photos, capsys, monk
 
 
 def test_resumed_with_force(sd1, photos, tmp_path, capsys, monkeypatch):
-    """All that differs is named, what is the same is not; if accepted, and if the tensors fit, it is used and kept."""
+    """All that differs is named, what is the same is not; if accepted, and if the tensors fit, it is used and
+    kept."""
     update, photos = train_lora.Trainer.backward, shutil.copytree(photos, tmp_path / "photos")
 
     def stop(run, losses):
@@ -616,7 +618,8 @@ def test_bad_sampling_options(sd1, tmp_path, capsys, kind):
 
 
 def test_a_lora_for_another_architecture(sd1, sd2, load, tmp_path, capsys):
-    """One that fits by name but not in width, one that fits by name nowhere, and the trained one in the other model."""
+    """One that fits by name but not in width, one that fits by name nowhere, and the trained one in the other
+    model."""
     narrow = lora.insert(load(sd2), 2, 2)
     lora_file.save_file(tmp_path / "sd2.safetensors", narrow, {})
     lora.remove(load(sd2), narrow)

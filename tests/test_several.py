@@ -1,7 +1,8 @@
 """Two processes against one: loss, gradients, weights, and who writes what.
 
-This file is also what the processes run (`torchrun --nproc_per_node=2 tests/test_several.py FOLDER`): the four scripts
-through their main([...]), then the chores on test_run's toy. Each leaves what it saw in FOLDER, as NAME-RANK.pt.
+This file is also what the processes run (`torchrun --nproc_per_node=2 tests/test_several.py FOLDER`): the
+four scripts through their main([...]), then the chores on test_run's toy. Each leaves what it saw in FOLDER,
+as NAME-RANK.pt.
 """
 
 import importlib
@@ -50,11 +51,12 @@ COMMON = [
 ]
 
 
-# ------------------------------------------------------------------------------------------ what the processes do
+# -------------------------------------------------------------------------------------- what the processes do
 
 
 class Plain(Trainer):
-    """With plain SGD instead of AdamW, whose first steps are signs: a gradient of 1e-9 would become a whole step."""
+    """With plain SGD instead of AdamW, whose first steps are signs: a gradient of 1e-9 would become a whole
+    step."""
 
     def __init__(self, *args, **more):
         super().__init__(*args, **more)
@@ -140,7 +142,7 @@ if __name__ == "__main__":
     sys.exit()
 
 
-# -------------------------------------------------------------------------------------------------- what is held
+# ----------------------------------------------------------------------------------------------- what is held
 
 
 def torchrun(script: Path, *argv, **more) -> subprocess.Popen:
@@ -278,7 +280,7 @@ def test_torchrun_is_stopped_and_one_goes_on(tmp_path, monkeypatch, capsys):
     assert [r["step"] for r in rows(out)] == [10, 20, 30, 40] and (out / "lora.safetensors").exists()
 
 
-# ------------------------------------------------------------------------------------------------- without any
+# ------------------------------------------------------------------------------------------------ without any
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7])

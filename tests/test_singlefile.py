@@ -1,4 +1,5 @@
-"""Single-file checkpoints: every name at full size, diffusers as the other reader, round trips, guesses, refusals."""
+"""Single-file checkpoints: every name at full size, diffusers as the other reader, round trips, guesses,
+refusals."""
 
 import dataclasses
 import json
@@ -312,7 +313,8 @@ def test_numbers_that_are_none_are_not_written(sd1, load, tmp_path, value):
 
 
 def test_diffusers_opens_what_we_wrote(reference, written):
-    """An independent reader finds the very tensors, and the kind of prediction, that its own folder gave us."""
+    """An independent reader finds the very tensors, and the kind of prediction, that its own folder gave
+    us."""
     from diffusers import StableDiffusionPipeline
 
     sd, path = written
@@ -556,7 +558,8 @@ def opened(path, **options) -> StableDiffusion:
 
 @pytest.mark.parametrize("where", ["tokenizer", "."])
 def test_same_picture_from_file_as_from_folder(reference, written, tmp_path, where):
-    """The tokenizer lies beside the file, in a folder or bare; SD 2 pads with "!" even where nothing says so."""
+    """The tokenizer lies beside the file, in a folder or bare; SD 2 pads with "!" even where nothing says
+    so."""
     sd, path = written[0], shutil.copy(written[1], tmp_path / "a.safetensors")
     place, lines = tmp_path / where, []
     place.mkdir(exist_ok=True)

@@ -1,16 +1,20 @@
-"""How fast, and in how much memory: a training step of each method and a picture, here and in the field's usual tools.
+"""How fast, and in how much memory: a training step of each method and a picture, here and in the field's
+usual tools.
 
     python -m hanokdiff.bench                                        ours, on the tiny world
-    python -m hanokdiff.bench --size small --vs diffusers            beside diffusers and peft, where they are installed
+    python -m hanokdiff.bench --size small --vs diffusers            beside diffusers and peft, where they
+                                                                     are installed
     python -m hanokdiff.bench --size sd15 --batch-size 8 --vs diffusers --cap 44 --memory     on a GPU
-    python -m hanokdiff.bench start --vs diffusers                   from the start of a process to the first step
+    python -m hanokdiff.bench start --vs diffusers                   from the start of a process to the first
+                                                                     step
 
-Both sides have the same weights (random, but for the tiny world's), batch and precision and take turns in one process,
-a few steps each; the ratio is of their fastest steps (of their medians in brackets): a machine's other work slows some
-turns, never speeds one up. With --memory each side runs once more, alone in a process of its own. A step of "sample" is
-a whole batch of pictures; DreamBooth's pictures are its own and the class's together.
-Read next: hanokdiff/bench/baseline.py (the peers' loops), hanokdiff/bench/budget.py (the same step counted, without
-a GPU).
+Both sides have the same weights (random, but for the tiny world's), batch and precision and take turns in one
+process, a few steps each; the ratio is of their fastest steps (of their medians in brackets): a machine's
+other work slows some turns, never speeds one up. With --memory each side runs once more, alone in a process
+of its own. A step of "sample" is a whole batch of pictures; DreamBooth's pictures are its own and the class's
+together.
+Read next: hanokdiff/bench/baseline.py (the peers' loops), hanokdiff/bench/budget.py (the same step counted,
+without a GPU).
 """
 
 import contextlib
@@ -39,7 +43,7 @@ from hanokdiff.models.pipeline import StableDiffusion
 from hanokdiff.options import Options
 from hanokdiff.training.trainer import Trainer
 
-# ------------------------------------------------------------------------------------------------------------- ours
+# ------------------------------------------------------------------------------------------------------- ours
 
 
 def train(sd: StableDiffusion, method: str, side: int, batch: int, folder: Path) -> Iterator[None]:
@@ -124,7 +128,7 @@ def contestants(args, work: str, folder: Path, only: str | None = None) -> dict[
     return out
 
 
-# --------------------------------------------------------------------------------------------------------- measuring
+# -------------------------------------------------------------------------------------------------- measuring
 
 
 def interleaved(
@@ -214,7 +218,7 @@ def start(args) -> dict[str, list[float]]:
     return times
 
 
-# -------------------------------------------------------------------------------------------------------- the command
+# ------------------------------------------------------------------------------------------------ the command
 
 
 def rows(args, work: str) -> list[dict]:

@@ -1,13 +1,18 @@
-"""The other side of hanokdiff.bench: diffusers' and peft's training and sampling, as their own scripts go about it.
+"""The other side of hanokdiff.bench: diffusers' and peft's training and sampling, as their own scripts go
+about it.
 
-Not used by anything else, and the only file here that needs diffusers and peft (pip install -r requirements-dev.txt).
-Each loop follows the script named in it (diffusers 0.42), without accelerate, which only hands the calls on:
+Not used by anything else, and the only file here that needs diffusers and peft (pip install -r
+requirements-dev.txt). Each loop follows the script named in it (diffusers 0.42), without accelerate, which
+only hands the calls on:
 
-    default     as the script is when no flag is given: photos encoded in every step, the text encoder run in every
-                step, AdamW as torch picks it; on a GPU fp32 weights under bf16 autocast (--mixed_precision bf16)
-    best        what the script or a reader of its documentation can turn on and keep the mathematics: latents (and the
-                words of a frozen text encoder) encoded once, fused AdamW, gradients set to None; on a GPU also
-                convolutions in channels_last
+    default     as the script is when no flag is given: photos encoded in every step, the text encoder run in
+                every
+                step, AdamW as torch picks it; on a GPU fp32 weights under bf16 autocast (--mixed_precision
+                bf16)
+    best        what the script or a reader of its documentation can turn on and keep the mathematics:
+                latents (and the
+                words of a frozen text encoder) encoded once, fused AdamW, gradients set to None; on a GPU
+                also convolutions in channels_last
 """
 
 import contextlib

@@ -1,11 +1,13 @@
 """What a training step costs, without a GPU: on the meta device tensors have shapes and no numbers.
 
-    python -m hanokdiff.bench.budget                    the largest batch of each method on a 48 GB card; a minute
+    python -m hanokdiff.bench.budget                    the largest batch of each method on a 48 GB card; a
+                                                        minute
 
-Counted are the operations of matrix products, convolutions and attention, and the bytes alive at every moment, of our
-own loops at the size of SD 1.5 (512 px, bf16). Not counted: what an allocator wastes, cuDNN's workspaces and CUDA's own
-memory, 1 to 2 GB together; so the limit is 44 GiB (47.2 GB) of a 48 GB card. Nor is the autoencoder (0.2 GB), which a
-step does not need. A photo is a picture in the step: DreamBooth's are its own and the class's together.
+Counted are the operations of matrix products, convolutions and attention, and the bytes alive at every
+moment, of our own loops at the size of SD 1.5 (512 px, bf16). Not counted: what an allocator wastes, cuDNN's
+workspaces and CUDA's own memory, 1 to 2 GB together; so the limit is 44 GiB (47.2 GB) of a 48 GB card. Nor is
+the autoencoder (0.2 GB), which a step does not need. A photo is a picture in the step: DreamBooth's are its
+own and the class's together.
 """
 
 import math
@@ -30,7 +32,8 @@ LIMIT = 44 * 2**30
 
 
 class Attention(torch.autograd.Function):
-    """What a fused kernel costs: it keeps q, k, v, out and the log-sum-exp, and does 2 products forward and 5 back."""
+    """What a fused kernel costs: it keeps q, k, v, out and the log-sum-exp, and does 2 products forward and 5
+    back."""
 
     done = 0
 
@@ -58,8 +61,8 @@ def fused():
 
 
 class Count(TorchDispatchMode):
-    """While it is on: operations, the most bytes that were alive at once beside what was there before, and `waits`:
-    what would make the host wait for a GPU, and the GPU then for the host."""
+    """While it is on: operations, the most bytes that were alive at once beside what was there before, and
+    `waits`: what would make the host wait for a GPU, and the GPU then for the host."""
 
     def __init__(self):
         super().__init__()
@@ -100,7 +103,8 @@ class Count(TorchDispatchMode):
 
 
 def waits(op, args, more: dict, out) -> bool:
-    """Whether an operation reads a number back, or copies one over (an index, say) and waits until it is there."""
+    """Whether an operation reads a number back, or copies one over (an index, say) and waits until it is
+    there."""
     aten, inputs = torch.ops.aten, [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
     if op in (aten._local_scalar_dense, aten.nonzero, aten.masked_select):
         return any(t.is_meta for t in inputs)
@@ -113,9 +117,9 @@ def waits(op, args, more: dict, out) -> bool:
 def step(
     method: str, size: str = "sd15", batch: int = 1, checkpointing: bool = False
 ) -> tuple[int, int, int]:
-    """One training step of a method: operations, the most bytes at once, and of these what stays from step to step:
-    the weights, and for what learns the fp32 master and Adam's two averages. With few photos the most is at the update,
-    when a bf16 network's gradients stand there in fp32."""
+    """One training step of a method: operations, the most bytes at once, and of these what stays from step to
+    step: the weights, and for what learns the fp32 master and Adam's two averages. With few photos the most
+    is at the update, when a bf16 network's gradients stand there in fp32."""
     with fused():
         sd = setup.build(size, "meta", torch.bfloat16)
         if checkpointing:
@@ -131,7 +135,8 @@ def step(
 
 
 def largest(method: str, limit: int, checkpointing: bool) -> int:
-    """The most photos a step within `limit` bytes, 0 for none. From 16 on, memory grows by the same for each."""
+    """The most photos a step within `limit` bytes, 0 for none. From 16 on, memory grows by the same for
+    each."""
     few, more = (step(method, batch=b, checkpointing=checkpointing)[1] for b in (16, 32))
     most = 32 + int((limit - more) // ((more - few) / 16))
     while 0 < most < 16 and step(method, batch=most, checkpointing=checkpointing)[1] > limit:

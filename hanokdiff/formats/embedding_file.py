@@ -12,8 +12,8 @@ from hanokdiff.models.tokens import MOST_VECTORS
 
 
 def save_file(path: Path, word: str, vectors: Tensor, metadata: dict | None = None) -> None:
-    """vectors (n, D) as diffusers' .safetensors or, by the ending .pt, as the WebUI's. There, the word to write in a
-    prompt is the file's name."""
+    """vectors (n, D) as diffusers' .safetensors or, by the ending .pt, as the WebUI's. There, the word to
+    write in a prompt is the file's name."""
     vectors = vectors.detach().float().cpu().contiguous()
     metadata = metadata or {}
     if not torch.isfinite(vectors).all():
@@ -37,8 +37,9 @@ def save_file(path: Path, word: str, vectors: Tensor, metadata: dict | None = No
 
 
 def read_file(path: Path) -> tuple[str, Tensor, dict]:
-    """An embedding of any known layout: (word, vectors (n, D) float32, metadata). Where there is no word in the file
-    (kohya's, the paper's), the word is the file's name; the WebUI goes by that even where there is one."""
+    """An embedding of any known layout: (word, vectors (n, D) float32, metadata). Where there is no word in
+    the file (kohya's, the paper's), the word is the file's name; the WebUI goes by that even where there is
+    one."""
     path = Path(path)
     metadata: dict = {}
     if path.suffix == ".safetensors":

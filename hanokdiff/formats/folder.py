@@ -1,9 +1,11 @@
-"""Whole models on disk: the folder layout of diffusers, read and written (one file for all: see singlefile.py).
+"""Whole models on disk: the folder layout of diffusers, read and written (one file for all: see
+singlefile.py).
 
     model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/
 
-Each network is built on the meta device (no memory, no random numbers) and its tensors are mapped from the file.
-Whatever is missing, left over or of the wrong shape is an error that names it: a checkpoint never loads halfway.
+Each network is built on the meta device (no memory, no random numbers) and its tensors are mapped from the
+file. Whatever is missing, left over or of the wrong shape is an error that names it: a checkpoint never loads
+halfway.
 """
 
 from pathlib import Path
@@ -32,7 +34,8 @@ SINGLE_FILES = (".safetensors", ".ckpt")  # what singlefile.py reads
 
 
 def find_model(model: str) -> Path:
-    """The folder or single file of a model: a local one, else a hub id ("owner/name") from the cache or the hub."""
+    """The folder or single file of a model: a local one, else a hub id ("owner/name") from the cache or the
+    hub."""
     if not model.strip():
         raise ValueError(
             'the model is ""; give a folder with model_index.json, a single file, a hub id, or "tiny"'
@@ -142,8 +145,8 @@ def load_part(folder: Path, part: str, network: type, config: type) -> nn.Module
 def save_folder(
     folder: Path, unet, vae, encoder, tokenizer, schedule, dtype: torch.dtype = torch.float32
 ) -> None:
-    """Write a whole model as a diffusers folder; the text encoder's names get their `text_model.` back. What works in
-    half precision and has a `master` is written as that has it, with all its digits."""
+    """Write a whole model as a diffusers folder; the text encoder's names get their `text_model.` back. What
+    works in half precision and has a `master` is written as that has it, with all its digits."""
     for part, module in (("unet", unet), ("vae", vae), ("text_encoder", encoder)):
         (folder / part).mkdir(parents=True, exist_ok=True)
         prefix = "text_model." if part == "text_encoder" else ""

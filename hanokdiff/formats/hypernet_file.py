@@ -21,8 +21,8 @@ def save_file(
     nets: dict[int, tuple[dict, dict]],
     metadata: dict | None = None,
 ) -> None:
-    """The WebUI's .pt: {width: (state dict of keys, of values), ...} and its settings. metadata: "step", "name",
-    "info" (our pseudo word is kept there)."""
+    """The WebUI's .pt: {width: (state dict of keys, of values), ...} and its settings. metadata: "step",
+    "name", "info" (our pseudo word is kept there)."""
     metadata, dropout = metadata or {}, list(spec.dropout or (0.0,) * len(spec.layers))
     content: dict = {}
     for d, pair in sorted(nets.items()):

@@ -31,12 +31,14 @@ def load_model(
     prediction: str | None = None,
     masters: bool = False,
 ) -> StableDiffusion:
-    """Open a model: "tiny", a diffusers folder, a hub id, or a single file (.safetensors, .ckpt). Everything is
-    frozen; what learns is up to the method.
+    """Open a model: "tiny", a diffusers folder, a hub id, or a single file (.safetensors, .ckpt). Everything
+    is frozen; what learns is up to the method.
 
     tokenizer    folder or hub id of another tokenizer than the model's own
-    prediction   "epsilon" or "v_prediction": what the UNet predicts, where the model is silent or wrong about it
-    masters      keep what the file says as `master` of each parameter: to learn from it and to save it again, not from
+    prediction   "epsilon" or "v_prediction": what the UNet predicts, where the model is silent or wrong
+                 about it
+    masters      keep what the file says as `master` of each parameter: to learn from it and to save it
+                 again, not from
                  what half precision leaves of it"""
     start, (dev, precision, reason) = time.perf_counter(), choose_device(device, dtype)
     path = TINY_MODEL if model == "tiny" else find_model(model)

@@ -33,8 +33,8 @@ STALE_METADATA = (
 
 
 def save_file(path: Path, loras: dict, metadata: dict[str, str], dtype: torch.dtype = torch.float32) -> None:
-    """kohya's layout: NAME.lora_down.weight, NAME.lora_up.weight, NAME.alpha (0-d), with ss_* metadata. `loras` maps
-    kohya names to LoRAs, or is what `read` gives."""
+    """kohya's layout: NAME.lora_down.weight, NAME.lora_up.weight, NAME.alpha (0-d), with ss_* metadata.
+    `loras` maps kohya names to LoRAs, or is what `read` gives."""
     tensors = {}
     for name, layer in loras.items():
         down, up, alpha = _numbers(layer)
@@ -50,9 +50,9 @@ def save_diffusers_file(
 ) -> None:
     """diffusers' and peft's layout: PATH.lora_A.weight (down) and PATH.lora_B.weight (up), with dotted paths.
 
-    It has no place for alpha that every reader looks at; they all take alpha = rank, a scale of 1. So alpha / rank goes
-    into the weights, half of it (a power of two, so no digit is lost) into each side: all of it in one side would drive
-    a small one into fp16's coarse last digits."""
+    It has no place for alpha that every reader looks at; they all take alpha = rank, a scale of 1. So alpha /
+    rank goes into the weights, half of it (a power of two, so no digit is lost) into each side: all of it in
+    one side would drive a small one into fp16's coarse last digits."""
     tensors = {}
     for name, layer in loras.items():
         down, up, alpha = _numbers(layer)
@@ -68,14 +68,16 @@ def save_diffusers_file(
 
 
 def _numbers(layer: lora.LoRA | dict[str, Tensor]) -> tuple[Tensor, Tensor, float]:
-    """(down, up, alpha) of a LoRA, or of an entry of what `read_file` gives; there, a missing alpha means the rank."""
+    """(down, up, alpha) of a LoRA, or of an entry of what `read_file` gives; there, a missing alpha means the
+    rank."""
     if isinstance(layer, lora.LoRA):
         return layer.down.detach(), layer.up.detach(), float(layer.alpha)
     return layer["down"], layer["up"], float(layer.get("alpha", layer["down"].shape[0]))
 
 
 def _hashes(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:
-    """kohya's two hashes, by which the WebUI knows a file: of the bytes after the header, ss_ metadata only."""
+    """kohya's two hashes, by which the WebUI knows a file: of the bytes after the header, ss_ metadata
+    only."""
     raw = save(tensors, {k: v for k, v in metadata.items() if k.startswith("ss_")})
     body = raw[8 + int.from_bytes(raw[:8], "little") :]
     legacy = hashlib.sha256(raw[0x100000:0x110000]).hexdigest()[:8]
@@ -125,8 +127,8 @@ def metadata(
 
 
 def read_file(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
-    """A file in any spelling that lorafile.py knows: {kohya name: {"down", "up", "alpha"}} and the file's metadata.
-    A module without "alpha" has alpha = rank. Other kinds of file are named and refused."""
+    """A file in any spelling that lorafile.py knows: {kohya name: {"down", "up", "alpha"}} and the file's
+    metadata. A module without "alpha" has alpha = rank. Other kinds of file are named and refused."""
     path = Path(path)
     tensors, metadata = _open(path)
     first, settings = next(iter(tensors), ""), _peft_settings(path, tensors, metadata)
@@ -198,7 +200,8 @@ def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _peft_settings(path: Path, keys: Iterable[str], metadata: dict[str, str]) -> dict:
-    """What peft keeps beside the tensors: diffusers puts it into the header, peft itself into adapter_config.json."""
+    """What peft keeps beside the tensors: diffusers puts it into the header, peft itself into
+    adapter_config.json."""
     beside = path.with_name("adapter_config.json")
     if any(k.startswith("base_model.model.") for k in keys):
         if beside.is_file():
@@ -210,8 +213,9 @@ def _peft_settings(path: Path, keys: Iterable[str], metadata: dict[str, str]) ->
 
 
 def _peft_alpha(path: Path, settings: dict, name: str, dotted: str, rank: int) -> Tensor:
-    """peft's alpha of one module: its own if a pattern fits the module's path, else that of the network, else the rank.
-    With rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732) the scale is alpha / sqrt(rank)."""
+    """peft's alpha of one module: its own if a pattern fits the module's path, else that of the network, else
+    the rank. With rank-stabilised LoRA (Kalajdzievski 2023, arXiv:2312.03732) the scale is alpha /
+    sqrt(rank)."""
     text = name.startswith(lora_names.TEXT)
     network, dotted = ("text_encoder.", "text_model." + dotted) if text else ("unet.", dotted)
     try:
@@ -233,7 +237,8 @@ def _peft_alpha(path: Path, settings: dict, name: str, dotted: str, rank: int) -
 def apply_file(
     sd, path: Path, strength: float = 1.0, say=print
 ) -> tuple[dict[str, lora.LoRA], dict[str, str]]:
-    """Apply a file to the model: all of it, or none with an error. Returns the LoRAs, for `remove`, and metadata."""
+    """Apply a file to the model: all of it, or none with an error. Returns the LoRAs, for `remove`, and
+    metadata."""
     wanted, metadata = read_file(path)
     places = lora.layers(sd)
     lost = [n for n in wanted if n not in places]

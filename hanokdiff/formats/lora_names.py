@@ -1,13 +1,19 @@
-"""The spellings of LoRA files: what every tool calls the same tensor, and the way back. Names only, no numbers.
+"""The spellings of LoRA files: what every tool calls the same tensor, and the way back. Names only, no
+numbers.
 
-    kohya                lora_unet_down_blocks_0_attentions_1_..._attn1_to_q.lora_down.weight      (ours; the WebUI's)
-    peft, diffusers      unet.down_blocks.0.attentions.1....attn1.to_q.lora_A.weight               (`unet.` may lack)
-    diffusers 0.22       unet.down_blocks.0.attentions.1....attn1.to_q.lora.down.weight            (often among peft's)
+    kohya                lora_unet_down_blocks_0_attentions_1_..._attn1_to_q.lora_down.weight      (ours; the
+                                                                                                   WebUI's)
+    peft, diffusers      unet.down_blocks.0.attentions.1....attn1.to_q.lora_A.weight               (`unet.`
+                                                                                                   may lack)
+    diffusers 0.22       unet.down_blocks.0.attentions.1....attn1.to_q.lora.down.weight            (often
+                                                                                                   among
+                                                                                                   peft's)
     diffusers of 2023    unet.down_blocks.0.attentions.1....attn1.processor.to_q_lora.down.weight
-    its text encoder     text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.down.weight
+    its text encoder
+        text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.down.weight
 
-Everything is read into kohya's names.  They lose the dots of a module's path; a list of Stable Diffusion's words brings
-them back: `to_out_0` is `to_out.0`, since `to_out` is a word and `to` is none.
+Everything is read into kohya's names.  They lose the dots of a module's path; a list of Stable Diffusion's
+words brings them back: `to_out_0` is `to_out.0`, since `to_out` is a word and `to` is none.
 """
 
 import re
@@ -16,7 +22,8 @@ UNET, TEXT = "lora_unet_", "lora_te_text_model_"
 ENDS = {
     ".lora_down.weight": "down", ".lora_up.weight": "up",
     ".lora_A.weight": "down", ".lora_B.weight": "up",
-    ".lora_A.default.weight": "down", ".lora_B.default.weight": "up",  # peft's modules, saved with their adapter's name
+    # peft's modules, saved with their adapter's name
+    ".lora_A.default.weight": "down", ".lora_B.default.weight": "up",
     ".lora.down.weight": "down", ".lora.up.weight": "up",
     ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up",
     "_lora.down.weight": "down", "_lora.up.weight": "up",
@@ -64,8 +71,8 @@ WORD = re.compile("|".join(sorted(WORDS, key=len, reverse=True)) + r"|\d+")  # t
 
 
 def parse(key: str) -> tuple[str, str, str] | None:
-    """A tensor's name in any spelling -> (module in kohya's name, "down", "up" or "alpha", dotted path of the module,
-    empty if the spelling was kohya's). None if it is in no spelling that we know."""
+    """A tensor's name in any spelling -> (module in kohya's name, "down", "up" or "alpha", dotted path of the
+    module, empty if the spelling was kohya's). None if it is in no spelling that we know."""
     end = next((e for e in ENDS if key.endswith(e)), None)
     if end is None:
         return None
@@ -91,8 +98,8 @@ def _canonical(name: str) -> str:
 
 
 def _split(module: str) -> tuple[str | None, str]:
-    """A dotted module -> (kohya's prefix of its network, path in it); None for other networks, such as SDXL's second
-    text encoder. Without a prefix, the first word of the path tells."""
+    """A dotted module -> (kohya's prefix of its network, path in it); None for other networks, such as SDXL's
+    second text encoder. Without a prefix, the first word of the path tells."""
     prefix, _, rest = module.partition(".")
     path = rest if prefix in ("unet", "text_encoder") else module
     path = path.removeprefix("base_model.model.").removeprefix("text_model.")
@@ -102,8 +109,8 @@ def _split(module: str) -> tuple[str | None, str]:
 
 
 def diffusers_name(name: str) -> str:
-    """kohya's name of a module -> diffusers' path of it, such as `unet.mid_block.attentions.0.proj_in`. The text
-    encoder's has `text_model.`: every version of diffusers knows that one."""
+    """kohya's name of a module -> diffusers' path of it, such as `unet.mid_block.attentions.0.proj_in`. The
+    text encoder's has `text_model.`: every version of diffusers knows that one."""
     for prefix, network in ((UNET, "unet."), (TEXT, "text_encoder.text_model.")):
         rest = name.removeprefix(prefix)
         words = WORD.findall(rest)

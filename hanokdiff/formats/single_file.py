@@ -2,11 +2,13 @@
 
     model.diffusion_model.*     the UNet
     first_stage_model.*         the VAE
-    cond_stage_model.*          the text encoder: `transformer.text_model.` in SD 1.x, `model.` (OpenCLIP) in SD 2.x
+    cond_stage_model.*          the text encoder: `transformer.text_model.` in SD 1.x, `model.` (OpenCLIP) in
+                                SD 2.x
 
-`unet_places`, `vae_places` and `open_clip_places` say once where each of our modules (named as in diffusers) lies;
-reading and writing both go through `namer`.  A module that is not in the table has one name in both worlds.
-Such a file has no config: the sizes are read off the tensors' shapes, unless `write` left them in the metadata.
+`unet_places`, `vae_places` and `open_clip_places` say once where each of our modules (named as in diffusers)
+lies; reading and writing both go through `namer`.  A module that is not in the table has one name in both
+worlds. Such a file has no config: the sizes are read off the tensors' shapes, unless `write` left them in the
+metadata.
 
 The names are those of CompVis/latent-diffusion and Stability-AI/stablediffusion.  L is layers_per_block.
 """
@@ -30,7 +32,8 @@ from hanokdiff.models.vae import VAE, VAEConfig
 
 UNET, FIRST_STAGE = "model.diffusion_model.", "first_stage_model."
 CLIP, OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
-IGNORED = re.compile(  # training leftovers, buffers that follow from the schedule, the half of CLIP that SD never asks
+# training leftovers, buffers that follow from the schedule, the half of CLIP that SD never asks
+IGNORED = re.compile(
     r"model_ema\.|betas$|alphas_cumprod|sqrt_|log_one_minus_|posterior_|lvlb_weights$|first_stage_model\.loss\.|"
     r"cond_stage_model\.(model\.|transformer\.)?(text_projection|logit_scale|attn_mask)|.*\.position_ids$"
 )
@@ -53,7 +56,8 @@ VAE_RESNET = {"conv_shortcut": "nin_shortcut"}
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 TEXT_LAYER = {
     "layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
-    "self_attn.q_proj": "attn.q", "self_attn.k_proj": "attn.k", "self_attn.v_proj": "attn.v",  # stacked in the file
+    # stacked in the file
+    "self_attn.q_proj": "attn.q", "self_attn.k_proj": "attn.k", "self_attn.v_proj": "attn.v",
     "self_attn.out_proj": "attn.out_proj",
 }  # fmt: skip
 
@@ -63,7 +67,8 @@ def inside(ours: str, theirs: str, table: dict[str, str]) -> dict[str, str]:
 
 
 def unet_places(c: UNetConfig) -> dict[str, str]:
-    """Our module -> theirs. There every block has a number: level i fills L + 1 of them, the last one downsamples."""
+    """Our module -> theirs. There every block has a number: level i fills L + 1 of them, the last one
+    downsamples."""
     places = {
         "time_embedding.linear_1": "time_embed.0",
         "time_embedding.linear_2": "time_embed.2",
@@ -185,8 +190,8 @@ def split_qkv(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def unused(tensors: dict[str, Tensor], c: TextConfig) -> dict[str, Tensor]:
-    """What the original loaders ask for though SD 2 never uses it: the last block of OpenCLIP (it takes the output
-    of the one before, which stands in for it here), text_projection and logit_scale (ln 100)."""
+    """What the original loaders ask for though SD 2 never uses it: the last block of OpenCLIP (it takes the
+    output of the one before, which stands in for it here), text_projection and logit_scale (ln 100)."""
     before, last = (
         f"{OPEN_CLIP}transformer.resblocks.{n}." for n in (c.num_hidden_layers - 1, c.num_hidden_layers)
     )
@@ -315,10 +320,11 @@ def recognise(tensors: dict[str, Tensor], path: Path) -> bool:
 def read(
     path: Path | str, prediction: str | None = None, say=None
 ) -> tuple[UNet, VAE, TextEncoder, Schedule]:
-    """Open a single file; the networks are frozen and in the precision of the file, their weights mapped from it.
+    """Open a single file; the networks are frozen and in the precision of the file, their weights mapped from
+    it.
 
-    `prediction` ("epsilon" or "v_prediction") overrides what the file says or what is guessed, which `say` tells.
-    Raises ValueError: damaged, code inside, another architecture, a tensor missing or left over."""
+    `prediction` ("epsilon" or "v_prediction") overrides what the file says or what is guessed, which `say`
+    tells. Raises ValueError: damaged, code inside, another architecture, a tensor missing or left over."""
     path = Path(path)
     tensors, metadata, step = read_single_file(path)
     tensors = {NO_PREFIX.sub(CLIP, k): t for k, t in tensors.items() if not IGNORED.match(k)}
@@ -352,7 +358,8 @@ def read(
 
 
 def fill_networks(networks: tuple[nn.Module, ...], tensors: dict[str, Tensor], path: Path) -> None:
-    """Give the networks (on the meta device) their tensors; every one must be there, and none be left over."""
+    """Give the networks (on the meta device) their tensors; every one must be there, and none be left
+    over."""
     c = networks[-1].config
     if is_sd2(c):
         last = f"{OPEN_CLIP}transformer.resblocks.{c.num_hidden_layers}."  # its output is never used
@@ -381,8 +388,8 @@ def write(
     schedule: Schedule,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write a .safetensors file that the other tools read; the metadata tell them what the UNet predicts, and tell
-    `read` the sizes, so that a model of any shape comes back."""
+    """Write a .safetensors file that the other tools read; the metadata tell them what the UNet predicts, and
+    tell `read` the sizes, so that a model of any shape comes back."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f'{path} ends in "{path.suffix}"; give a name that ends in .safetensors')

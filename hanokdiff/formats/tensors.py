@@ -23,7 +23,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors (memory-mapped) and metadata. The library refuses headers that promise more than the file holds."""
+    """Tensors (memory-mapped) and metadata. The library refuses headers that promise more than the file
+    holds."""
     if not path.is_file():
         raise ValueError(f"no {what} file at {path}")
     try:
@@ -96,7 +97,7 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
 
 
 def write_pt(content: dict, path: Path) -> None:
-    """Write a .pt that the WebUI accepts: plain containers and tensors in torch's older container. Its checker refuses
-    the members that torch.save adds to the newer one since 2.x."""
+    """Write a .pt that the WebUI accepts: plain containers and tensors in torch's older container. Its
+    checker refuses the members that torch.save adds to the newer one since 2.x."""
     with replacing(path) as aside:
         torch.save(content, aside, _use_new_zipfile_serialization=False)

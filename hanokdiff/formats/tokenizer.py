@@ -14,8 +14,8 @@ HUB_TOKENIZERS = {  # the same words in all three; a single file brings none
 
 
 def load_tokenizer(folder: Path, pad: str | None = None):
-    """The library's CLIP tokenizer: vocab.json and merges.txt, or the tokenizer.json that transformers 5 writes.
-    `pad` is another token to pad prompts with than the folder says."""
+    """The library's CLIP tokenizer: vocab.json and merges.txt, or the tokenizer.json that transformers 5
+    writes. `pad` is another token to pad prompts with than the folder says."""
     if not has_tokenizer(folder):
         name = "merges.txt" if (folder / "vocab.json").is_file() else "vocab.json"
         raise ValueError(
@@ -59,8 +59,8 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def find_tokenizer(named: str | None, beside: Path, vocabulary: int, sd2: bool):
-    """The tokenizer of a model that brings none: the named folder or hub id, else one beside the model, else the
-    published one from the cache or the hub. SD 2 pads prompts with "!", SD 1 with the end token."""
+    """The tokenizer of a model that brings none: the named folder or hub id, else one beside the model, else
+    the published one from the cache or the hub. SD 2 pads prompts with "!", SD 1 with the end token."""
     names = [named] if named else [str(beside), *HUB_TOKENIZERS["sd2" if sd2 else "sd1"]]
     tried = (tokenizer_folder(name, cached) for cached in (True, False) for name in names)
     folder = next((f for f in tried if f), None)

@@ -1,11 +1,13 @@
-"""Hypernetworks: small networks that change what goes into attention's keys and values (Kurumuz 2022; the WebUI's are
-the standard).
+"""Hypernetworks: small networks that change what goes into attention's keys and values (Kurumuz 2022; the
+WebUI's are the standard).
 
-    keys   = to_k(x + strength f_K(x))          f: Linear, activation, Linear ... residual, so f = 0 is the base model
+    keys   = to_k(x + strength f_K(x))          f: Linear, activation, Linear ... residual, so f = 0 is the
+                                                base model
     values = to_v(x + strength f_V(x))
 
-x is the context of the words in cross-attention (width 768 in SD 1.x), the picture's own tokens in self-attention
-(320, 640, 1280); one pair (f_K, f_V) serves all layers of a width.  The file format is the WebUI's .pt.
+x is the context of the words in cross-attention (width 768 in SD 1.x), the picture's own tokens in
+self-attention (320, 640, 1280); one pair (f_K, f_V) serves all layers of a width.  The file format is the
+WebUI's .pt.
 """
 
 from collections.abc import Iterator
@@ -84,8 +86,8 @@ class HypernetConfig:
 
 
 class ResidualMLP(nn.Module):
-    """f of one width d. `linear` is a Sequential whose indices are the file's tensor names: every activation and
-    dropout counts."""
+    """f of one width d. `linear` is a Sequential whose indices are the file's tensor names: every activation
+    and dropout counts."""
 
     def __init__(self, d: int, config: HypernetConfig):
         super().__init__()
@@ -118,7 +120,8 @@ class ResidualMLP(nn.Module):
 
 
 class Hypernetwork(nn.Module):
-    """One pair of networks (f_K, f_V) per width, and the strength. Weights are trained in fp32 and cast to x's dtype."""
+    """One pair of networks (f_K, f_V) per width, and the strength. Weights are trained in fp32 and cast to
+    x's dtype."""
 
     def __init__(self, config: HypernetConfig, widths, strength: float = 1.0):
         super().__init__()
@@ -137,7 +140,8 @@ class Hypernetwork(nn.Module):
         return self
 
     def change(self, x: Tensor, side: int) -> Tensor:
-        """x + strength f(x), x (B, T, D); side 0 for keys, 1 for values. An x of another width stays as it is."""
+        """x + strength f(x), x (B, T, D); side 0 for keys, 1 for values. An x of another width stays as it
+        is."""
         if str(x.shape[-1]) not in self.pairs:
             return x
         f, key = self.pairs[str(x.shape[-1])][side], (x.shape[-1], side, x.dtype, torch.is_grad_enabled())
@@ -146,7 +150,8 @@ class Hypernetwork(nn.Module):
         return x + self.strength * torch.func.functional_call(f, self._cast[key], (x,))
 
     def change_context(self, x: Tensor, side: int) -> Tensor:
-        """The same for the prompt's context, which all cross-attentions share: computed for the first of them only."""
+        """The same for the prompt's context, which all cross-attentions share: computed for the first of them
+        only."""
         key = (self.strength, self.training, torch.is_grad_enabled())
         seen, seen_key, changed = self._changed.get(side, (None, None, None))
         if seen is not x or seen_key != key:

@@ -1,7 +1,7 @@
 """Replacing a layer of a frozen network by a wrapper around it, and taking the wrapper out again.
 
-A wrapper is a module that holds what it wraps as `base`: a LoRA, a hypernetwork's layer, an extended embedding.  They
-can be stacked and taken out in any order; the network itself knows nothing of them.
+A wrapper is a module that holds what it wraps as `base`: a LoRA, a hypernetwork's layer, an extended
+embedding.  They can be stacked and taken out in any order; the network itself knows nothing of them.
 """
 
 from collections.abc import Callable

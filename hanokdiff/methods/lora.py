@@ -2,8 +2,9 @@
 
     y = W x + scale * up(down(x)),     scale = alpha / rank,     down: in -> rank,  up: rank -> out
 
-W is frozen; `up` starts at zero, so step 0 is exactly the base model.  The file format is kohya's: every tool reads it.
-Other tools' files are read too, whatever they call the tensors (lorafile.py), and diffusers' layout can be written.
+W is frozen; `up` starts at zero, so step 0 is exactly the base model.  The file format is kohya's: every tool
+reads it. Other tools' files are read too, whatever they call the tensors (lorafile.py), and diffusers' layout
+can be written.
 """
 
 import math
@@ -28,7 +29,8 @@ TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 class LoRA(nn.Module):
     """A Linear or Conv2d (or a LoRA around one) and its low-rank change.
 
-    down    (rank, in) or (rank, in, kh, kw), Kaiming-uniform;  up  (out, rank) or (out, rank, 1, 1), zeros: fp32
+    down    (rank, in) or (rank, in, kh, kw), Kaiming-uniform;  up  (out, rank) or (out, rank, 1, 1), zeros:
+                                                                    fp32
     strength    scales the change once more, when sampling"""
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, strength: float = 1.0):
@@ -83,7 +85,8 @@ def wrap(network: nn.Module, path: str, rank: int, alpha: float, strength: float
 def insert(
     sd, rank: int, alpha: float, targets: str = "attention", text_rank: int = 0, seed: int = 0
 ) -> dict[str, LoRA]:
-    """Put fresh LoRAs into the model: kohya name -> LoRA. `targets` is "attention", "attention+ff" or with "+conv"."""
+    """Put fresh LoRAs into the model: kohya name -> LoRA. `targets` is "attention", "attention+ff" or with
+    "+conv"."""
     ends = sum((TARGETS[t] for t in targets.split("+")), ())
     out = {}
     for name, (network, path) in layers(sd).items():
@@ -108,8 +111,9 @@ def remove(sd, loras: dict[str, LoRA]) -> None:
 
 @torch.no_grad()
 def merge(sd, loras: dict[str, LoRA]) -> dict[str, Tensor]:
-    """Add these LoRAs to the weights themselves, in fp32, and take them out: sampling costs what it did without them.
-    Returns the weights as they were, for `unmerge`: subtracting would not give them back to the bit."""
+    """Add these LoRAs to the weights themselves, in fp32, and take them out: sampling costs what it did
+    without them. Returns the weights as they were, for `unmerge`: subtracting would not give them back to the
+    bit."""
     before = {}
     for name, lora in loras.items():
         layer = base_layer(lora)
@@ -129,4 +133,4 @@ def unmerge(sd, before: dict[str, Tensor]) -> None:
         base_layer(network.get_submodule(path)).weight = weight
 
 
-# ------------------------------------------------------------------------------------------------------- the file
+# --------------------------------------------------------------------------------------------------- the file

@@ -2,8 +2,8 @@
 
     v* = argmin_v  E || eps - eps_theta(x_t, t, words(v)) ||^2          equation 2: only v (n, D) learns
 
-The rows of v lie beyond the vocabulary in a parameter of their own; the token table itself is never touched, so no
-other word can move.  Two file formats: diffusers' .safetensors {word: (n, D)}, and the WebUI's .pt.
+The rows of v lie beyond the vocabulary in a parameter of their own; the token table itself is never touched,
+so no other word can move.  Two file formats: diffusers' .safetensors {word: (n, D)}, and the WebUI's .pt.
 """
 
 import contextlib
@@ -56,7 +56,8 @@ def trainable(embedding: ExtendedEmbedding) -> dict[str, nn.Parameter]:
 
 
 def insert(sd, word: str, vectors: Tensor) -> ExtendedEmbedding:
-    """Give a pseudo word vectors of its own (n, D), with ids beyond the vocabulary and beyond those already added."""
+    """Give a pseudo word vectors of its own (n, D), with ids beyond the vocabulary and beyond those already
+    added."""
     if not 0 < len(vectors) <= MOST_VECTORS:
         raise ValueError(
             f'"{word}" is of {len(vectors)} vectors, but a prompt has room for 1 to {MOST_VECTORS}'

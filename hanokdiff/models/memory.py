@@ -1,7 +1,7 @@
 """The same numbers for less memory: layers that keep less of the forward pass for the backward pass.
 
-Autograd keeps what each operation asks for. Three of them can do with less, and make the rest again in the backward
-pass for a few per cent more memory traffic and no matrix product (on a GPU; see below for a CPU):
+Autograd keeps what each operation asks for. Three of them can do with less, and make the rest again in the
+backward pass for a few per cent more memory traffic and no matrix product (on a GPU; see below for a CPU):
 
     norm_silu   silu(group_norm(x)): keeps x; torch keeps the normalised x as well
     geglu       a * gelu(b): keeps (a, b), one tensor; torch keeps gelu(b) as well
@@ -9,9 +9,10 @@ pass for a few per cent more memory traffic and no matrix product (on a GPU; see
 
 `even`, at the end, is for a CPU's time instead.
 
-Results and gradients are those of torch's own operations, on a CPU the first two's to the bit; there, where memory is
-plenty and making it again costs 3 to 10 % of a step, torch's own are used. Where all that is not enough, `checkpoint`
-keeps only what goes into each block and runs the block twice (Chen et al. 2016, arXiv:1604.06174).
+Results and gradients are those of torch's own operations, on a CPU the first two's to the bit; there, where
+memory is plenty and making it again costs 3 to 10 % of a step, torch's own are used. Where all that is not
+enough, `checkpoint` keeps only what goes into each block and runs the block twice (Chen et al. 2016,
+arXiv:1604.06174).
 """
 
 import contextlib
@@ -112,10 +113,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 
 def pad_keys(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys and values (B, heads, T, d) padded to 16, 32, 48 ... tokens, and a mask (1, 1, 1, T') over the padding.
+    """Keys and values (B, heads, T, d) padded to 16, 32, 48 ... tokens, and a mask (1, 1, 1, T') over the
+    padding.
 
-    torch's CPU kernel computes in vectors of 16 and takes the rest of a row one by one: SD's 77 tokens cost more than
-    80 (docs/trials.py pad_keys)."""
+    torch's CPU kernel computes in vectors of 16 and takes the rest of a row one by one: SD's 77 tokens cost
+    more than 80 (docs/trials.py pad_keys)."""
     padding = -k.shape[2] % 16
     if not padding:
         return k, v, None
@@ -128,8 +130,8 @@ def cross_attentions(unet: nn.Module) -> list[nn.Module]:
 
 
 def project_kv(unet: nn.Module, context: Tensor) -> list[tuple]:
-    """Each cross-attention's keys, values and mask for a context (B, T, D), computed once for all steps of a sampler.
-    Of a compiled network nothing: it would be compiled again for every prompt."""
+    """Each cross-attention's keys, values and mask for a context (B, T, D), computed once for all steps of a
+    sampler. Of a compiled network nothing: it would be compiled again for every prompt."""
     if getattr(unet, "compiled", False):
         return []
     context, out = context.to(unet.conv_norm_out.weight.dtype), []
@@ -141,7 +143,8 @@ def project_kv(unet: nn.Module, context: Tensor) -> list[tuple]:
 
 @contextlib.contextmanager
 def given_kv(unet: nn.Module, kv: list[tuple]) -> Iterator[None]:
-    """Inside, each cross-attention takes its keys and values from `project_kv` instead of projecting the context."""
+    """Inside, each cross-attention takes its keys and values from `project_kv` instead of projecting the
+    context."""
     layers = cross_attentions(unet) if kv else []
     for attn, held in zip(layers, kv, strict=True):
         attn.forward = functools.partial(_attend_to, attn, held)
@@ -157,7 +160,8 @@ def _attend_to(attn: nn.Module, kv: tuple, x: Tensor, context: Tensor) -> Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """To the device without waiting for it: at an ordinary copy the host waits until a GPU has done all before it."""
+    """To the device without waiting for it: at an ordinary copy the host waits until a GPU has done all
+    before it."""
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
@@ -171,14 +175,15 @@ def blocks(unet: nn.Module):
 
 
 def checkpoint(unet: nn.Module) -> None:
-    """Keep only what goes into each block, and run it a second time in the backward pass: a third of a step's time for
-    most of its memory."""
+    """Keep only what goes into each block, and run it a second time in the backward pass: a third of a step's
+    time for most of its memory."""
     for block in blocks(unet):
         block.forward = functools.partial(run_twice, block.forward, use_reentrant=False)
 
 
 def compile(unet: nn.Module) -> None:
-    """Let torch write kernels for each block, at its first call: a minute or two that only a long run wins back."""
+    """Let torch write kernels for each block, at its first call: a minute or two that only a long run wins
+    back."""
     torch._dynamo.config.recompile_limit = 128  # one for every shape of the same code
     for block in blocks(unet):
         block.forward = torch.compile(block.forward, dynamic=False)

@@ -47,15 +47,17 @@ class StableDiffusion:
         return self.unet.config.sample_size * self.vae.config.factor
 
     def encode(self, prompts: list[str], negative: str | None) -> Tensor:
-        """The context of prompts (B, 77 k, D); with a negative prompt, of both (2B, 77 k, D), its rows first."""
+        """The context of prompts (B, 77 k, D); with a negative prompt, of both (2B, 77 k, D), its rows
+        first."""
         if negative is None:
             return self.text.prompts(prompts)
         both = self.text.prompts([*prompts, negative])
         return torch.cat([both[-1:].expand_as(both[:-1]), both[:-1]])
 
     def noise(self, seeds: list[int], size: tuple[int, int]) -> samplers.Noise:
-        """A function that returns new noise (B, 4, h, w) at each call, row i from a generator of seeds[i] alone: on the
-        CPU, so that a seed gives the same picture in any batch and on any device. `size` (width, height) in pixels."""
+        """A function that returns new noise (B, 4, h, w) at each call, row i from a generator of seeds[i]
+        alone: on the CPU, so that a seed gives the same picture in any batch and on any device. `size`
+        (width, height) in pixels."""
         w, h = latent_size(size, self.vae.config.factor)
         shape = (self.unet.config.in_channels, h, w)
         generators = [torch.Generator().manual_seed(s) for s in seeds]
@@ -66,8 +68,9 @@ class StableDiffusion:
     def guided(self, x: Tensor, sigma: float, t: float, context: Tensor, cfg: float) -> Tensor:
         """The UNet's prediction (B, 4, h, w) for samplers' x at noise level sigma, timestep t.
 
-        Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598, equation 6): context holds the rows of the
-        negative prompt, then those of the prompts; both go through the network at once. cfg 1 is none: B rows."""
+        Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598, equation 6): context holds the rows of
+        the negative prompt, then those of the prompts; both go through the network at once. cfg 1 is none: B
+        rows."""
         x_t = x * (sigma**2 + 1) ** -0.5
         t = torch.full((1,), t, device=x.device)
         if cfg == 1:
@@ -87,10 +90,12 @@ class StableDiffusion:
         init_latents: Tensor | None = None,
         strength: float = 1.0,
     ) -> Iterator[Tensor]:
-        """Yield the latents (B, 4, h, w) after every step: sample.py's loop, for previews, class pictures and compare.
+        """Yield the latents (B, 4, h, w) after every step: sample.py's loop, for previews, class pictures and
+        compare.
 
-        `size` is (width, height) in pixels, both divisible by 8 (4 in the tiny world); default the model's own.
-        `init_latents` (1, 4, h, w), from `latents`, are a picture's: the smaller `strength`, the more of it stays."""
+        `size` is (width, height) in pixels, both divisible by 8 (4 in the tiny world); default the model's
+        own. `init_latents` (1, 4, h, w), from `latents`, are a picture's: the smaller `strength`, the more of
+        it stays."""
         if len(prompts) != len(seeds):
             raise ValueError(
                 f"{len(prompts)} prompts for {len(seeds)} seeds: give as many of one as of the other"
@@ -127,15 +132,16 @@ class StableDiffusion:
         return [out[i] for i in range(len(prompts))]
 
     def batches(self, prompts: list[str], size: int) -> Iterator[list[int]]:
-        """Places of prompts in batches of one length in chunks: filled up, a prompt would draw another picture."""
+        """Places of prompts in batches of one length in chunks: filled up, a prompt would draw another
+        picture."""
         lengths = [len(self.text.chunks(p)) for p in prompts]
         for length in sorted(set(lengths)):
             places = [i for i, n in enumerate(lengths) if n == length]
             yield from (places[k : k + size] for k in range(0, len(places), size))
 
     def preview(self, word: str, side: int) -> Image.Image:
-        """What training shows along the way, at the side in pixels that it trains at: the word, and whether it still
-        goes with others."""
+        """What training shows along the way, at the side in pixels that it trains at: the word, and whether
+        it still goes with others."""
         prompts = [word, f"{word} in the snow", f"{word} at night", f"{word} with trees"]
         return grid(self.draw(prompts, range(4), size=(side, side)), 4)
 

@@ -1,25 +1,28 @@
-"""The WebUI's prompt language: emphasis and chunks. A text becomes pieces with weights, token ids become chunks of 75.
+"""The WebUI's prompt language: emphasis and chunks. A text becomes pieces with weights, token ids become
+chunks of 75.
 
     a (castle) in the [snow]          castle times 1.1, snow divided by 1.1; nested ones multiply
     a barn, (fire:1.4)                times 1.4; round brackets only
     \\( \\) \\[ \\] \\\\                  the characters themselves; before anything else a backslash goes
     a castle BREAK a dragon           the rest goes to the next chunk
 
-The encoder reads 75 tokens at a time; longer prompts are cut into chunks that are read each alone and laid end to end.
+The encoder reads 75 tokens at a time; longer prompts are cut into chunks that are read each alone and laid
+end to end.
 """
 
 import re
 
 ROUND, SQUARE = 1.1, 1 / 1.1
 COMMA_BACK = 20  # tokens: a chunk may end early at a comma this near, so that no phrase is torn
-# an escaped character | an opening bracket | ":1.2)" | a closing bracket | plain text | a lone backslash or colon
+# an escaped character | an opening bracket | ":1.2)" | a closing bracket | plain text | a lone backslash or
+# colon
 MARKS = re.compile(r"\\[()\[\]\\]|[(\[]|:\s*[+-]?[.\d]+\s*\)|[)\]]|[^\\()\[\]:]+|[\\:]")
 BREAK = re.compile(r"\s*\bBREAK\b\s*")
 
 
 def parse_emphasis(text: str) -> list[tuple[str, float] | None]:
-    """Pieces (text, weight) in order; None is a BREAK. Neighbours of one weight are joined; a bracket that is never
-    closed reaches to the end, one that was never opened is a plain character."""
+    """Pieces (text, weight) in order; None is a BREAK. Neighbours of one weight are joined; a bracket that is
+    never closed reaches to the end, one that was never opened is a plain character."""
     pieces: list = []
     opened: dict[str, list[int]] = {"(": [], "[": []}  # where each bracket still open began
 
@@ -72,8 +75,8 @@ def escape_prompt(text: str) -> str:
 def split_chunks(
     units: list[tuple[list[int], float] | None], room: int, comma: int
 ) -> list[tuple[list[int], list[float]]]:
-    """Ids in chunks of at most `room`. A unit is what must stay together: one token, or all vectors of a pseudo word,
-    with its weight; None ends a chunk."""
+    """Ids in chunks of at most `room`. A unit is what must stay together: one token, or all vectors of a
+    pseudo word, with its weight; None ends a chunk."""
     done, ids, weights, last_comma = [], [], [], -1
 
     def close(at: int) -> None:

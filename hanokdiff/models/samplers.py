@@ -3,13 +3,15 @@
 All of them solve the same equation in the picture scaled up so that only the noise level sigma changes
 (Karras et al. 2022, arXiv:2206.00364, section 2):
 
-    dx / dsigma = (x - D(x, sigma)) / sigma,   x = x_t / sqrt(alpha_bar_t),   sigma = sqrt(1 / alpha_bar_t - 1)
+    dx / dsigma = (x - D(x, sigma)) / sigma,   x = x_t / sqrt(alpha_bar_t),   sigma = sqrt(1 / alpha_bar_t -
+                                                                              1)
 
-where D guesses the clean picture x0.  They differ in the sigmas visited and in the step taken.  DDIM without noise
-*is* the Euler step (Song et al. 2020, equation 14, in these coordinates).  Timesteps and their rounding are those of
-diffusers, where `timestep_spacing` has its names too; the WebUI's DDIM visits others.
+where D guesses the clean picture x0.  They differ in the sigmas visited and in the step taken.  DDIM without
+noise *is* the Euler step (Song et al. 2020, equation 14, in these coordinates).  Timesteps and their rounding
+are those of diffusers, where `timestep_spacing` has its names too; the WebUI's DDIM visits others.
 
-A sampler is one function, the step from sigma to the next lower sigma; the loop around it stands in sample.py.
+A sampler is one function, the step from sigma to the next lower sigma; the loop around it stands in
+sample.py.
 """
 
 import math
@@ -26,7 +28,8 @@ Previous = tuple[Tensor, float] | None  # x0 and sigma of the step before
 
 
 def euler(x: Tensor, x0: Tensor, sigma: float, after: float, previous: Previous, noise: Noise) -> Tensor:
-    """The first-order step (Karras et al. 2022, algorithm 1 without churn); DDIM when the sigmas are DDIM's."""
+    """The first-order step (Karras et al. 2022, algorithm 1 without churn); DDIM when the sigmas are
+    DDIM's."""
     slope = (x - x0) / sigma
     return x + slope * (after - sigma)
 
@@ -43,7 +46,8 @@ def euler_ancestral(
 
 
 def dpmpp_2m(x: Tensor, x0: Tensor, sigma: float, after: float, previous: Previous, noise: Noise) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2): extrapolate x0 from the last two steps.
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2): extrapolate x0 from the last two
+    steps.
 
     Exact in lambda = -log sigma for a linear D; the first step, and the one to sigma 0, are first order."""
     if after == 0:
@@ -112,7 +116,8 @@ def sigmas_and_timesteps(name: str, schedule: Schedule, steps: int) -> tuple[lis
 
 
 def img2img_steps(steps: int, strength: float) -> int:
-    """How many of `steps` an initial picture goes through, as diffusers counts: the last int(steps * strength)."""
+    """How many of `steps` an initial picture goes through, as diffusers counts: the last int(steps *
+    strength)."""
     if not 0 < strength <= 1 or int(steps * strength) < 1:
         raise ValueError(
             f"strength is {strength:g}: of {steps} steps it must leave at least one, so give a number "
@@ -132,8 +137,8 @@ class Plan(NamedTuple):
 
 
 def plan(name: str, schedule: Schedule, steps: int, strength: float | None = None) -> Plan:
-    """The steps of a sampler; with `strength`, only those that an initial picture goes through (SDEdit, Meng et al.
-    2021, arXiv:2108.01073): it is noised as far as the first of them."""
+    """The steps of a sampler; with `strength`, only those that an initial picture goes through (SDEdit, Meng
+    et al. 2021, arXiv:2108.01073): it is noised as far as the first of them."""
     sigmas, ts = sigmas_and_timesteps(name, schedule, steps)
     s = SAMPLERS[name]
     if strength is None:

@@ -1,9 +1,11 @@
-"""The noise schedule: how much picture and how much noise there is at each of 1000 timesteps (Ho et al. 2020).
+"""The noise schedule: how much picture and how much noise there is at each of 1000 timesteps (Ho et al.
+2020).
 
     x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps          (DDPM, equation 4)
 
 Stable Diffusion's betas are "scaled linear": the square roots go linearly from sqrt(0.00085) to sqrt(0.012).
-The network predicts eps, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022, SD 2.x at 768).
+The network predicts eps, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022, SD 2.x at
+768).
 """
 
 from dataclasses import dataclass, field
@@ -96,8 +98,8 @@ class Schedule:
         return a / (1 - a)
 
     def predict_x0(self, x: Tensor, pred: Tensor, sigma: float) -> Tensor:
-        """The clean picture that a prediction at noise level sigma implies; x = x_t / sqrt(alpha_bar_t), as in the
-        samplers."""
+        """The clean picture that a prediction at noise level sigma implies; x = x_t / sqrt(alpha_bar_t), as
+        in the samplers."""
         if self.prediction_type == "v_prediction":
             c_in = (sigma**2 + 1) ** -0.5
             return x * c_in**2 - pred * sigma * c_in

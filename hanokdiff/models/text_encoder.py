@@ -11,7 +11,8 @@ from hanokdiff.models import config
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The defaults are CLIP ViT-L/14's text tower, as in SD 1.x. Field names follow text_encoder/config.json."""
+    """The defaults are CLIP ViT-L/14's text tower, as in SD 1.x. Field names follow
+    text_encoder/config.json."""
 
     vocab_size: int = 49408
     hidden_size: int = 768
@@ -53,7 +54,8 @@ ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.g
 class Embeddings(nn.Module):
     def __init__(self, c: TextConfig):
         super().__init__()
-        # the numbers that nn.Embedding draws itself; but on the meta device that would import all of torch's compiler
+        # the numbers that nn.Embedding draws itself; but on the meta device that would import all of torch's
+        # compiler
         words, places = (
             torch.randn(c.vocab_size, c.hidden_size),
             torch.randn(c.max_position_embeddings, c.hidden_size),
@@ -110,7 +112,8 @@ class Encoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """ids (B, T) -> context (B, T, D). Each position sees those before it; padding is not masked (SD never does)."""
+    """ids (B, T) -> context (B, T, D). Each position sees those before it; padding is not masked (SD never
+    does)."""
 
     def __init__(self, config: TextConfig = TextConfig()):
         super().__init__()
@@ -120,7 +123,8 @@ class TextEncoder(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, ids: Tensor, clip_skip: int = 1) -> Tensor:
-        """`clip_skip` n leaves the last n - 1 layers out, as the WebUI counts (diffusers: n - 1); the norm stays."""
+        """`clip_skip` n leaves the last n - 1 layers out, as the WebUI counts (diffusers: n - 1); the norm
+        stays."""
         x = self.embeddings(ids)
         for layer in self.encoder.layers[: len(self.encoder.layers) + 1 - clip_skip]:
             x = layer(x)

@@ -1,10 +1,13 @@
-"""Words to context: the library's CLIP tokenizer, our own CLIP text encoder (Radford et al. 2021, arXiv:2103.00020).
+"""Words to context: the library's CLIP tokenizer, our own CLIP text encoder (Radford et al. 2021,
+arXiv:2103.00020).
 
-A pseudo word is cut out of the text before the tokenizer sees it.  CLIP's tokenizer fuses runs of punctuation: in
-"*, fire" it sees one symbol "*,", which is not the "*" that was trained, and the prompt silently loses its subject.
-Here the word is found as literal text and given its own ids, in training and in sampling alike.
+A pseudo word is cut out of the text before the tokenizer sees it.  CLIP's tokenizer fuses runs of
+punctuation: in "*, fire" it sees one symbol "*,", which is not the "*" that was trained, and the prompt
+silently loses its subject. Here the word is found as literal text and given its own ids, in training and in
+sampling alike.
 
-Shapes:  B prompts;  T = 77 positions;  D the width (768 in SD 1.x, 1024 in SD 2.x);  k chunks of a long prompt.
+Shapes:  B prompts;  T = 77 positions;  D the width (768 in SD 1.x, 1024 in SD 2.x);  k chunks of a long
+prompt.
 """
 
 import re
@@ -17,12 +20,13 @@ from hanokdiff.models import memory
 from hanokdiff.models.prompt import parse_emphasis, split_chunks
 from hanokdiff.models.text_encoder import TextEncoder
 
-# ------------------------------------------------------------------------------------------------- the pseudo word
+# -------------------------------------------------------------------------------------------- the pseudo word
 
 
 def word_pattern(word: str) -> re.Pattern:
-    """Finds a pseudo word as literal text; one that starts or ends with a letter only at a word's boundary there, so
-    that "sks" is not found in "asks", while "*" is found in "(*)" and "*,". Any case, any white space between words."""
+    """Finds a pseudo word as literal text; one that starts or ends with a letter only at a word's boundary
+    there, so that "sks" is not found in "asks", while "*" is found in "(*)" and "*,". Any case, any white
+    space between words."""
     word = word.strip()
     before = r"(?<!\w)" if re.match(r"\w", word) else ""
     after = r"(?!\w)" if re.search(r"\w$", word) else ""
@@ -38,13 +42,15 @@ def contains_word(text: str, word: str) -> bool:
     return bool(word_pattern(word).search(text))
 
 
-MARK = "\ue000"  # in a text, chr(MARK + i) stands for the i-th pseudo word: private characters, in nobody's prompt
+# in a text, chr(MARK + i) stands for the i-th pseudo word: private characters, in nobody's prompt
+MARK = "\ue000"
 
 
 class Text:
     """Texts in, context out, on the encoder's device.
 
-        text(["a barn on fire", "*, fire"])             (B, 77, D)      captions: plain, cut at 75 tokens with a warning
+        text(["a barn on fire", "*, fire"])             (B, 77, D)      captions: plain, cut at 75 tokens
+                                                                        with a warning
         text.prompts(["a barn, (fire:1.3)", long])      (B, 77 k, D)    prompts: emphasis, BREAK, any length
 
     words           pseudo word -> its token ids, cut out before the tokenizer (`add_word`)
@@ -60,7 +66,8 @@ class Text:
         self._told, self._cache = set(), {}
 
     def add_word(self, word: str, ids: list[int] | None = None) -> list[int]:
-        """Make this a pseudo word, with ids of its own beyond the vocabulary or, by default, those it has alone."""
+        """Make this a pseudo word, with ids of its own beyond the vocabulary or, by default, those it has
+        alone."""
         if re.search("[\0-\x1f\x7f-\x9f\ud800-\udfff]", word):
             raise ValueError(f"{word[:40]!r} has control characters; choose another pseudo word")
         ids = ids or self._tokens(word)
@@ -81,7 +88,8 @@ class Text:
         return ids
 
     def skip(self, clip_skip: int) -> None:
-        """Leave out the last clip_skip - 1 layers. SD 2's encoder was trained without its last one and has no more."""
+        """Leave out the last clip_skip - 1 layers. SD 2's encoder was trained without its last one and has no
+        more."""
         layers = self.encoder.config.num_hidden_layers
         if not 1 <= clip_skip <= layers:
             raise ValueError(
@@ -95,7 +103,7 @@ class Text:
         self.clip_skip = clip_skip
         self._cache.clear()
 
-    # ----------------------------------------------------------------------------------------------- text to ids
+    # -------------------------------------------------------------------------------------------- text to ids
 
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids if text.strip() else []
@@ -116,7 +124,8 @@ class Text:
         return self._by_ids(out) if self.literal_tokens else out
 
     def _by_ids(self, units: list[list[int]]) -> list[list[int]]:
-        """What other tools do: find a pseudo word by the ids that it has alone. In "*," there are none of them."""
+        """What other tools do: find a pseudo word by the ids that it has alone. In "*," there are none of
+        them."""
         for word, ids in self.words.items():
             alone, i = [[i] for i in self._tokens(word)], 0
             while i + len(alone) <= len(units):
@@ -148,7 +157,7 @@ class Text:
             )  # such as \[V\]
         return split_chunks(units, self.length - 2, self._tokens(",")[0])
 
-    # -------------------------------------------------------------------------------------------- ids to context
+    # ----------------------------------------------------------------------------------------- ids to context
 
     def __call__(self, texts: list[str]) -> Tensor:
         if all(p in self._cache for p in texts):
@@ -162,8 +171,8 @@ class Text:
         return self.encoder(memory.to_device(torch.tensor(ids), device), self.clip_skip)
 
     def prompts(self, prompts: list[str]) -> Tensor:
-        """Context of prompts with emphasis: weights multiply the encoder's output, then each chunk gets its mean back
-        (the WebUI's rule). Shorter prompts are filled with the chunk of the empty prompt."""
+        """Context of prompts with emphasis: weights multiply the encoder's output, then each chunk gets its
+        mean back (the WebUI's rule). Shorter prompts are filled with the chunk of the empty prompt."""
         cut = [self.chunks(p) for p in prompts]
         k = max(map(len, cut))
         rows = [chunk for chunks in cut for chunk in chunks + [([], [])] * (k - len(chunks))]
@@ -177,7 +186,8 @@ class Text:
 
     @torch.no_grad()
     def cache_prompts(self, texts: list[str]) -> None:
-        """Encode these captions now and give the same context from then on: right while the encoder is frozen."""
+        """Encode these captions now and give the same context from then on: right while the encoder is
+        frozen."""
         distinct = sorted(set(texts) - self._cache.keys())
         for k in range(0, len(distinct), 32):
             part = distinct[k : k + 32]

@@ -1,9 +1,9 @@
 """The denoiser: Stable Diffusion's UNet (Rombach et al. 2022, arXiv:2112.10752), as a table of blocks.
 
-It predicts the noise (or v) in a latent, given the timestep and the prompt's context.  Module names are the names of
-the tensors in diffusers checkpoints, so loading one needs no mapping.  Nothing here knows how it is trained: a LoRA
-replaces a Linear or Conv2d from outside, a hypernetwork wraps `to_k` and `to_v`.  memory.py computes the same normal
-operations (norm + SiLU, GEGLU, convolution, attention) in less memory or time.
+It predicts the noise (or v) in a latent, given the timestep and the prompt's context.  Module names are the
+names of the tensors in diffusers checkpoints, so loading one needs no mapping.  Nothing here knows how it is
+trained: a LoRA replaces a Linear or Conv2d from outside, a hypernetwork wraps `to_k` and `to_v`.  memory.py
+computes the same normal operations (norm + SiLU, GEGLU, convolution, attention) in less memory or time.
 
 Shapes:  B pictures;  C channels of a level;  h x w the latent's size at that level;  N = h * w positions;
 T tokens and D their width in the context;  E = 4 * C0 the width of the time embedding.
@@ -21,7 +21,8 @@ from hanokdiff.models import config, memory
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The numbers that make one UNet; the defaults are SD 1.x. Field names follow diffusers' unet/config.json."""
+    """The numbers that make one UNet; the defaults are SD 1.x. Field names follow diffusers'
+    unet/config.json."""
 
     sample_size: int = 64  # side of the latent it was trained at
     in_channels: int = 4
@@ -42,7 +43,8 @@ class UNetConfig:
 
     @classmethod
     def from_json(cls, c: dict) -> "UNetConfig":
-        """Read diffusers' config. There `attention_head_dim` is, by a historical slip, the NUMBER of heads."""
+        """Read diffusers' config. There `attention_head_dim` is, by a historical slip, the NUMBER of
+        heads."""
         known = {"CrossAttnDownBlock2D", "DownBlock2D"}
         if strange := [kind for kind in c["down_block_types"] if kind not in known]:
             raise ValueError(f"down_block_types has {strange[0]}, which no Stable Diffusion 1 or 2 has")
@@ -115,8 +117,8 @@ class TimeEmbedding(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions around a residual; between them the time is added, temb (B, E), which has been through SiLU (the
-    VAE has none)."""
+    """Two convolutions around a residual; between them the time is added, temb (B, E), which has been through
+    SiLU (the VAE has none)."""
 
     def __init__(self, cin: int, cout: int, time: int | None, groups: int, eps: float):
         super().__init__()
@@ -137,7 +139,8 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v with several heads: self-attention, or cross-attention from the picture to the words.
+    """softmax(q k^T / sqrt(d)) v with several heads: self-attention, or cross-attention from the picture to
+    the words.
 
     Vaswani et al. 2017, arXiv:1706.03762, equation 1."""
 
@@ -185,7 +188,8 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention (attn1), cross-attention to the words (attn2), feed-forward (ff); each added to its input."""
+    """Self-attention (attn1), cross-attention to the words (attn2), feed-forward (ff); each added to its
+    input."""
 
     def __init__(self, width: int, heads: int, c: UNetConfig):
         super().__init__()
@@ -238,7 +242,8 @@ class Resample(nn.Module):
 
 
 class Block(nn.Module):
-    """One level of the UNet: resnets, each followed by a transformer where the level attends, then a resampler."""
+    """One level of the UNet: resnets, each followed by a transformer where the level attends, then a
+    resampler."""
 
     def __init__(self, widths_in, width, heads, resample: str | None, attends: bool, c: UNetConfig):
         super().__init__()
@@ -263,7 +268,8 @@ class UNet(nn.Module):
     """x_t, t, context -> predicted noise (or v), in fp32; inside, the network computes in its own precision.
 
     x (B, 4, h, w) noisy latents, t (B,) or (1,) timesteps 0 to 999, context (B, T, D) from the text encoder
-    -> (B, 4, h, w).  h and w may be any size: going up, each level takes the size of the level that it mirrors.
+    -> (B, 4, h, w).  h and w may be any size: going up, each level takes the size of the level that it
+    mirrors.
     """
 
     def __init__(self, config: UNetConfig = UNetConfig()):

@@ -1,9 +1,12 @@
-"""The autoencoder: pictures to latents and back (Kingma & Welling 2014; the shape is Stable Diffusion's AutoencoderKL).
+"""The autoencoder: pictures to latents and back (Kingma & Welling 2014; the shape is Stable Diffusion's
+AutoencoderKL).
 
-Diffusion happens on latents, 8 times smaller per side (4 in the tiny world) and 4 channels deep.  The encoder gives a
-normal distribution per latent value; training draws from it anew at every step.  Names are diffusers' tensor names.
+Diffusion happens on latents, 8 times smaller per side (4 in the tiny world) and 4 channels deep.  The encoder
+gives a normal distribution per latent value; training draws from it anew at every step.  Names are diffusers'
+tensor names.
 
-Shapes:  B pictures of H x W pixels in [-1, 1];  h x w = H / f x W / f the latent, f the factor;  C channels of a level.
+Shapes:  B pictures of H x W pixels in [-1, 1];  h x w = H / f x W / f the latent, f the factor;  C channels
+of a level.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,5 @@
-"""What the four training scripts' command lines share: common options, two columns of defaults, polite errors."""
+"""What the four training scripts' command lines share: common options, two columns of defaults, polite
+errors."""
 
 import argparse
 import functools
@@ -40,7 +41,8 @@ class Parser(Options):
         group.add_argument(name, help=help, **kwargs)
 
     def parse(self, argv=None) -> argparse.Namespace:
-        """The options, with the model's column filled in; with --resume, those that the run was started with."""
+        """The options, with the model's column filled in; with --resume, those that the run was started
+        with."""
         args = self.parse_args(argv)
         if args.force and args.resume is None:
             raise ValueError("--force is for other options on --resume; a new run takes any: leave it out")
@@ -78,7 +80,8 @@ class Parser(Options):
         }
 
     def check_types(self, known: dict, file: Path) -> None:
-        """Whether options that were read from a file are of the types that the command line would have given them."""
+        """Whether options that were read from a file are of the types that the command line would have given
+        them."""
         kinds = {float: (int, float), Path: str, None: str}
         for a in (a for a in self._actions if a.dest in known and (known[a.dest], a.default) != (None, None)):
             kind = bool if a.nargs == 0 else kinds.get(a.type, a.type)
@@ -229,7 +232,8 @@ def check_training(args) -> None:
 
 
 def run_folder(args: argparse.Namespace, method: str, artefact: str) -> Path:
-    """The folder to resume in; else the named one if nothing ran there, else runs/METHOD, runs/METHOD-2, ..."""
+    """The folder to resume in; else the named one if nothing ran there, else runs/METHOD, runs/METHOD-2,
+    ..."""
     out, args.method = args.resume or args.out, method
     if args.resume:
         before = read_json(out / "config.json").get("method", method)
@@ -256,8 +260,8 @@ def run_folder(args: argparse.Namespace, method: str, artefact: str) -> Path:
 
 
 def load_data(args: argparse.Namespace, sd, draw: Callable) -> tuple[list[Photo], LatentDataset, list[Photo]]:
-    """The photos to train on, the same encoded with their prompts, and the held-out photos. Without --data, `draw`
-    draws them."""
+    """The photos to train on, the same encoded with their prompts, and the held-out photos. Without --data,
+    `draw` draws them."""
     photos, held_out = load_photos(args.data or draw, args.resolution, args.images, args.held_out)
     args.images = len(photos)
     prompts = prepare_captions(photos, args.token, args.replace, args.caption)
@@ -271,8 +275,8 @@ def count(trainable: dict) -> str:
 def trainer_options(
     args: argparse.Namespace, sd, dataset: LatentDataset, validation_photos: list[Photo]
 ) -> dict:
-    """The Trainer's arguments that are the same for every method. Called last before it: --compile and --checkpointing
-    take the model as it is then."""
+    """The Trainer's arguments that are the same for every method. Called last before it: --compile and
+    --checkpointing take the model as it is then."""
     if args.compile:
         print("--compile: each block is compiled at its first step, which takes minutes")
         memory.compile(sd.unet)

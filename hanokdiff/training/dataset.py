@@ -52,8 +52,8 @@ def read_caption(path: str | Path) -> tuple[str, str]:
 def load_photos(
     source: str | Path | Callable, resolution: int, images: int | None, held_out: int = 0, say: Say = print
 ) -> tuple[list[Photo], list[Photo]]:
-    """The first `images` readable ones of a folder (None: all) in its fixed order, and its last `held_out`, which are
-    not among them. `source` may also be a function that draws them, such as tiny.world.photos."""
+    """The first `images` readable ones of a folder (None: all) in its fixed order, and its last `held_out`,
+    which are not among them. `source` may also be a function that draws them, such as tiny.world.photos."""
     if images is not None and images < 1:
         raise ValueError(f"--images {images}: at least 1 is needed; leave it out to take them all")
     if callable(source):

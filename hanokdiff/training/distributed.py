@@ -1,10 +1,11 @@
-"""Several processes, one training: torchrun starts the same script N times, each learns from its share of every batch.
+"""Several processes, one training: torchrun starts the same script N times, each learns from its share of
+every batch.
 
     torchrun --nproc_per_node=2 train_lora.py ...
 
-Every process loads the model and the photos itself, adds the others' gradients to its own and takes the same step, so
-all hold the same weights to the bit.  Process 0 alone writes files, draws previews and speaks.  What the hosts agree
-upon goes over gloo and never waits for a GPU; gradients go over nccl between GPUs.
+Every process loads the model and the photos itself, adds the others' gradients to its own and takes the same
+step, so all hold the same weights to the bit.  Process 0 alone writes files, draws previews and speaks.  What
+the hosts agree upon goes over gloo and never waits for a GPU; gradients go over nccl between GPUs.
 """
 
 import atexit

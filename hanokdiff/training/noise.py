@@ -17,8 +17,8 @@ from hanokdiff.seeding import seeded_generator
 class Batch:
     """Some indices of one step's global batch. B = the number of indices times the number of subsets.
 
-    Every draw is made on the CPU, from a generator keyed by seed, step, index and the draw's name, and then copied
-    to `device` without waiting for it."""
+    Every draw is made on the CPU, from a generator keyed by seed, step, index and the draw's name, and then
+    copied to `device` without waiting for it."""
 
     seed: int | str
     step: int

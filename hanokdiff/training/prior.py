@@ -1,7 +1,8 @@
-"""Class pictures: what the untouched model draws when asked for the class, so that DreamBooth does not forget it.
+"""Class pictures: what the untouched model draws when asked for the class, so that DreamBooth does not forget
+it.
 
-Drawn once and kept in runs/class/MODEL, one PNG per prompt and seed: a run that is stopped loses none, and the next
-run finds them.  A few hundred cost minutes on a GPU; their time is told apart from the training's.
+Drawn once and kept in runs/class/MODEL, one PNG per prompt and seed: a run that is stopped loses none, and
+the next run finds them.  A few hundred cost minutes on a GPU; their time is told apart from the training's.
 """
 
 import hashlib
@@ -20,8 +21,8 @@ from hanokdiff.training import distributed
 
 
 def prompts(captions: list[str], token: str, phrase: str, more: Path | None = None) -> list[str]:
-    """The captions with the class in place of the pseudo word, so that the class pictures have the same weather and
-    light; in between, the lines of a file. Refuses a phrase with the pseudo word in it."""
+    """The captions with the class in place of the pseudo word, so that the class pictures have the same
+    weather and light; in between, the lines of a file. Refuses a phrase with the pseudo word in it."""
     if word_pattern(token).search(phrase):
         raise ValueError(
             f'--class-phrase "{phrase}" contains the pseudo word "{token}"; name the class: "a house"'
@@ -62,7 +63,8 @@ def fingerprint(sd) -> str:
 
 @distributed.main_process_first()
 def pictures(sd, texts: list[str], n: int, resolution: int, seed: int, root: Path = Path("runs") / "class"):
-    """n class pictures: ([PIL pictures], [prompts], seconds spent on drawing). Picture i has text i, texts repeat."""
+    """n class pictures: ([PIL pictures], [prompts], seconds spent on drawing). Picture i has text i, texts
+    repeat."""
     start, texts = time.perf_counter(), [texts[i % len(texts)] for i in range(n)]
     folder = root / fingerprint(sd)
     make_folder(folder, "the class pictures' folder")
@@ -71,7 +73,8 @@ def pictures(sd, texts: list[str], n: int, resolution: int, seed: int, root: Pat
     ]
     files = [folder / f"{k}.png" for k in key]
     words, at_once = [escape_prompt(t) for t in texts], 32 if resolution <= 64 else 4
-    # always in the same batches, whose company moves a picture by a grey level: stopped or not, it is the same picture
+    # always in the same batches, whose company moves a picture by a grey level: stopped or not, it is the
+    # same picture
     todo = {i for i, file in enumerate(files) if not file.exists()}
     parts = [part for part in sd.batches(words, at_once) if todo & set(part)]
     for part in tqdm(parts, "class pictures", unit="batch", leave=False, disable=None):

@@ -36,7 +36,8 @@ def delete_states(out: Path, keep: Path | None = None) -> None:
 
 
 def write_state(out: Path, step: int, state: dict, keep: Path | None) -> Path:
-    """Write state/STEP.pt. `keep` is the state before it, which stays: should the disk damage one, the other is there."""
+    """Write state/STEP.pt. `keep` is the state before it, which stays: should the disk damage one, the other
+    is there."""
     file = out / "state" / f"{step:06d}.pt"
     file.parent.mkdir(exist_ok=True)
     delete_states(out, keep)
@@ -73,11 +74,12 @@ def newest_state(out: Path, device) -> tuple[Path, dict] | None:
     return None
 
 
-# ------------------------------------------------------------------------------------------------ config and log
+# --------------------------------------------------------------------------------------------- config and log
 
 
 def check_config(out: Path, config: dict, force: bool) -> bool:
-    """Refuse to resume with other options than before; with `force`, print them. Returns whether any differ."""
+    """Refuse to resume with other options than before; with `force`, print them. Returns whether any
+    differ."""
     changed = "; ".join(differences(read_json(out / "config.json"), config))
     if changed and not force:
         raise ValueError(

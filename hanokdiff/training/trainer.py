@@ -1,10 +1,13 @@
-"""Everything about training that is not the method: order, learning rate, micro-batches, clipping, log, previews, files.
+"""Everything about training that is not the method: order, learning rate, micro-batches, clipping, log,
+previews, files.
 
     trainer = Trainer(out, trainable, steps=400, batch_size=8, lr=1e-3, save=..., preview=...)
-    for batch in trainer:                                # one micro-batch; goes on where a resumed run stopped
+    for batch in trainer:                                # one micro-batch; goes on where a resumed run
+                                                         stopped
         trainer.backward(losses)                         # (B,) one loss for each of its photos
 
-What a batch holds and every random number follow from (seed, step, index): see noise.py. The state on disk: state.py.
+What a batch holds and every random number follow from (seed, step, index): see noise.py. The state on disk:
+state.py.
 """
 
 import math
@@ -34,15 +37,19 @@ class Trainer:
 
     out            the run's folder: config.json, log.jsonl, previews/, state/, and what `save` writes
     trainable      name -> parameter
-    save           writes the artefact to a path; called at the end and, with the step in its name, every `save_every`
+    save           writes the artefact to a path; called at the end and, with the step in its name, every
+                   `save_every`
     artefact       the artefact's file name, such as "lora.safetensors"
     config         what the run was started with: stored in config.json, compared on resume
-    lr             one learning rate, or several by the beginning of the parameters' names: {"unet": 2e-6, "text": 1e-6}
+    lr             one learning rate, or several by the beginning of the parameters' names: {"unet": 2e-6,
+                   "text": 1e-6}
     micro_batch    photos at once; their gradients add up to those of `batch_size`. 0: all at once
     preview        draws a picture of the present state; called every `preview_every` steps
     metrics        returns more numbers for each line of the log
-    validate       returns the loss of held-out photos; logged at the start and VALIDATIONS times along the way
-    resume, force  go on from the folder's newest state; with `force` also under another config, if the tensors fit
+    validate       returns the loss of held-out photos; logged at the start and VALIDATIONS times along the
+                   way
+    resume, force  go on from the folder's newest state; with `force` also under another config, if the
+    tensors fit
     """
 
     def __init__(
@@ -131,7 +138,7 @@ class Trainer:
             f"{self.steps} steps of {self.batch_size}{world} at learning rate {rates}, then {artefact}{disk}"
         )
 
-    # ------------------------------------------------------------------------------------------------- the loop
+    # ----------------------------------------------------------------------------------------------- the loop
 
     def __iter__(self) -> Iterator[Batch]:
         handlers = self._catch_signals()
@@ -171,7 +178,8 @@ class Trainer:
         return self.lr * self.lr_scale * min(1.0, (step + 1) / warmup, (self.steps - step) / decay)
 
     def _optimizer_step(self) -> None:
-        """Clip and step. A non-finite loss or gradient skips the update, decided on the device: nobody waits for it."""
+        """Clip and step. A non-finite loss or gradient skips the update, decided on the device: nobody waits
+        for it."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         distributed.all_reduce([self.step_loss, *gradients])
         half_precision = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
@@ -232,7 +240,7 @@ class Trainer:
         speed = self.steps / max(self.seconds, 1e-9)
         print(f"{self.seconds:.1f} s of training, {speed:.1f} steps/s; wrote {artefact}")
 
-    # ------------------------------------------------------------------------------- log, validation, previews
+    # ------------------------------------------------------------------------------ log, validation, previews
 
     def _log(self) -> tuple[int, int]:
         """Write a line of the log: between saves the one place where the host waits for the device.
@@ -288,7 +296,7 @@ class Trainer:
         write_png(self._preview_file, picture)
         self.clock += time.perf_counter() - start  # not training time
 
-    # ----------------------------------------------------------------------------- interruptions, divergence, state
+    # ----------------------------------------------------------------------- interruptions, divergence, state
 
     def _catch_signals(self) -> dict:
         """Ctrl-C and a polite kill end the run after the step under way. Returns the former handlers."""
@@ -309,8 +317,8 @@ class Trainer:
         return bool(torch.isfinite(largest))
 
     def _roll_back(self, what: str) -> None:
-        """Most updates since the last log point, or a parameter, are not finite: go back once, at half the rate; then
-        stop."""
+        """Most updates since the last log point, or a parameter, are not finite: go back once, at half the
+        rate; then stop."""
         saved = state.state_files(self.out)
         if self.lr_scale < 1 or not saved:
             kept, way = "nothing was saved before", "start again with"
@@ -381,8 +389,9 @@ class Trainer:
 
 
 def fp32_master(p: nn.Parameter) -> nn.Parameter:
-    """The fp32 copy that the optimiser updates for a half-precision parameter: bf16 would round steps of 1e-6 away.
-    The copy stays with the parameter as `p.master`, for whoever saves the model. An fp32 parameter is its own."""
+    """The fp32 copy that the optimiser updates for a half-precision parameter: bf16 would round steps of 1e-6
+    away. The copy stays with the parameter as `p.master`, for whoever saves the model. An fp32 parameter is
+    its own."""
     if p.dtype == torch.float32:
         return p
     p.master = getattr(p, "master", p).detach().to(p.device, torch.float32, copy=True)
