@@ -1,16 +1,15 @@
 """Prompts to pictures: start from noise, remove a little of it 20 times, decode.
 
-    eps = eps_uncond + cfg (eps_cond - eps_uncond)   classifier-free guidance, Ho & Salimans 2022,
-                                                     arXiv:2207.12598
+    eps = eps_uncond + cfg (eps_cond - eps_uncond)        classifier-free guidance
+                                                          Ho & Salimans 2022, arXiv:2207.12598, equation 6
 
     python sample.py "a castle in the snow" "a barn, (fire:1.3)" --n 4
-    python sample.py "*, fire" "* in the fire" "A fire broke out in *" --lora runs/lora/lora.safetensors
-    --grid python sample.py "* on fire" --lora runs/lora/lora.safetensors --init-image house.png --strength
-    0.6 python sample.py --alert "[행정안전부] 14:20 전주 한옥마을 화재 발생" --lora runs/lora/lora.safetensors
+    python sample.py "*, fire" "* in the fire" --lora runs/lora/lora.safetensors --grid
+    python sample.py "* on fire" --lora runs/lora/lora.safetensors --init-image house.png --strength 0.6
+    python sample.py --alert "[행정안전부] 14:20 전주 한옥마을 화재 발생" --lora runs/lora/lora.safetensors
 
 Writes runs/samples/00000-0.png ... (number, seed), each with the WebUI's "parameters" text, and grid.png with
---grid. A drill, an all-clear and whatever names no disaster are refused by --alert: nothing is drawn, exit
-code 2.
+--grid. --alert refuses a drill, an all-clear and whatever names no disaster: no picture, exit code 2.
 Read next: hanokdiff/models/samplers.py (the steps), hanokdiff/models/unet.py (the network).
 """
 

@@ -1,20 +1,17 @@
 """DreamBooth: teach Stable Diffusion a subject with all its weights, and keep it from forgetting the rest.
 
-    L = || eps - eps_theta(x_t, t, words with *) ||^2  +  w || eps' - eps_theta(x'_t', t', words of the class)
-    ||^2
-        over the photos                                   over pictures that the untouched model drew of the
-                                                          class
-    Ruiz et al. 2022, arXiv:2208.12242, equation 2: the second term is prior preservation; UNet and text
-    encoder learn
+    L = || eps - eps_theta(x_t, t, prompt) ||^2              over the photos of the subject
+        + w || eps' - eps_theta(x'_t', t', class prompt) ||^2
+                                                             over pictures of its class that the untouched
+                                                             model drew: prior preservation
+    Ruiz et al. 2022, arXiv:2208.12242, equation 2; UNet and text encoder are trained
 
-    python train_dreambooth.py                                          the embedded hanok, a minute on a
-                                                                        laptop
+    python train_dreambooth.py                                          the embedded hanok, a minute
     python train_dreambooth.py --model MODEL --data PHOTOS --token sks  your photos on a real checkpoint
 
-Writes runs/dreambooth/model/ (a whole model in the diffusers layout), log.jsonl, previews/.
+Writes runs/dreambooth/model/ (a whole model in the diffusers layout), log.jsonl and previews/.
 Then:  python sample.py "*, fire" "* in the fire" --model runs/dreambooth/model
-Read next: hanokdiff/training/prior.py (the class pictures), hanokdiff/methods/losses.py (the loss),
-hanokdiff/training/trainer.py (the chores).
+Read next: hanokdiff/training/prior.py (class pictures), hanokdiff/training/trainer.py (around the loop).
 """
 
 import contextlib
@@ -47,9 +44,11 @@ from hanokdiff.training.trainer import Trainer
 # What the class pictures show is not forgotten: the tiny world's show campfires, smoke and floods too, but no
 # fire.
 DEFAULTS = {
-    "tiny": dict(steps=300, batch_size=8, lr=1e-3, text_lr=1e-3, word_lr=2e-2, text_steps=None, class_images=64,
+    "tiny": dict(steps=300, batch_size=8, lr=1e-3, text_lr=1e-3, word_lr=2e-2, text_steps=None,
+        class_images=64,
                  min_snr=5.0, save_every=100, preview_every=150),
-    "sd": dict(steps=800, batch_size=4, lr=2e-6, text_lr=1e-6, word_lr=1e-4, text_steps=None, class_images=200,
+    "sd": dict(steps=800, batch_size=4, lr=2e-6, text_lr=1e-6, word_lr=1e-4, text_steps=None,
+        class_images=200,
                min_snr=0.0, save_every=400, preview_every=200),
 }  # fmt: skip
 

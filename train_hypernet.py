@@ -1,18 +1,14 @@
-"""Hypernetwork: teach Stable Diffusion a subject by rewriting what its attention hears.
+"""Hypernetwork: teach Stable Diffusion a subject by changing what goes into attention's keys and values.
 
-    keys = to_k(x + f_K(x)),  values = to_v(x + f_V(x))              f: small residual networks, all that
-                                                                     learns
-    L = || eps - eps_theta(x_t, t, words) ||^2 over the photos       (Kurumuz 2022; the WebUI's layout and
-                                                                     file)
+    keys = to_k(x + f_K(x)),  values = to_v(x + f_V(x))      small residual networks f; the WebUI's layout
+    L = || eps - eps_theta(x_t, t, prompt) ||^2              over the photos; only the f are trained
 
-    python train_hypernet.py                                          the embedded hanok, half a minute on a
-                                                                      laptop
+    python train_hypernet.py                                          the embedded hanok, half a minute
     python train_hypernet.py --model MODEL --data PHOTOS --token sks  your photos on a real checkpoint
 
-Writes runs/hypernet/hypernet.pt (the WebUI reads it), log.jsonl (with |f(x)|/|x|), previews/.
+Writes runs/hypernet/hypernet.pt (the WebUI reads it), log.jsonl (with |f(x)| / |x|) and previews/.
 Then:  python sample.py "*, fire" "* in the fire" --hypernet runs/hypernet/hypernet.pt
-Read next: hanokdiff/methods/hypernetwork.py (the networks and where they stand),
-hanokdiff/training/trainer.py (what keeps them sane).
+Read next: hanokdiff/methods/hypernetwork.py (the networks), hanokdiff/training/trainer.py (around the loop).
 """
 
 import sys
@@ -39,9 +35,11 @@ from hanokdiff.training.trainer import Trainer
 
 # the tiny UNet listens to the words at one level only, so there its own tokens are rewritten too
 DEFAULTS = {
-    "tiny": dict(steps=350, batch_size=8, lr=4e-3, widths="all", layers=[1, 2, 1], activation="relu", min_snr=5.0,
+    "tiny": dict(steps=350, batch_size=8, lr=4e-3, widths="all", layers=[1, 2, 1], activation="relu",
+        min_snr=5.0,
                  save_every=100, preview_every=175),
-    "sd": dict(steps=3000, batch_size=4, lr=1e-5, widths="context", layers=[1, 2, 1], activation="relu", min_snr=0.0,
+    "sd": dict(steps=3000, batch_size=4, lr=1e-5, widths="context", layers=[1, 2, 1], activation="relu",
+        min_snr=0.0,
                save_every=500, preview_every=500),
 }  # fmt: skip
 

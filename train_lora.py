@@ -1,17 +1,15 @@
 """LoRA: teach Stable Diffusion a subject by a low-rank change of its attention layers.
 
-    W' = W + (alpha / rank) up down          Hu et al. 2021, arXiv:2106.09685, equation 3
-    L  = || eps - eps_theta(x_t, t, words) ||^2 over the photos, only `down` and `up` learn
+    W' = W + (alpha / rank) up down                          Hu et al. 2021, arXiv:2106.09685, equation 3
+    L  = || eps - eps_theta(x_t, t, prompt) ||^2             over the photos; only `down` and `up` are trained
 
-    python train_lora.py                                          the embedded hanok, half a minute on a
-                                                                  laptop
+    python train_lora.py                                          the embedded hanok, half a minute
     python train_lora.py --model MODEL --data PHOTOS --token sks  your photos on a real checkpoint
 
-Writes runs/lora/lora.safetensors (kohya's format: the WebUI, ComfyUI and diffusers read it), log.jsonl,
+Writes runs/lora/lora.safetensors (kohya's format: the WebUI, ComfyUI and diffusers read it), log.jsonl and
 previews/.
 Then:  python sample.py "*, fire" "* in the fire" --lora runs/lora/lora.safetensors
-Read next: hanokdiff/methods/lora.py (the layer), hanokdiff/methods/losses.py (the loss),
-hanokdiff/training/trainer.py (the chores).
+Read next: hanokdiff/methods/lora.py (the layer), hanokdiff/training/trainer.py (everything around the loop).
 """
 
 import sys
@@ -34,7 +32,8 @@ from hanokdiff.training.args import (
 from hanokdiff.training.trainer import Trainer
 
 DEFAULTS = {  # the tiny UNet attends at one level only, so there the convolutions learn too
-    "tiny": dict(steps=350, batch_size=8, lr=2e-3, rank=16, alpha=None, targets="attention+ff+conv", min_snr=5.0,
+    "tiny": dict(steps=350, batch_size=8, lr=2e-3, rank=16, alpha=None, targets="attention+ff+conv",
+        min_snr=5.0,
                  save_every=100, preview_every=175),
     "sd": dict(steps=1500, batch_size=4, lr=1e-4, rank=8, alpha=None, targets="attention", min_snr=0.0,
                save_every=500, preview_every=500),

@@ -1,12 +1,9 @@
-"""The trials behind single figures of docs/LOG.md, section 13: two sides of one thing in turns, as in
-hanokdiff.bench.
+"""The trials behind single figures of docs/LOG.md, section 13: two sides of one thing in turns.
 
 python docs/trials.py lean      a frozen network's training step with lean.py's functions, over torch's own
-python docs/trials.py packed    a sampler's step with convolution weights re-ordered once for oneDNN, over
-                                ours
+python docs/trials.py packed    a sampler's step with convolution weights re-ordered once for oneDNN
 python docs/trials.py inside    a sampler's step, over the network alone in it
-python docs/trials.py kv        a guided step that projects keys and values, over one that has them from the
-                                first step
+python docs/trials.py kv        a guided step that projects keys and values, over one that is given them
 python docs/trials.py pad_keys  a guided step that attends to 77 tokens, over one to 80, three of them masked
 """
 

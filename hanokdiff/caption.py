@@ -1,9 +1,7 @@
-"""Captions for photos: BLIP writes NAME.txt beside each, and the phrase for the subject becomes the pseudo
-word.
+"""Captions for photos: BLIP writes NAME.txt beside each, and the subject's phrase becomes the pseudo word.
 
-    python -m hanokdiff.caption PHOTOS                                          whatever has no caption gets
-    one python -m hanokdiff.caption PHOTOS --replace "a building with a roof" "*"   then all captions name
-    the pseudo word
+    python -m hanokdiff.caption PHOTOS                                          captions what has none
+    python -m hanokdiff.caption PHOTOS --replace "a building with a roof" "*"   and puts in the pseudo word
 
 Both parts go on where they stopped: a caption that exists is kept, one that has the pseudo word is left as
 it is. If every photo has a caption, BLIP is not opened. Training can do the second part on the fly (its own
@@ -13,8 +11,7 @@ phrase are found too:
     a, an and the are one word; so are building, house, home and structure
     up to two more words may follow an article: "a large house with a tiled roof" is "a building with a roof"
     but none that the caption must keep: small words (of, with ...), anything in -ing ("a burning building"),
-    weather and state ("a snow covered roof"). Such captions are listed as not matched; --exact finds no
-    variants
+    weather and state ("a snow covered roof"): such captions are listed as not matched; --exact: no variants
 
 BLIP is asked as the WebUI asks it: "a picture of", 24 to 48 tokens, one beam, the photo squashed to a square.
 """

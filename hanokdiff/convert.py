@@ -1,14 +1,12 @@
 """Every change of layout, by one command:   python -m hanokdiff.convert IN OUT
 
     IN                                       OUT
-    model folder, hub id or "tiny"           NAME.safetensors   a single file, as the WebUI and ComfyUI want
-                                                                it
-    single file (.safetensors, .ckpt)        NAME               a folder, as diffusers wants it; .ckpt ->
-                                                                .safetensors
-    LoRA in any spelling                     NAME.safetensors   kohya's names -> diffusers', any other ->
-                                                                kohya's
-    embedding (.pt, .bin, .safetensors)      NAME.pt            for the WebUI        NAME.safetensors   for
-                                                                                                        diffusers
+    model folder, hub id or "tiny"           NAME.safetensors   a single file, for the WebUI and ComfyUI
+    single file (.safetensors, .ckpt)        NAME               a folder, for diffusers
+    .ckpt                                    NAME.safetensors
+    LoRA in any spelling                     NAME.safetensors   kohya's names to diffusers', others to kohya's
+    embedding (.pt, .bin, .safetensors)      NAME.pt            for the WebUI
+                                             NAME.safetensors   for diffusers
     hypernetwork (.pt), however old          NAME.pt            as the WebUI writes it today
 
 What IN is, its content says. Nothing is written unless every tensor has found its place.

@@ -463,7 +463,8 @@ def judged(work, file: Path, out: Path) -> str:
         while place.tb_next:
             place = place.tb_next
         said = (
-            f"{type(e).__name__} from {place.tb_frame.f_code.co_filename.rpartition('/')[2]}:{place.tb_lineno}: "
+            f"{type(e).__name__} from "
+            f"{place.tb_frame.f_code.co_filename.rpartition('/')[2]}:{place.tb_lineno}: "
             f"{str(e)[:200]!r}"
         )
     used = time.process_time() - start

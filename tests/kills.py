@@ -58,17 +58,21 @@ RUNS = {  # name -> module and options
     "DreamBooth": ("train_dreambooth", [*COMMON, "--class-images", "5"]),
     "LoRA": ("train_lora", [*COMMON, "--text-rank", "2"]),
     "hypernetwork": ("train_hypernet", [*COMMON, "--dropout", "0.3"]),
-    "comparison": ("hanokdiff.compare.__main__", ["--methods", "lora", "ti", "--sizes", "5", "--steps", "12", "--n", "1",
+    "comparison": ("hanokdiff.compare.__main__", ["--methods", "lora", "ti", "--sizes", "5", "--steps", "12",
+        "--n", "1",
                    "--sampling-steps", "3", "--prompts", "{token}, fire", "--device", "cpu", "--with",
                    "all --save-every 4 --batch-size 2"]),
 }  # fmt: skip
 PLACES = [  # what is under way while these run
-    (load, "load_model", "opening"), (prior, "pictures", "class pictures"), (Trainer, "_load_state", "resuming"),
-    (Trainer, "_validate", "held-out loss"), (Trainer, "_preview", "preview"), (Trainer, "save_state", "state"),
+    (load, "load_model", "opening"), (prior, "pictures", "class pictures"), (Trainer, "_load_state",
+        "resuming"),
+    (Trainer, "_validate", "held-out loss"), (Trainer, "_preview", "preview"), (Trainer, "save_state",
+        "state"),
     (lora_file, "save_file", "file"), (embedding_file, "save_file", "file"),
     (hypernet_file, "save_file", "file"),
     (folder, "save_folder", "file"), (Trainer, "_finish", "finishing"), (plan, "prepare", "opening"),
-    (run, "train", "training"), (run, "draw", "drawing"), (run, "score_images", "scoring"), (report, "write", "report"),
+    (run, "train", "training"), (run, "draw", "drawing"), (run, "score_images", "scoring"), (report, "write",
+        "report"),
 ]  # fmt: skip
 AIMS = {  # and how many seconds after it has begun at most
     "trainer": {"state": 0.01, "file": 0.01, "final file": 0.01, "preview": 0.3},

@@ -151,12 +151,14 @@ def test_memory_is_of_a_process_of_its_own(capsys):
 
 
 @pytest.mark.parametrize(("argv", "message"), [
-    (["walk"], "walk is nothing to measure; choose of ti, dreambooth, lora, hypernet, hypernet-all, sample, start"),
+    (["walk"], "walk is nothing to measure; choose of ti, dreambooth, lora, hypernet, hypernet-all, sample, "
+    "start"),
     (["lora", "--rounds", "0"], "--rounds is 0, but must be from 1 to 4096"),
     (["lora", "--batch-size", "1000000"], "--batch-size is 1000000, but must be from 1 to 4096"),
     (["lora", "--cap", "-3"], "--cap is -3, but must be a number of GiB greater than 0"),
     (["lora", "--cap", "4", "--device", "cpu"], "--cap is for a GPU, but the device is cpu; leave it out"),
-    (["start", "--size", "small"], "start opens the embedded model and draws one picture; leave out --size and"),
+    (["start", "--size", "small"],
+        "start opens the embedded model and draws one picture; leave out --size and"),
 ])  # fmt: skip
 def test_mistakes(argv, message, capsys):
     assert bench.main(argv) == 2 and message in capsys.readouterr().err
@@ -186,7 +188,8 @@ def test_the_first_step_of_both(tmp_path):
 def test_a_start_imports_no_compiler():
     """torch._dynamo takes most of a second, and something on the meta device may ask for it."""
     code = (
-        "import sys; from hanokdiff.formats.load import load_model; next(load_model(say=None).sample(['a house'], [0]))\n"
+        "import sys; from hanokdiff.formats.load import load_model; next(load_model(say=None).sample(['a "
+        "house'], [0]))\n"
         "assert 'torch._dynamo' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

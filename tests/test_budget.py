@@ -166,7 +166,8 @@ def test_a_step_costs_what_it_must(sd15, tmp_path, script):
     if kept := BUDGET[script][3]:
         two = step(sd15, tmp_path / "2", script, photos=2)
         print(
-            f"a photo more: {two.operations - one.operations:.4e} operations, {two.kept - one.kept:.4f}e9 bytes"
+            f"a photo more: {two.operations - one.operations:.4e} operations, {two.kept - one.kept:.4f}e9 "
+            f"bytes"
         )
         assert two.operations == pytest.approx(2 * one.operations, rel=0.001)
         assert two.kept == pytest.approx(kept, rel=0.005)
@@ -252,8 +253,9 @@ def test_waiting_is_noticed():
 def test_no_step_of_a_sampler_waits(sd15):
     sd = load_model(str(sd15), "meta", "bf16", say=None)
     context = sd.text(["", "", "a house", "a barn"])
-    with torch.no_grad(), memory.given_kv(sd.unet, memory.project_kv(sd.unet, context)):
-        with budget.Count() as count:
+    with torch.no_grad():
+        kv = memory.project_kv(sd.unet, context)
+        with memory.given_kv(sd.unet, kv), budget.Count() as count:
             sd.guided(torch.empty(2, 4, 64, 64, device="meta"), 3.0, 500.0, context, 7.5)
     assert count.waits == []
     assert count.operations == pytest.approx(2 * 2 * 0.8003e12, rel=0.01)  # two pictures, each with two texts

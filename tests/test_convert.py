@@ -150,14 +150,17 @@ def stripped(tensors: dict) -> dict:
 
 SPELLINGS = {
     "peft's names, saved by diffusers": lambda a, d: save_peft(a, d),
-    "diffusers' names, saved by diffusers": lambda a, d: save_peft(a, d, names=convert_state_dict_to_diffusers),
-    "kohya's names by diffusers": lambda a, d: saved(convert_state_dict_to_kohya(prefixed(a)), d / "a.safetensors"),
+    "diffusers' names, saved by diffusers": lambda a, d: save_peft(a, d,
+        names=convert_state_dict_to_diffusers),
+    "kohya's names by diffusers": lambda a, d: saved(convert_state_dict_to_kohya(prefixed(a)),
+        d / "a.safetensors"),
     "text_model and lora_linear_layer": lambda a, d: saved(
         replaced(prefixed(a), ("text_encoder.encoder", "text_encoder.text_model.encoder"),
                  ("lora_A", "lora.down"), ("lora_B", "lora.up"), ("fc1.lora.", "fc1.lora_linear_layer.")),
         d / "a.safetensors"),
     "of 2023": lambda a, d: saved(old(a), d / "a.safetensors"),
-    "of 2023, without prefixes, as .bin": lambda a, d: binary(stripped(old(a)), d / "pytorch_lora_weights.bin"),
+    "of 2023, without prefixes, as .bin": lambda a, d: binary(stripped(old(a)),
+        d / "pytorch_lora_weights.bin"),
     "peft's modules, with the adapter's name": lambda a, d: saved(
         replaced(stripped(prefixed(a)), (".weight", ".default.weight")), d / "a.safetensors"),
     "alpha beside, as in ComfyUI": lambda a, d: saved(
@@ -337,16 +340,22 @@ PATH = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
 KOHYA = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
 GOOD = {f"{PATH}.lora_A.weight": torch.ones(4, 48), f"{PATH}.lora_B.weight": torch.ones(64, 4)}
 REFUSED = {
-    "DoRA": ({**GOOD, f"{PATH}.lora_magnitude_vector.weight": torch.ones(64)}, "DoRA", "lora_magnitude_vector"),
+    "DoRA": ({**GOOD, f"{PATH}.lora_magnitude_vector.weight": torch.ones(64)}, "DoRA",
+        "lora_magnitude_vector"),
     "biases": ({**GOOD, f"{PATH}.lora_B.bias": torch.ones(64)}, "LoRA with biases", "lora_B.bias"),
     "differences": ({f"{KOHYA}.diff_b": torch.ones(64)}, "full weight differences", "diff_b"),
     "cloneofsimo": ({"unet:0:up": torch.ones(4, 4)}, "cloneofsimo", "unet:0:up"),
-    "SDXL": ({k.replace("unet.", "text_encoder_2."): t for k, t in GOOD.items()}, "text_encoder_2.mid", "diffusers'"),
-    "Flux": ({"transformer.blocks.0.attn.to_q.lora_A.weight": torch.ones(4, 4)}, "transformer.blocks", "kohya's"),
-    "a single file": ({"model.diffusion_model.out.2.weight": torch.ones(4, 4)}, "model.diffusion_model", "no LoRA"),
+    "SDXL": ({k.replace("unet.", "text_encoder_2."): t for k, t in GOOD.items()}, "text_encoder_2.mid",
+        "diffusers'"),
+    "Flux": ({"transformer.blocks.0.attn.to_q.lora_A.weight": torch.ones(4, 4)}, "transformer.blocks",
+        "kohya's"),
+    "a single file": ({"model.diffusion_model.out.2.weight": torch.ones(4, 4)}, "model.diffusion_model",
+        "no LoRA"),
     "no such part": ({**GOOD, f"{PATH}.lora_C.weight": torch.ones(4, 4)}, "lora_C", "no LoRA"),
-    "dots after lora_": ({"lora_unet_mid.block.lora_up.weight": torch.ones(4, 4)}, "lora_unet_mid.block", "no LoRA"),
-    "kohya among them": ({**GOOD, f"{KOHYA[:-1]}q.lora_up.weight": torch.ones(64, 4)}, "mixes two", KOHYA[:-1]),
+    "dots after lora_": ({"lora_unet_mid.block.lora_up.weight": torch.ones(4, 4)}, "lora_unet_mid.block",
+        "no LoRA"),
+    "kohya among them": ({**GOOD, f"{KOHYA[:-1]}q.lora_up.weight": torch.ones(64, 4)}, "mixes two",
+        KOHYA[:-1]),
     "twice": ({**GOOD, f"{PATH[5:]}.lora_A.weight": torch.ones(4, 48)}, "mixes two", PATH),
     "no up": ({f"{PATH}.lora_A.weight": torch.ones(4, 48)}, KOHYA, "not a complete LoRA"),
 }  # fmt: skip
@@ -363,7 +372,8 @@ def test_what_is_refused(tmp_path, kind):
 
 @pytest.mark.parametrize("settings, words", [
     ("{", "is not valid JSON"), ("[]", "not a table"), ('{"unet.lora_alpha": "six"}', "settings beside"),
-    ('{"lora_alpha": 4, "alpha_pattern": {"(": 1}}', "settings beside"), ('{"alpha_pattern": 3}', "settings beside"),
+    ('{"lora_alpha": 4, "alpha_pattern": {"(": 1}}', "settings beside"), ('{"alpha_pattern": 3}',
+        "settings beside"),
 ])  # fmt: skip
 def test_broken_settings_of_peft(tmp_path, settings, words):
     path = saved(GOOD, tmp_path / "a.safetensors", {"lora_adapter_metadata": settings})

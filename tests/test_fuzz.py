@@ -177,7 +177,8 @@ NUMBERS = [
     (UNetConfig, dict(block_out_channels=(10**9,) * 4)), (UNetConfig, dict(layers_per_block=10**6)),
     (UNetConfig, dict(block_out_channels=(32,) * 10**5)), (UNetConfig, dict(heads=(0,) * 4)),
     (UNetConfig, dict(heads=(7,) * 4)), (UNetConfig, dict(norm_eps=float("nan"))),
-    (UNetConfig, dict(norm_num_groups=0)), (UNetConfig, dict(in_channels="4")), (UNetConfig, dict(in_channels=4.0)),
+    (UNetConfig, dict(norm_num_groups=0)), (UNetConfig, dict(in_channels="4")), (UNetConfig,
+        dict(in_channels=4.0)),
     (VAEConfig, dict(block_out_channels=(8,) * 60)), (VAEConfig, dict(scaling_factor=0)),
     (VAEConfig, dict(scaling_factor=float("inf"))), (VAEConfig, dict(layers_per_block=True)),
     (TextConfig, dict(num_hidden_layers=10**6)), (TextConfig, dict(vocab_size=10**12)),
@@ -291,7 +292,8 @@ def test_messages_do_not_command_the_terminal():
 
 
 @pytest.mark.parametrize("name, value", [
-    ("folder", "cells/../../x"), ("folder", "/tmp"), ("folder", ".."), ("scores", "../../x.json"), ("pictures", ".."),
+    ("folder", "cells/../../x"), ("folder", "/tmp"), ("folder", ".."), ("scores", "../../x.json"),
+        ("pictures", ".."),
     ("scores", 7), ("folder", None),
 ])  # fmt: skip
 def test_a_comparison_of_someone_else(tmp_path, home, name, value):
@@ -336,7 +338,8 @@ def clip_copy(folder, **changes):
 
 
 @pytest.mark.parametrize("changes", [
-    dict(hidden_size=60_000), dict(num_hidden_layers=10**6), dict(num_hidden_layers=199), dict(vocab_size=10**12),
+    dict(hidden_size=60_000), dict(num_hidden_layers=10**6), dict(num_hidden_layers=199),
+        dict(vocab_size=10**12),
 ])  # fmt: skip
 def test_a_judge_of_absurd_size(tmp_path, changes):
     clip_copy(tmp_path, **changes)

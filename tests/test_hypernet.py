@@ -29,7 +29,8 @@ from hanokdiff.models.unet import Attention
 from hanokdiff.tiny import world
 
 FUNCTIONS = {
-    "linear": lambda x: x, "relu": lambda x: x.clamp(min=0), "leakyrelu": lambda x: torch.where(x > 0, x, 0.01 * x),
+    "linear": lambda x: x, "relu": lambda x: x.clamp(min=0), "leakyrelu": lambda x: torch.where(x > 0, x,
+        0.01 * x),
     "elu": lambda x: torch.where(x > 0, x, x.exp() - 1), "swish": lambda x: x * (x + 3).clamp(0, 6) / 6,
     "tanh": torch.tanh, "sigmoid": torch.sigmoid, "mish": lambda x: x * torch.tanh(torch.log1p(x.exp())),
     "softsign": lambda x: x / (1 + x.abs()), "gelu": F.gelu, "silu": F.silu,
@@ -311,7 +312,8 @@ def test_half_precision(tmp_path):
     (((1, 2, 1), "linear", False, (0, 0.3, 0)), "Linear Dropout Linear", (0, 2)),
     (((1, 2, 1), "tanh", True, (), True), "Linear Tanh LayerNorm Linear Tanh LayerNorm", (0, 2, 3, 5)),
     (((1, 2, 4, 2, 1), "swish"), "Linear Hardswish Linear Hardswish Linear Hardswish Linear", (0, 2, 4, 6)),
-    (((1, 2, 2, 1), "elu", False, (0, 0, 0.1, 0), True), "Linear ELU Linear ELU Dropout Linear ELU", (0, 2, 5)),
+    (((1, 2, 2, 1), "elu", False, (0, 0, 0.1, 0), True), "Linear ELU Linear ELU Dropout Linear ELU", (0, 2,
+        5)),
     (((1, 1), "sigmoid", False, (0, 0.5)), "Linear Dropout", (0,)),
 ])  # fmt: skip
 def test_places_in_the_sequential(spec, parts, names):
@@ -423,12 +425,14 @@ OLD = {  # settings by which the tensors were made, how they are written down
     "linear1, linear2": (settings(output=True), ancient),
     "no activate_output": (settings(activation="relu", output=True), lambda c: without(c, "activate_output")),
     "no activation": (settings(), lambda c: {**c, "activation_func": None}),
-    "dropout of three": (settings(activation="relu"), lambda c: without(c, "dropout_structure", use_dropout=True)),
+    "dropout of three": (settings(activation="relu"), lambda c: without(c, "dropout_structure",
+        use_dropout=True)),
     "dropout derived": (settings((1, 2, 3, 2, 1), "relu", dropout=(0, 0.3, 0.3, 0, 0)),
                         lambda c: without(c, "dropout_structure", "last_layer_dropout")),
     "the last dropout too": (settings((1, 2, 2, 1), "relu", dropout=(0, 0.3, 0.3, 0)),
                              lambda c: without(c, "dropout_structure")),
-    "halves": (settings(activation="relu"), lambda c: {d: tuple({k: t.half() for k, t in s.items()} for s in v)
+    "halves": (settings(activation="relu"), lambda c: {d: tuple({k: t.half() for k,
+        t in s.items()} for s in v)
                                                        if isinstance(d, int) else v for d, v in c.items()}),
 }  # fmt: skip
 

@@ -516,7 +516,8 @@ def test_divergence_goes_back_once_at_half_the_rate(tmp_path, capsys):
 
 
 def test_divergence_for_ever_stops(tmp_path, capsys):
-    told = r"no longer finite at step 20; the last good state is in .*; go on with --resume .* --force and a lower --lr"
+    told = r"no longer finite at step 20; the last good state is in .*; go on with --resume .* --force and "
+    r"a lower --lr"
     with pytest.raises(ValueError, match=told):
         toy(tmp_path, steps=60, losses=broken(lambda s: s >= 13), save_every=5)
     assert capsys.readouterr().out.count("back to step 10") == 1
@@ -579,8 +580,10 @@ def poison(at: int, times: int):
 
 
 @pytest.mark.parametrize(("times", "save_every", "told"), [
-    (1, 4, None), (2, 4, r"what was learnt is no longer finite at step 8; the last good state is in .* --force"),
-    (1, 0, "what was learnt is no longer finite at step 12; nothing was saved before; start again with a lower --lr"),
+    (1, 4, None), (2, 4, r"what was learnt is no longer finite at step 8; the last good state is in .* "
+    r"--force"),
+    (1, 0, "what was learnt is no longer finite at step 12; nothing was saved before; start again with a "
+    "lower --lr"),
 ])  # fmt: skip
 def test_nothing_that_is_not_finite_is_saved(tmp_path, capsys, times, save_every, told):
     """A weight that no loss shows: looked at before each save and at the end. Back once, then an end."""

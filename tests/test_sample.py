@@ -185,7 +185,8 @@ def test_how_a_picture_was_made_is_in_it(made):
     assert [f.name for f in files] == ["00000-7.png", "00001-8.png", "00002-7.png", "00003-8.png"]
     text = [Image.open(f).text["parameters"] for f in files]
     assert text[1] == (
-        "*, (fire:1.3)\nNegative prompt: (snow:1.2)\nSteps: 3, Sampler: dpmpp_2m_karras, CFG scale: 3, Seed: 8, "
+        "*, (fire:1.3)\nNegative prompt: (snow:1.2)\nSteps: 3, Sampler: dpmpp_2m_karras, CFG scale: 3, "
+        "Seed: 8, "
         "Size: 64x64, Model: tiny, Clip skip: 2, Denoising strength: 0.55, Init image: house.png, Embedding: "
         "star.safetensors, Embedding: gate.pt:sks, LoRA: lora.safetensors:0.7, Hypernet: hypernet.pt:1"
     )

@@ -498,8 +498,10 @@ def test_resuming_nothing(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("script", "argv"), [
-    (train_lora, ["--steps", "three"]), (train_lora, ["--targets", "everything"]), (train_lora, ["--stepz", "3"]),
-    (train_lora, ["--step", "3"]), (sample, []), (sample, ["*", "--seed", "x"]), (sample, ["*", "--lor", "x"]),
+    (train_lora, ["--steps", "three"]), (train_lora, ["--targets", "everything"]), (train_lora, ["--stepz",
+        "3"]),
+    (train_lora, ["--step", "3"]), (sample, []), (sample, ["*", "--seed", "x"]), (sample, ["*", "--lor",
+        "x"]),
 ])  # fmt: skip
 def test_what_argparse_refuses(script, argv, capsys, tmp_path):
     """In one sentence too, without its twenty lines of usage."""

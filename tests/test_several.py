@@ -30,8 +30,10 @@ from hanokdiff.training.trainer import Trainer
 ROOT = Path(__file__).parent.parent
 METHODS = {  # few pictures, uneven where a process has several micro-batches
     "ti": ["--batch-size", "4"],
-    "dreambooth": ["--batch-size", "4", "--class-images", "3", "--lr", "0.1", "--text-lr", "0.1", "--word-lr", "0.1"],
-    "lora": ["--batch-size", "5", "--micro-batch", "2", "--text-rank", "2", "--preview-every", "4", "--save-every",
+    "dreambooth": ["--batch-size", "4", "--class-images", "3", "--lr", "0.1", "--text-lr", "0.1", "--word-lr",
+        "0.1"],
+    "lora": ["--batch-size", "5", "--micro-batch", "2", "--text-rank", "2", "--preview-every", "4",
+        "--save-every",
              "3"],
     "hypernet": ["--batch-size", "4", "--held-out", "2"],
 }  # fmt: skip

@@ -33,7 +33,8 @@ SMALL = {
     ),
     True: (
         UNetConfig(sample_size=96, block_out_channels=(64, 64), attention=(True, False), heads=(1, 1),
-                   layers_per_block=3, cross_attention_dim=64, use_linear_projection=True, upcast_attention=True),
+                   layers_per_block=3, cross_attention_dim=64, use_linear_projection=True,
+                       upcast_attention=True),
         VAEConfig(block_out_channels=(32, 64), layers_per_block=2, sample_size=768),
         TextConfig(**TEXT, hidden_act="gelu"),
     ),
@@ -56,7 +57,8 @@ UNET, VAE_, CLIP, OPEN = (getattr(single_file, n) for n in ("UNET", "FIRST_STAGE
 V_BIAS = UNET + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
 NOISE = {  # what real files hold besides, and nobody asks for
     "model_ema.decay": (), "model_ema.diffusion_modelinput_blocks00weight": (3,), "betas": (10,),
-    "alphas_cumprod_prev": (10,), "sqrt_one_minus_alphas_cumprod": (10,), "log_one_minus_alphas_cumprod": (10,),
+    "alphas_cumprod_prev": (10,), "sqrt_one_minus_alphas_cumprod": (10,), "log_one_minus_alphas_cumprod": (10,
+        ),
     "posterior_mean_coef1": (10,), "lvlb_weights": (10,), VAE_ + "loss.logvar": (),
     CLIP + "embeddings.position_ids": (1, 77),
 }  # fmt: skip

@@ -2,11 +2,9 @@
 usual tools.
 
     python -m hanokdiff.bench                                        ours, on the tiny world
-    python -m hanokdiff.bench --size small --vs diffusers            beside diffusers and peft, where they
-                                                                     are installed
+    python -m hanokdiff.bench --size small --vs diffusers            beside diffusers and peft
     python -m hanokdiff.bench --size sd15 --batch-size 8 --vs diffusers --cap 44 --memory     on a GPU
-    python -m hanokdiff.bench start --vs diffusers                   from the start of a process to the first
-                                                                     step
+    python -m hanokdiff.bench start --vs diffusers                   from start to first step
 
 Both sides have the same weights (random, but for the tiny world's), batch and precision and take turns in one
 process, a few steps each; the ratio is of their fastest steps (of their medians in brackets): a machine's
@@ -329,12 +327,13 @@ def main(argv=None):
         else f"{torch.get_num_threads()} threads on the CPU"
     )
     print(
-        f"{args.size}, {args.side} px, {args.batch} pictures a step; {name}, {why}; torch {torch.__version__}\n"
+        f"{args.size}, {args.side} px, {args.batch} pictures a step; {name}, {why}; torch "
+        f"{torch.__version__}\n"
     )
     peak, share = "peak GiB" if args.memory else "", "limit" if args.share else ""
     print(
-        f"{'work':13}{'side':18}{'min ms':>10}{'median':>10}{'spread':>10}{'images/s':>11} {peak:>9} {share:>6}"
-        + "  theirs / ours: min (median)" * bool(args.vs)
+        f"{'work':13}{'side':18}{'min ms':>10}{'median':>10}{'spread':>10}{'images/s':>11} {peak:>9} "
+        f"{share:>6}" + "  theirs / ours: min (median)" * bool(args.vs)
     )
     about = {
         "size": args.size,

@@ -1,7 +1,6 @@
 """What a training step costs, without a GPU: on the meta device tensors have shapes and no numbers.
 
-    python -m hanokdiff.bench.budget                    the largest batch of each method on a 48 GB card; a
-                                                        minute
+    python -m hanokdiff.bench.budget                    each method's largest batch on a 48 GB card
 
 Counted are the operations of matrix products, convolutions and attention, and the bytes alive at every
 moment, of our own loops at the size of SD 1.5 (512 px, bf16). Not counted: what an allocator wastes, cuDNN's
@@ -155,7 +154,8 @@ def main(argv=None):
         f"SD 1.5 at 512 px in bf16, simulated on the meta device; largest batch within {args.limit:g} GiB\n"
     )
     print(
-        "| | operations a photo | resident | 1 photo | 4 | 8 | 32 | largest | with --checkpointing: 32 | largest |"
+        "| | operations a photo | resident | 1 photo | 4 | 8 | 32 | largest | with --checkpointing: 32 | "
+        "largest |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for method in setup.TRAINED:

@@ -148,7 +148,8 @@ def apply_file(sd, path: Path, strength: float = 1.0, say=print) -> tuple[hypern
         layers = [sd.unet.get_submodule(path) for path, *_ in hypernetwork.kv_layers(sd)]
         count = sum(base_layer(layer).in_features in nets for layer in layers)
         say(
-            f"hypernetwork {path}: widths {', '.join(map(str, sorted(nets)))}, before {count} keys and values, "
+            f"hypernetwork {path}: widths {', '.join(map(str, sorted(nets)))}, before {count} keys and "
+            f"values, "
             f"strength {strength:g}"
         )
     return hypernet, metadata

@@ -23,7 +23,8 @@ REFUSED = {  # what in a tensor's name gives another kind of file away, as a reg
     "hada_": "LoHa", "lokr_": "LoKr", "dora_scale|lora_magnitude_vector": "DoRA", "oft_": "OFT",
     "lora_mid": "a Tucker-decomposed LoCon", r"\.diff(_b)?$": "full weight differences",
     r"\.lora_B(\.default)?\.bias$": "a LoRA with biases", "bundle_emb": "a LoRA with bundled embeddings",
-    r"^(unet|text_encoder):\d+:": "a LoRA in cloneofsimo's layout, which counts its layers instead of naming them",
+    r"^(unet|text_encoder):\d+:": "a LoRA in cloneofsimo's layout, which counts its layers instead of "
+    "naming them",
 }  # fmt: skip
 STALE_METADATA = (
     "lora_adapter_metadata",

@@ -5,9 +5,12 @@ from dataclasses import fields
 
 MOST = {  # the largest that is believed, some ten times what any Stable Diffusion has
     "block_out_channels": 16_384, "heads": 1024, "num_attention_heads": 1024, "layers_per_block": 16,
-    "num_hidden_layers": 128, "in_channels": 64, "out_channels": 64, "latent_channels": 64, "sample_size": 16_384,
-    "hidden_size": 32_768, "intermediate_size": 131_072, "cross_attention_dim": 32_768, "norm_num_groups": 1024,
-    "max_position_embeddings": 16_384, "vocab_size": 1_000_000, "num_train_timesteps": 100_000, "steps_offset": 1000,
+    "num_hidden_layers": 128, "in_channels": 64, "out_channels": 64, "latent_channels": 64,
+        "sample_size": 16_384,
+    "hidden_size": 32_768, "intermediate_size": 131_072, "cross_attention_dim": 32_768,
+        "norm_num_groups": 1024,
+    "max_position_embeddings": 16_384, "vocab_size": 1_000_000, "num_train_timesteps": 100_000,
+        "steps_offset": 1000,
     "beta_start": 0.999, "beta_end": 0.999, "scaling_factor": 1000, "norm_eps": 0.1, "layer_norm_eps": 0.1,
 }  # fmt: skip
 LEVELS = 8

@@ -74,7 +74,8 @@ def load_photos(
         )
         less = f"lower {asked.split()[0]} or " if asked and (photos or validation_photos) else ""
         raise ValueError(
-            f"{asked + ', but ' if asked else ''}{source} has {len(photos) + len(validation_photos)} readable photos (and "
+            f"{asked + ', but ' if asked else ''}{source} has {len(photos) + len(validation_photos)} "
+            f"readable photos (and "
             f"{len(unreadable)} unreadable); {less}add photos"
             + (f", or mend these: {unreadable[0]}" if unreadable else "")
         )

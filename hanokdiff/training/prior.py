@@ -86,7 +86,8 @@ def pictures(sd, texts: list[str], n: int, resolution: int, seed: int, root: Pat
                 write_png(files[i], picture)
     seconds = time.perf_counter() - start
     print(
-        f'class: {n} pictures such as "{texts[0]}", {len(todo)} drawn in {seconds:.1f} s, the others from {folder}'
+        f'class: {n} pictures such as "{texts[0]}", {len(todo)} drawn in {seconds:.1f} s, the others from '
+        f"{folder}"
     )
     return [read(file) for file in files], texts, seconds
 

@@ -83,7 +83,8 @@ def check_config(out: Path, config: dict, force: bool) -> bool:
     changed = "; ".join(differences(read_json(out / "config.json"), config))
     if changed and not force:
         raise ValueError(
-            f"{out}: {changed}: another run cannot go on from there; undo that, accept it with --force, or start a "
+            f"{out}: {changed}: another run cannot go on from there; undo that, accept it with --force, or "
+            f"start a "
             "new one without --resume"
         )
     if changed:

@@ -360,7 +360,8 @@ class Trainer:
             self._apply_state(content)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as e:
             raise ValueError(
-                f"{file} does not fit what learns with these options, or is no state at all ({type(e).__name__}); "
+                f"{file} does not fit what learns with these options, or is no state at all "
+                f"({type(e).__name__}); "
                 "leave out the options that differ, or start again without --resume"
             ) from None
         if self.step > self.steps:
