@@ -67,7 +67,7 @@ WRITERS = {
 
 
 def in_child(work) -> str:
-    """What polite would print of work done in a process of its own; "killed" if it was; "" if all went well."""
+    """What report_errors would print of work done in a process of its own; "killed" if it was; "" if all went well."""
     receive, send = os.pipe()
     if not (pid := os.fork()):
         try:
