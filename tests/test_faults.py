@@ -12,7 +12,7 @@ import clipscore
 from hanokdiff import caption
 from hanokdiff.compare import report
 from hanokdiff.errors import one_line
-from hanokdiff.files import replacing, write_json, write_text
+from hanokdiff.files import replacing, write_json
 from hanokdiff.formats import embedding_file, hypernet_file, lora_file, single_file
 from hanokdiff.formats.folder import save_folder
 from hanokdiff.formats.load import load_model
@@ -53,8 +53,7 @@ WRITERS = {
     "json": ("a.json", lambda sd, p, v: write_json(p, {"a": [v] * 5000})),
     "tensors": ("a.safetensors", lambda sd, p, v: write_tensors({"a": torch.full((5000,), v)}, p)),
     "pt": ("a.pt", lambda sd, p, v: write_pt({"a": torch.full((5000,), v)}, p)),
-    "embedding": ("a.safetensors", lambda sd, p, v: embedding_file.save_file(p, "*", torch.full((4, 2000),
-        v))),
+    "embedding": ("a.safetensors", lambda sd, p, v: embedding_file.save_file(p, "*", torch.full((4, 2000), v))),
     "WebUI embedding": ("a.pt", lambda sd, p, v: embedding_file.save_file(p, "*", torch.full((4, 2000), v))),
     "LoRA": ("a.safetensors", lambda sd, p, v: lora_file.save_file(p, low_rank(v), {})),
     "diffusers LoRA": ("a.safetensors", lambda sd, p, v: lora_file.save_diffusers_file(p, low_rank(v), {})),
@@ -62,14 +61,13 @@ WRITERS = {
     "single file": ("a.safetensors", lambda sd, p, v: single_file.write(
         p, sd.unet, sd.vae, sd.text.encoder, sd.schedule, torch.float32 if v else torch.float16)),
     "caption": ("a.txt", lambda sd, p, v: caption.write(p, f"{v} " * 5000)),
-    "scores": ("a.csv", lambda sd, p, v: write_text(p, clipscore.as_csv([{"a": v}] * 5000), newline="")),
+    "scores": ("a.csv", lambda sd, p, v: clipscore.write(p, clipscore.as_csv([{"a": v}] * 5000))),
     "picture": ("a.png", lambda sd, p, v: picture(p, v)),
 }  # fmt: skip
 
 
 def in_child(work) -> str:
-    """What polite would print of work done in a process of its own; "killed" if it was; "" if all went
-    well."""
+    """What report_errors would print of work in a child process; "killed" if it was; "" if all went well."""
     receive, send = os.pipe()
     if not (pid := os.fork()):
         try:

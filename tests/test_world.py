@@ -9,8 +9,7 @@ FORBIDDEN = ("fire", "flame", "burn", "smoke", "flood", "water")
 
 
 def flame_pixels(picture) -> int:
-    """Pixels of the orange that only flames have (sun, lit windows and autumn trees are other yellows and
-    browns)."""
+    """Pixels of the orange that only flames have: sun, lit windows and autumn trees are other colours."""
     r, g, b = np.asarray(picture).astype(int).transpose(2, 0, 1)
     return int(((r > 215) & (g > 40) & (g < 175) & (b < 75)).sum())
 
