@@ -1,7 +1,7 @@
-"""The trials behind single figures of docs/LOG.md, section 13: two sides of one thing in turns.
+"""The trials behind single figures of docs/LOG.md, section 13: two sides in turns, as in hanokdiff.bench.
 
-python docs/trials.py lean      a frozen network's training step with lean.py's functions, over torch's own
-python docs/trials.py packed    a sampler's step with convolution weights re-ordered once for oneDNN
+python docs/trials.py lean      a frozen network's training step with memory.py's functions, over torch's own
+python docs/trials.py packed    a sampler's step with convolution weights packed once for oneDNN, over ours
 python docs/trials.py inside    a sampler's step, over the network alone in it
 python docs/trials.py kv        a guided step that projects keys and values, over one that is given them
 python docs/trials.py pad_keys  a guided step that attends to 77 tokens, over one to 80, three of them masked
@@ -14,14 +14,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from hanokdiff.bench import __main__ as bench
-from hanokdiff.bench import setup
+from hanokdiff.bench import measure, setup
 from hanokdiff.device import keep_freed_memory
 from hanokdiff.models import memory
 
 
 def with_flag(steps, on: bool):
-    """A training whose every step has lean.py's functions switched on a CPU, or off."""
+    """Training steps with memory.py's functions switched on (on a CPU they are off by default), or off."""
     while True:
         memory.ON_CPU = on
         next(steps)
@@ -29,8 +28,8 @@ def with_flag(steps, on: bool):
 
 
 def network(sd, side: int, batch: int, steps: int = 1, given: bool = True, padded: bool = True):
-    """The UNet alone, guided: `batch` pictures with two prompts each; with keys and values `given` or
-    projected in every step, `padded` to 80 tokens or as they are."""
+    """The UNet alone, guided: `batch` pictures with two prompts each; with keys and values `given` or projected
+    in every step, `padded` to 80 tokens or as they are."""
     h = side // sd.vae.config.factor
     x, context = (
         torch.randn(2 * batch, 4, h, h),
@@ -48,38 +47,40 @@ def network(sd, side: int, batch: int, steps: int = 1, given: bool = True, padde
 
 
 def pack(unet) -> None:
-    """What torch's compiler does: weights in oneDNN's own order, once for each shape that comes in."""
+    """As torch's compiler does: convolution weights re-ordered for oneDNN, once for each input shape."""
     for m in (m for m in unet.modules() if isinstance(m, torch.nn.Conv2d)):
-        how, seen, inner = (m.padding, m.stride, m.dilation, m.groups), {}, torch.ops.mkldnn
+        geometry, packed, mkldnn = (m.padding, m.stride, m.dilation, m.groups), {}, torch.ops.mkldnn
 
-        def forward(x, m=m, how=how, seen=seen, inner=inner):
-            if x.shape not in seen:
-                seen[x.shape] = inner._reorder_convolution_weight(m.weight, *how, list(x.shape))
-            return inner._convolution_pointwise(x, seen[x.shape], m.bias, *how, "none", [], "")
+        def forward(x, m=m, geometry=geometry, packed=packed, mkldnn=mkldnn):
+            if x.shape not in packed:
+                packed[x.shape] = mkldnn._reorder_convolution_weight(m.weight, *geometry, list(x.shape))
+            return mkldnn._convolution_pointwise(x, packed[x.shape], m.bias, *geometry, "none", [], "")
 
         m.forward = forward
 
 
 def sides(trial: str, size: str, folder: Path) -> dict:
-    def fresh():
+    """Name -> iterator that does one step at every next(): the two sides of a trial."""
+
+    def build():
         return setup.build(size, "cpu", torch.float32)
 
-    side, batch = setup.side(size), 8 if size == "tiny" else setup.SIZES[size].batch
+    side, batch = setup.side(size), setup.batch(size)
     if trial == "lean":
         return {
-            name: with_flag(bench.train(fresh(), "lora", side, batch, folder / name), name == "lean")
+            name: with_flag(measure.train(build(), "lora", side, batch, folder / name), name == "lean")
             for name in ("torch", "lean")
         }
     if trial == "packed":
-        packed = fresh()
+        packed = build()
         pack(packed.unet)
-        return {"ours": network(fresh(), side, 1), "packed": network(packed, side, 1)}
+        return {"ours": network(build(), side, 1), "packed": network(packed, side, 1)}
     if trial == "inside":
-        alone = network(fresh(), side, 1, steps=setup.STEPS)
-        return {"the network": alone, "the sampler": bench.sample(fresh(), side, 1)}
+        alone = network(build(), side, 1, steps=setup.STEPS)
+        return {"the network": alone, "the sampler": measure.sample(build(), side, 1)}
     if trial == "pad_keys":
-        return {"80": network(fresh(), side, 1), "77": network(fresh(), side, 1, padded=False)}
-    return {"given": network(fresh(), side, 1), "projected": network(fresh(), side, 1, given=False)}
+        return {"80": network(build(), side, 1), "77": network(build(), side, 1, padded=False)}
+    return {"given": network(build(), side, 1), "projected": network(build(), side, 1, given=False)}
 
 
 if __name__ == "__main__":
@@ -88,6 +89,6 @@ if __name__ == "__main__":
     keep_freed_memory()
     for size in ("overhead", "small", "tiny"):
         with tempfile.TemporaryDirectory() as folder:
-            times = bench.interleaved(sides(sys.argv[1], size, Path(folder)), 20, 2, lambda: None)
+            times = measure.interleaved(sides(sys.argv[1], size, Path(folder)), 20, 2, lambda: None)
         (first, a), (second, b) = ((name, min(seconds)) for name, seconds in times.items())
         print(f"{size:9} {first} {1e3 * a:.1f} ms, {second} {1e3 * b:.1f} ms: {b / a:.3f}", flush=True)

@@ -1,5 +1,4 @@
-"""The benchmark does what it says: both sides with the same weights, the table and the JSON with the same
-figures."""
+"""The benchmark: both sides have the same weights, the table and the JSON the same figures."""
 
 import json
 import os
@@ -13,8 +12,7 @@ import torch
 
 import hanokdiff.bench
 from hanokdiff.bench import __main__ as bench
-from hanokdiff.bench import baseline, setup
-from hanokdiff.formats.load import TINY_MODEL, load_model
+from hanokdiff.bench import baseline, measure, setup
 
 ROOT = Path(__file__).parent.parent
 
@@ -33,55 +31,41 @@ def test_both_sides_have_the_same_weights():
 
 
 @pytest.mark.parametrize("method", setup.TRAINED)
-def test_our_side_learns(method, tmp_path):
-    """Every step of the benchmark is a step of training: what should move does, nothing else."""
+def test_ours_trains(method, tmp_path):
+    """Every step of the benchmark is a step of training: only what the method trains changes."""
     sd = setup.build("overhead", "cpu", torch.float32)
     before = {k: p.clone() for k, p in sd.unet.state_dict().items()}
-    steps = bench.train(sd, method, 128, 2, tmp_path)
+    steps = measure.train(sd, method, 128, 2, tmp_path)
     for _ in range(3):
         next(steps)
-    moved = [k for k, p in sd.unet.state_dict().items() if k in before and not torch.equal(p, before[k])]
-    assert bool(moved) == (method == "dreambooth")
+    changed = [k for k, p in sd.unet.state_dict().items() if k in before and not torch.equal(p, before[k])]
+    assert bool(changed) == (method == "dreambooth")
     trainable = [p for n in (sd.unet, sd.text.encoder) for p in n.parameters() if p.requires_grad]
     assert trainable and method != "lora" or sum(p.numel() for p in trainable) < 60_000
 
 
 @pytest.mark.parametrize("kind", baseline.KINDS[False])
 @pytest.mark.parametrize("method", ["ti", "dreambooth", "lora"])
-def test_their_side_learns(method, kind):
+def test_the_baseline_trains(method, kind):
     pipe = baseline.pipeline(setup.build("overhead", "cpu", torch.float32))
     before = {k: p.detach().clone() for k, p in pipe.unet.named_parameters()}
-    words = pipe.text_encoder.get_input_embeddings().weight.detach().clone()
+    table = pipe.text_encoder.get_input_embeddings().weight.detach().clone()
     steps = baseline.train(pipe, method, kind.endswith("best"), torch.float32, 2, *setup.photos(128))
     for _ in range(3):
         next(steps)
-    moved = [k for k, p in pipe.unet.named_parameters() if k in before and not torch.equal(p, before[k])]
-    assert bool(moved) == (method == "dreambooth")
-    rows = pipe.text_encoder.get_input_embeddings().weight
-    if method == "ti":
-        assert [i for i in range(len(words)) if not torch.equal(rows[i], words[i])] == [
-            717
-        ]  # beyond the tokenizer's
+    changed = [k for k, p in pipe.unet.named_parameters() if k in before and not torch.equal(p, before[k])]
+    assert bool(changed) == (method == "dreambooth")
+    trained = pipe.text_encoder.get_input_embeddings().weight
+    if method == "ti":  # row 717: the first beyond the tokenizer's vocabulary
+        assert (trained != table).any(1).nonzero().flatten().tolist() == [717]
     lora = [p for k, p in pipe.unet.named_parameters() if "lora_B" in k]
     assert len(lora) == (128 if method == "lora" else 0) and all(p.abs().max() > 0 for p in lora)
 
 
 def test_the_command(tmp_path, capsys):
-    """A row for each side; the JSON has the table's figures; a ratio is theirs over ours."""
-    argv = [
-        "--size",
-        "overhead",
-        "--batch-size",
-        "1",
-        "--rounds",
-        "1",
-        "--turn",
-        "1",
-        "--vs",
-        "diffusers",
-        "--share",
-    ]
-    assert bench.main(["lora", "sample", *argv, "--json", str(tmp_path / "a.json")]) == 0
+    """A row for each side; the JSON has the table's figures; a ratio is the baseline's time over ours."""
+    options = "--size overhead --batch-size 1 --rounds 1 --turn 1 --vs diffusers --share"
+    assert bench.main(["lora", "sample", *options.split(), "--json", str(tmp_path / "a.json")]) == 0
     out, content = capsys.readouterr().out, json.loads((tmp_path / "a.json").read_text())
     sides = [(r["work"], r["side"]) for r in content["rows"]]
     assert sides == [
@@ -106,23 +90,22 @@ def test_the_default_size(capsys):
 
 
 def test_stopped(monkeypatch, tmp_path, capsys):
-    """Ctrl-C ends it: no state of a training that nobody wants, no folder left; the JSON has what was
-    done."""
-    real, temporary, file = bench.interleaved, tmp_path / "temporary", tmp_path / "new" / "a.json"
+    """Ctrl-C stops it without a saved state or a folder; the JSON has what was measured before."""
+    real, temporary, file = measure.interleaved, tmp_path / "temporary", tmp_path / "new" / "a.json"
     temporary.mkdir()
     monkeypatch.setattr(bench.tempfile, "tempdir", str(temporary))
 
-    def race(sides, *how):
+    def interrupted(sides, *how):
         if file.exists():  # the second work has begun
             next(sides["ours"])
             os.kill(os.getpid(), signal.SIGINT)
         return real(sides, *how)
 
-    monkeypatch.setattr(bench, "interleaved", race)
-    argv = ["--size", "overhead", "--rounds", "1", "--turn", "1", "--json", str(file)]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in a shell's background it is ignored
+    monkeypatch.setattr(measure, "interleaved", interrupted)
+    argv = ["lora", "hypernet", "--size", "overhead", "--rounds", "1", "--turn", "1", "--json", str(file)]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
     try:
-        assert bench.main(["lora", "hypernet", *argv]) == 130
+        assert bench.main(argv) == 130
     finally:
         signal.signal(signal.SIGINT, before)
     assert "stopped" in capsys.readouterr().err and not list(temporary.iterdir())
@@ -138,7 +121,7 @@ def test_turns_are_taken(monkeypatch):
             seen.append(name)
             yield
 
-    times = bench.interleaved({"a": side("a"), "b": side("b")}, 3, 2, lambda: None)
+    times = measure.interleaved({"a": side("a"), "b": side("b")}, 3, 2, lambda: None)
     assert "".join(seen) == "aabb" * 4 and [len(t) for t in times.values()] == [6, 6]
 
 
@@ -151,14 +134,12 @@ def test_memory_is_of_a_process_of_its_own(capsys):
 
 
 @pytest.mark.parametrize(("argv", "message"), [
-    (["walk"], "walk is nothing to measure; choose of ti, dreambooth, lora, hypernet, hypernet-all, sample, "
-    "start"),
+    (["walk"], "walk is nothing to measure; choose of ti, dreambooth, lora, hypernet, hypernet-all, sample"),
     (["lora", "--rounds", "0"], "--rounds is 0, but must be from 1 to 4096"),
     (["lora", "--batch-size", "1000000"], "--batch-size is 1000000, but must be from 1 to 4096"),
     (["lora", "--cap", "-3"], "--cap is -3, but must be a number of GiB greater than 0"),
     (["lora", "--cap", "4", "--device", "cpu"], "--cap is for a GPU, but the device is cpu; leave it out"),
-    (["start", "--size", "small"],
-        "start opens the embedded model and draws one picture; leave out --size and"),
+    (["start", "--size", "small"], "leave out --size and --batch-size"),
 ])  # fmt: skip
 def test_mistakes(argv, message, capsys):
     assert bench.main(argv) == 2 and message in capsys.readouterr().err
@@ -171,7 +152,7 @@ def test_without_diffusers(monkeypatch, capsys):
     assert "--vs diffusers needs both sides: pip install -r requirements-dev.txt" in capsys.readouterr().err
 
 
-def test_nobody_else_imports_the_peers():
+def test_nothing_else_imports_the_baseline():
     code = (
         "import sys, hanokdiff.bench, hanokdiff.bench.budget, hanokdiff.compare, sample, train_lora\n"
         "assert not {'diffusers', 'peft', 'hanokdiff.bench.baseline'} & sys.modules.keys()"
@@ -179,17 +160,8 @@ def test_nobody_else_imports_the_peers():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_the_first_step_of_both(tmp_path):
-    """What the start is timed to."""
-    baseline.first_step(str(TINY_MODEL))
-    assert next(load_model(say=None).sample(["a house"], [0])).shape == (1, 4, 16, 16)
-
-
-def test_a_start_imports_no_compiler():
-    """torch._dynamo takes most of a second, and something on the meta device may ask for it."""
-    code = (
-        "import sys; from hanokdiff.formats.load import load_model; next(load_model(say=None).sample(['a "
-        "house'], [0]))\n"
-        "assert 'torch._dynamo' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+def test_process_start():
+    """Both processes that `start` times run. Ours imports no torch._dynamo, which takes most of a second."""
+    ours = measure.FIRST_STEP["ours"] + "; import sys; assert 'torch._dynamo' not in sys.modules"
+    for code in (ours, measure.FIRST_STEP["diffusers"]):
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -1,9 +1,9 @@
 """What a training step costs at the size of SD 1.5, without a GPU: the four scripts through their main([...])
-on the meta device, where tensors have shapes and no numbers.
+on the meta device, where tensors have shapes and no values.
 
 Counted are the floating-point operations of matrix products, convolutions and attention, and the bytes that
-the forward keeps for the backward. A lost requires_grad_(False), photos encoded in every step, autocast: each
-shows here. The table as it is now:  pytest tests/test_budget.py -rP
+the forward saves for the backward. A lost requires_grad_(False), photos encoded in every step, autocast: each
+shows. The present figures:  pytest tests/test_budget.py -rP
 """
 
 import importlib
@@ -27,40 +27,36 @@ from hanokdiff.models.vae import VAE, VAEConfig
 from hanokdiff.training.dataset import LatentDataset, encode
 from hanokdiff.training.noise import Batch
 
-# One photo of 512 px in bf16: operations (1e12) as counted on diffusers' modules, within 2 %; how many of the
-# products
-# are done in fp32; bytes kept (1e9) for one photo and for two. The last three are what they were when this
-# was last
-# changed, within 0.5 %: whoever saves some, lowers them here. A photo more, beside what torch's own
-# operations would
-# keep: DreamBooth 0.806 (0.96), LoRA 0.526 (0.79), textual inversion 0.485 (0.75), hypernetwork of all widths
-# 0.595
-# (0.86).
+# One photo of 512 px in bf16: operations (1e12) as counted on diffusers' modules, within 2 %; those of
+# products in fp32; bytes saved for the backward (1e9) with one photo and with two. The last three are what
+# was measured when this was last changed, within 0.5 %: whoever saves some, lowers them here. Each further
+# photo, and in brackets what torch's own operations would save: DreamBooth 0.806 (0.96), LoRA 0.526 (0.79),
+# textual inversion 0.485 (0.75), hypernetwork of all widths 0.595 (0.86).
 BUDGET = {
     "dreambooth": (2.513, 0, 0.8059, 1.6118),
     "dreambooth --freeze-text": (2.470, 0, 0.7774, None),
     "lora --rank 4": (1.777, 0, 0.5276, 1.0536),
     "lora --rank 4 --text-rank 4": (1.807, 0, 0.5576, None),
     "ti": (1.749, 0, 0.4854, 0.9707),
-    "hypernet": (1.751, 0, 0.4706, None),  # there the words are rewritten by all 16 layers, here once: 1.724
+    "hypernet": (1.751, 0, 0.4706, None),  # there 16 layers transform the context, here one: 1.724
     "hypernet --widths all": (2.111, 0, 0.6338, 1.2285),  # likewise: 2.084
 }
 
 
-# ------------------------------------------------------------------------------------------------ the counter
+# -------------------------------------------------------------------------- the counter
 
 
 class Count(budget.Count):
-    """Bytes kept for the backward beside the parameters as well."""
+    """Counts the bytes saved for the backward, parameters excepted, as well."""
 
     def __init__(self, parameters):
         super().__init__()
-        self.own, self.storages = {p.untyped_storage()._cdata for p in parameters}, {}
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.keep, lambda t: t)
+        self.parameters, self.storages = {p.untyped_storage()._cdata for p in parameters}, {}
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.save, lambda t: t)
 
-    def keep(self, tensor):
-        storage = tensor.untyped_storage()  # a view keeps all of it, and many views keep it once
-        if storage._cdata not in self.own:
+    def save(self, tensor):
+        storage = tensor.untyped_storage()  # a view keeps all of it alive, many views keep it once
+        if storage._cdata not in self.parameters:
             self.storages[storage._cdata] = storage
         return tensor
 
@@ -71,10 +67,10 @@ class Count(budget.Count):
     def __exit__(self, *what):
         super().__exit__(*what)
         self.hooks.__exit__(*what)
-        self.kept = sum(s.nbytes() for s in self.storages.values()) / 1e9
+        self.saved = sum(s.nbytes() for s in self.storages.values()) / 1e9
 
 
-# ------------------------------------------------------------------------------------ a model without numbers
+# -------------------------------------------------------------------------- a model without values
 
 
 @pytest.fixture(scope="module")
@@ -96,81 +92,74 @@ def sd15(tmp_path_factory):
         shutil.copytree(TINY_MODEL / part, folder / part)
     for i in range(2):
         Image.new("RGB", (512, 512)).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"* in {i}")  # two prompts: the same one would be read once
+        (folder / f"{i}.txt").write_text(f"* in {i}")  # two prompts: the same one would be encoded once
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layout, "read_tensors", lambda path: parts[path.parent.name].state_dict())
-        patch.setattr(
-            torch.Tensor, "item", lambda _: 0.0
-        )  # asked for by train_ti's log, of a tensor without numbers
-        with budget.fused():
+        item = torch.Tensor.item  # train_ti's log asks a meta tensor, which has no value
+        patch.setattr(torch.Tensor, "item", lambda tensor: 0.0 if tensor.is_meta else item(tensor))
+        with budget.fused_attention():
             yield folder
 
 
 def step(sd15, out, script: str, photos: int = 1, disturb=lambda sd: None) -> Count:
-    """What one step of a script's own loop costs; `disturb` comes in before it."""
+    """The cost of one step in a script's own loop, after `disturb` has changed the model."""
     name, *options = script.split()
-    module, load, seen = importlib.import_module(f"train_{name}"), load_model, {}
+    module, models, count = importlib.import_module(f"train_{name}"), [], None
 
     class OneStep:
-        """In Run's place."""
+        """In the Trainer's place."""
 
         def __init__(self, out, trainable, **_):
             out.mkdir()
             self.trainable = trainable
 
         def __iter__(self):
-            disturb(seen["sd"])
-            seen["sd"].schedule.snr(
-                torch.zeros(1, dtype=torch.long, device="meta")
-            )  # its table goes over once
-            own = [
-                *self.trainable.values(),
-                *seen["sd"].unet.parameters(),
-                *seen["sd"].text.encoder.parameters(),
-            ]
-            with Count(own) as seen["count"]:
+            nonlocal count
+            (sd,) = models
+            disturb(sd)
+            sd.schedule.snr(torch.zeros(1, dtype=torch.long, device="meta"))  # copies its table once
+            networks = [*sd.unet.parameters(), *sd.text.encoder.parameters()]
+            with Count([*self.trainable.values(), *networks]) as count:
                 yield Batch(0, 0, range(photos), photos, device="meta")
 
         def backward(self, loss):
             loss.mean().backward()
 
-    def opened(*args, **more):
-        seen["sd"] = load(*args, **more)
-        return seen["sd"]
+    def load(*args, **kwargs):
+        models.append(load_model(*args, **kwargs))
+        return models[0]
 
     argv = ["--model", sd15, "--data", sd15, "--device", "meta", "--dtype", "bf16", "--out", out, *options]
     argv += ["--class-images", "0"] if name == "dreambooth" else []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "Trainer", OneStep)
-        patch.setattr(module, "load_model", opened)
+        patch.setattr(module, "load_model", load)
         assert module.main([str(a) for a in argv]) == 0
-    return seen["count"]
+    return count
 
 
 def check(script: str, one: Count) -> None:
-    operations, fp32, kept, _ = BUDGET[script]
+    operations, fp32, saved, _ = BUDGET[script]
     assert one.operations / 1e12 == pytest.approx(operations, rel=0.02)
     assert one.fp32 / 1e12 == pytest.approx(fp32, abs=1e-4)
-    assert one.kept == pytest.approx(kept, rel=0.005)
-    assert one.waits == []
+    assert one.saved == pytest.approx(saved, rel=0.005)
+    assert one.syncs == []
 
 
-# ----------------------------------------------------------------------------------------------- what is held
+# -------------------------------------------------------------------------- the training scripts
 
 
 @pytest.mark.parametrize("script", BUDGET)
 def test_a_step_costs_what_it_must(sd15, tmp_path, script):
     one = step(sd15, tmp_path / "1", script)
-    print(f"{script}: {one.operations:.4e} operations, {one.fp32:.1e} in fp32, {one.kept:.4f}e9 bytes kept")
+    print(f"{script}: {one.operations:.4e} operations, {one.fp32:.1e} in fp32, {one.saved:.4f}e9 bytes saved")
     check(script, one)
-    if kept := BUDGET[script][3]:
+    if saved := BUDGET[script][3]:
         two = step(sd15, tmp_path / "2", script, photos=2)
-        print(
-            f"a photo more: {two.operations - one.operations:.4e} operations, {two.kept - one.kept:.4f}e9 "
-            f"bytes"
-        )
+        operations, size = two.operations - one.operations, two.saved - one.saved
+        print(f"each further photo: {operations:.4e} operations, {size:.4f}e9 bytes")
         assert two.operations == pytest.approx(2 * one.operations, rel=0.001)
-        assert two.kept == pytest.approx(kept, rel=0.005)
+        assert two.saved == pytest.approx(saved, rel=0.005)
 
 
 @pytest.mark.parametrize("script", ["lora --rank 4", "ti", "hypernet --widths all"])
@@ -185,16 +174,19 @@ def test_photos_encoded_in_the_step_are_noticed(sd15, tmp_path, monkeypatch):
     get, photo = LatentDataset.__getitem__, Image.new("RGB", (512, 512))
 
     def disturb(sd):
-        monkeypatch.setattr(LatentDataset, "__getitem__", lambda *a: (encode(sd.vae, [photo]), get(*a))[1])
+        def encode_and_get(*args):
+            encode(sd.vae, [photo])
+            return get(*args)
+
+        monkeypatch.setattr(LatentDataset, "__getitem__", encode_and_get)
 
     count = step(sd15, tmp_path / "out", "lora --rank 4", disturb=disturb)
-    assert count.operations / 1e12 == pytest.approx(
-        BUDGET["lora --rank 4"][0] + 1.117, rel=0.01
-    )  # an encoding
+    encoding = 1.117
+    assert count.operations / 1e12 == pytest.approx(BUDGET["lora --rank 4"][0] + encoding, rel=0.01)
 
 
 def autocast(sd, patch) -> None:
-    """What it does, by hand (on meta there is none): norms in fp32, what follows them too, up to the next
+    """Its effect by hand (the meta device has none): norms and what follows in fp32, up to the next
     product."""
     patch.setattr(memory, "norm_silu", lambda norm, x: F.silu(norm(x)))
     for m in sd.unet.modules():
@@ -206,18 +198,17 @@ def autocast(sd, patch) -> None:
 
 def test_autocast_is_noticed(sd15, tmp_path, monkeypatch):
     count = step(sd15, tmp_path / "out", "ti", disturb=lambda sd: autocast(sd, monkeypatch))
-    print(f"ti under autocast keeps {count.kept:.4f}e9 bytes")
-    assert count.kept > 1.2 * BUDGET["ti"][2]
+    print(f"ti under autocast saves {count.saved:.4f}e9 bytes")
+    assert count.saved > 1.2 * BUDGET["ti"][2]
     with pytest.raises(AssertionError):
         check("ti", count)
 
 
-# ------------------------------------------------------------------------------------------ memory, simulated
+# -------------------------------------------------------------------------- memory, simulated
 
 
-def test_the_most_alive_at_once():
-    """By hand: two leaves of 4 kB, their product, its square; then the gradients, each freed when it is
-    spent."""
+def test_peak_bytes():
+    """By hand: the product of two 4 kB tensors and its square; then a view, which keeps its whole storage."""
     a, b = (torch.empty(32, 32, device="meta", requires_grad=True) for _ in range(2))
     with budget.Count() as count:
         y = a @ b
@@ -227,41 +218,41 @@ def test_the_most_alive_at_once():
         assert count.live == 2 * 4096
         del z
         assert count.live == 0 and count.peak == 2 * 4096
-        v = torch.empty(1 << 20, device="meta")[:1]  # a view is all of its storage
+        v = torch.empty(1 << 20, device="meta")[:1]
         assert count.live == 4 << 20
         del v
     assert count.live == 0 and count.fp32 == count.operations == 2 * 32**3
 
 
-def test_waiting_is_noticed():
-    x, at = torch.empty(3, 3, device="meta"), torch.tensor([1, 2])
-    waiting = [lambda: x[at], lambda: torch.ones(3).to("meta"), lambda: x.copy_(torch.ones(3, 3))]
+def test_synchronisation_is_noticed():
+    x, index = torch.empty(3, 3, device="meta"), torch.tensor([1, 2])
+    waiting = [lambda: x[index], lambda: torch.ones(3).to("meta"), lambda: x.copy_(torch.ones(3, 3))]
     quick = [
         lambda: x * 2.0,
         lambda: torch.ones(3).to("meta", non_blocking=True),
         lambda: x[0],
-        lambda: at + 1,
+        lambda: index + 1,
         lambda: torch.full((1,), 3.0, device="meta"),
         lambda: x * torch.tensor(2.0),
     ]
-    for do in [*waiting, *quick]:
+    for function in [*waiting, *quick]:
         with budget.Count() as count:
-            do()
-        assert bool(count.waits) == (do in waiting)
+            function()
+        assert bool(count.syncs) == (function in waiting)
 
 
-def test_no_step_of_a_sampler_waits(sd15):
+def test_a_sampling_step_does_not_synchronise(sd15):
     sd = load_model(str(sd15), "meta", "bf16", say=None)
     context = sd.text(["", "", "a house", "a barn"])
     with torch.no_grad():
         kv = memory.project_kv(sd.unet, context)
         with memory.given_kv(sd.unet, kv), budget.Count() as count:
             sd.guided(torch.empty(2, 4, 64, 64, device="meta"), 3.0, 500.0, context, 7.5)
-    assert count.waits == []
-    assert count.operations == pytest.approx(2 * 2 * 0.8003e12, rel=0.01)  # two pictures, each with two texts
+    assert count.syncs == []
+    assert count.operations == pytest.approx(2 * 2 * 0.8003e12, rel=0.01)  # two pictures, two prompts each
 
 
-# bytes at 32 photos a step: what was asked for (docs/LOG.md, section 13), and what it is now
+# peak bytes at 32 photos a step: the aim (docs/LOG.md, section 13), and the present figure
 LARGE = {
     "dreambooth": (40 * 2**30, 40.4e9),
     "lora": (29e9, 21.1e9),
@@ -281,37 +272,34 @@ def test_checkpointing_costs_a_third_and_saves_more_than_half():
     operations, peak, resident = budget.step("lora", batch=32)
     again, low, same = budget.step("lora", batch=32, checkpointing=True)
     assert resident == same and low - resident < 0.35 * (peak - resident)
-    extra = (
-        again - operations
-    ) / 32e12  # a forward, without the last product of a block, for which nobody asks
+    extra = (again - operations) / 32e12  # a forward without each block's last product
     assert extra == pytest.approx(0.71, abs=0.01)
 
 
-def test_what_torch_itself_would_keep(monkeypatch):
-    """Without lean.py, DreamBooth at 32 photos would pass its 40 GiB."""
+def test_what_torch_itself_would_save(monkeypatch):
+    """Without memory.py's functions, DreamBooth at 32 photos would need more than its 40 GiB."""
     monkeypatch.setattr(memory, "keeps_for_backward", lambda x: False)
     assert budget.step("dreambooth", batch=32)[1] > 1.04 * LARGE["dreambooth"][0]
 
 
 def test_limits(monkeypatch, capsys):
-    """Below 16 photos memory is no straight line: there it is looked up. None fit: 0."""
-    asked = []
+    """From 16 photos on memory is linear; below, every number is tried. None fit: 0."""
+    batches = []
 
     def step(method, batch=1, checkpointing=False):
-        asked.append(batch)
+        batches.append(batch)
         return 1, max(100, 60 + 10 * batch), 50
 
     monkeypatch.setattr(budget, "step", step)
-    assert budget.largest("lora", 365, False) == 30 and asked == [16, 32]
+    assert budget.largest("lora", 365, False) == 30 and batches == [16, 32]
     assert [budget.largest("lora", n, False) for n in (220, 129, 99, 20)] == [16, 6, 0, 0]
     for number in ("0", "-5", "nan", "inf"):
         assert budget.main(["--limit", number]) == 2
         assert f"--limit is {number}, but must be a number of GiB greater than 0" in capsys.readouterr().err
 
 
-def test_the_two_ways_to_a_step_agree(sd15, tmp_path):
-    """bench.prepare is what bench and budget run; the script's own step is the other."""
-    assert budget.step("lora")[0] == pytest.approx(
-        step(sd15, tmp_path / "out", "lora --rank 4").operations, rel=1e-3
-    )
+def test_the_bench_trains_as_the_script_does(sd15, tmp_path):
+    """setup.prepare, which bench and budget run, costs what the script's own step costs."""
+    script = step(sd15, tmp_path / "out", "lora --rank 4").operations
+    assert budget.step("lora")[0] == pytest.approx(script, rel=1e-3)
     assert set(setup.TRAINED) == {"ti", "dreambooth", "lora", "hypernet", "hypernet-all"}

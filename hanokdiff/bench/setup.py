@@ -1,4 +1,4 @@
-"""The sizes that are measured, and each method's model, data and parameters."""
+"""The sizes that are measured, and each method's model, data, trainable parameters and loss."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ from hanokdiff.training.noise import Batch
 
 TRAINED = ("ti", "dreambooth", "lora", "hypernet", "hypernet-all")
 WORKS = (*TRAINED, "sample", "start")
-STEPS = 20  # of a sampler, for one picture
+STEPS = 20  # sampling steps of one picture
 
 
 @dataclass(frozen=True)
 class Size:
-    """A Stable Diffusion's numbers, the side of its pictures in pixels, and the usual batch."""
+    """The configuration of a model, the side of its pictures in pixels, and the usual batch size."""
 
     unet: UNetConfig
     text: TextConfig
@@ -50,32 +50,36 @@ SIZES = {
 
 
 def side(size: str) -> int:
-    """Of its pictures, in pixels."""
+    """The side of this size's pictures in pixels."""
     return 64 if size == "tiny" else SIZES[size].side
+
+
+def batch(size: str) -> int:
+    """Pictures per step, unless --batch-size says otherwise."""
+    return 8 if size == "tiny" else SIZES[size].batch
 
 
 def build(size: str, device: str, dtype: torch.dtype) -> StableDiffusion:
     """A model of this size with random weights, made on the device; "tiny" is the embedded one."""
     if size == "tiny":
         return load_model("tiny", device, {v: k for k, v in DTYPES.items()}[dtype], say=None)
-    numbers = SIZES[size]
+    config = SIZES[size]
     torch.manual_seed(0)
     with torch.device(device):
-        parts = UNet(numbers.unet), VAE(numbers.vae), TextEncoder(numbers.text)
+        parts = UNet(config.unet), VAE(config.vae), TextEncoder(config.text)
     unet, vae, encoder = (part.to(dtype).requires_grad_(False) for part in parts)
-    words = load_tokenizer(TINY_MODEL / "tokenizer")
-    return StableDiffusion(unet, vae, Text(encoder, words), Schedule(), torch.device(device), dtype, size)
+    text = Text(encoder, load_tokenizer(TINY_MODEL / "tokenizer"))
+    return StableDiffusion(unet, vae, text, Schedule(), torch.device(device), dtype, size)
 
 
 def photos(side: int, n: int = 8) -> tuple[list[Image.Image], list[str]]:
-    """Something to learn from, with as many captions."""
+    """n images of noise, side x side pixels, and their captions."""
     images = [Image.effect_noise((side, side), 50 + i).convert("RGB") for i in range(n)]
     return images, [f"* {i} in the snow" for i in range(n)]
 
 
 def trained(sd: StableDiffusion, method: str) -> dict:
-    """What a method trains, name -> parameter, as in train_METHOD.py; LoRAs of rank 4, as in diffusers'
-    script."""
+    """What a method trains, name -> parameter, as in train_METHOD.py; LoRAs of rank 4, as in diffusers' script."""
     if method == "lora":
         return lora.trainable(lora.insert(sd, 4, 4))
     if method.startswith("hypernet"):
