@@ -28,8 +28,8 @@ def with_flag(steps, on: bool):
 
 
 def network(sd, side: int, batch: int, steps: int = 1, given: bool = True, padded: bool = True):
-    """The UNet alone, guided: `batch` pictures with two prompts each; with keys and values `given` or projected
-    in every step, `padded` to 80 tokens or as they are."""
+    """The UNet alone, guided: `batch` pictures with two prompts each; with keys and values `given` or
+    projected in every step, `padded` to 80 tokens or as they are."""
     h = side // sd.vae.config.factor
     x, context = (
         torch.randn(2 * batch, 4, h, h),

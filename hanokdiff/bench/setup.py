@@ -79,7 +79,8 @@ def photos(side: int, n: int = 8) -> tuple[list[Image.Image], list[str]]:
 
 
 def trained(sd: StableDiffusion, method: str) -> dict:
-    """What a method trains, name -> parameter, as in train_METHOD.py; LoRAs of rank 4, as in diffusers' script."""
+    """What a method trains, name -> parameter, as in train_METHOD.py; LoRAs of rank 4, as in diffusers'
+    script."""
     if method == "lora":
         return lora.trainable(lora.insert(sd, 4, 4))
     if method.startswith("hypernet"):
