@@ -218,7 +218,7 @@ def apply_files(sd, args) -> None:
 def from_alert(args, sd, reading: alert.Reading) -> str:
     """The alert becomes the prompt; returns how it was understood, as one line."""
     if len(sd.text.words) > 1 and not args.token:
-        raise ValueError(f"learnt are {', '.join(sd.text.words)}; say which is the hanok: --token WORD")
+        raise ValueError(f"the pseudo words are {', '.join(sd.text.words)}; name the hanok's: --token WORD")
     word = args.token or next(iter(sd.text.words), None)
     prompt, notes = alert.prompt(reading, word, alert.tiny_words() if sd.resolution <= 64 else None)
     args.prompt = [prompt]

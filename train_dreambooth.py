@@ -64,7 +64,7 @@ def options():
         type=Path,
     )
     method("--prior-weight", "w, the weight of the class's loss", type=float, default=1.0)
-    method("--freeze-text", "only the UNet learns", action="store_true")
+    method("--freeze-text", "train the UNet only", action="store_true")
     method("--text-lr", "learning rate of the text encoder", type=float)
     method(
         "--word-lr",

@@ -115,12 +115,12 @@ def convert_lora(args, keys: list) -> tuple[str, int]:
     loras, metadata = lora_file.read_file(args.input)
     kohya = keys[0].startswith("lora_")
     to = args.to or ("diffusers" if kohya else "kohya")
-    tidy = (
+    unchanged = (
         all(k.startswith((lora_names.UNET, lora_names.TEXT)) for k in keys)
         if kohya
         else "lora_adapter_metadata" not in metadata and all(lora_names.is_written(k) for k in keys)
     )
-    if args.dtype is None and (to == "kohya") == kohya and tidy:
+    if args.dtype is None and (to == "kohya") == kohya and unchanged:
         raise same(args, f"a LoRA in the {to} layout")
     dtype = precision(args, (t[side] for t in loras.values() for side in ("down", "up")))
     if to == "kohya":
@@ -156,8 +156,10 @@ def kohya_metadata(loras: dict[str, dict[str, Tensor]]) -> dict[str, str]:
 def convert_embedding(args, keys: list) -> tuple[str, int]:
     word, vectors, metadata = embedding_file.read_file(args.input)
     to_webui = args.output.suffix == ".pt"
-    tidy = "name" in keys and not zipfile.is_zipfile(args.input) if to_webui else "emb_params" not in keys
-    if tidy and Path(args.input).suffix == args.output.suffix:
+    unchanged = (
+        "name" in keys and not zipfile.is_zipfile(args.input) if to_webui else "emb_params" not in keys
+    )
+    if unchanged and Path(args.input).suffix == args.output.suffix:
         raise same(args, f"an embedding in the {'WebUI' if to_webui else 'diffusers'} layout")
     embedding_file.save_file(args.output, word, vectors, metadata)
     return f'embedding "{word}", {len(vectors)} x {vectors.shape[1]}', 1

@@ -165,7 +165,7 @@ def load():
     def open_(made):
         if made.folder not in opened:
             with torch.inference_mode(False):  # whoever asks first: later ones want gradients
-                opened[made.folder] = load_model(str(made.folder), device="cpu", say=None)
+                opened[made.folder] = load_model(str(made.folder), device="cpu", log=None)
         return opened[made.folder]
 
     return open_

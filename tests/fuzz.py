@@ -142,7 +142,7 @@ def good_files(home: Path) -> None:
     for name in ("pictures", "files", "single"):
         (home / name).mkdir()
     pictures(home / "pictures")
-    sd = load_model(str(home / "model"), "cpu", say=None)
+    sd = load_model(str(home / "model"), "cpu", log=None)
     small_files(home / "files", sd)
     single_file.write(home / "single" / "a.safetensors", *networks, schedule)
     tensors = read_tensors(home / "single" / "a.safetensors")
@@ -158,7 +158,7 @@ class Readers:
     """Each takes the path of a file and opens it the way a command does."""
 
     def __init__(self, home: Path):
-        self.home, self.sd = home, load_model(str(home / "model"), "cpu", say=None)
+        self.home, self.sd = home, load_model(str(home / "model"), "cpu", log=None)
         self.out = home / "out"
         files = home / "files"
         kinds = {
@@ -187,7 +187,7 @@ class Readers:
         prior.prompts(["* on fire"], "*", "a house", file)
 
     def lora(self, file):
-        loras, metadata = lora_file.apply_file(self.sd, file, say=None)
+        loras, metadata = lora_file.apply_file(self.sd, file, log=None)
         lora.remove(self.sd, loras)
         self.known(metadata.get("hanokdiff_token"))
 
@@ -199,10 +199,10 @@ class Readers:
         self.sd.text.words.clear()
 
     def word(self, file):
-        textual_inversion.remove(self.sd, *embedding_file.apply_file(self.sd, file, say=None))
+        textual_inversion.remove(self.sd, *embedding_file.apply_file(self.sd, file, log=None))
 
     def hyper(self, file):
-        net, metadata = hypernet_file.apply_file(self.sd, file, say=None)
+        net, metadata = hypernet_file.apply_file(self.sd, file, log=None)
         hypernetwork.remove(self.sd, net)
         self.known(hypernet_file.pseudo_word(metadata))
 
@@ -211,7 +211,7 @@ class Readers:
 
     def folder(self, file):
         with self.beside(file, self.home / "model") as folder:
-            sd = load_model(str(folder), "cpu", say=None)
+            sd = load_model(str(folder), "cpu", log=None)
             sd.draw(["a barn, (fire:1.3)"], [0], steps=2, size=(16, 16))
 
     def clip(self, file):
@@ -516,7 +516,7 @@ def batch(readers: Readers, numbers: range) -> list:
     return rows
 
 
-def fuzz(first: int, count: int, say=None) -> tuple[Counter, list]:
+def fuzz(first: int, count: int, log=None) -> tuple[Counter, list]:
     """({"reader: outcome": cases}, what went wrong)."""
     torch.set_num_threads(1)
     table, wrong, done, numbers = Counter(), [], 0, range(first, first + count)
@@ -530,8 +530,8 @@ def fuzz(first: int, count: int, say=None) -> tuple[Counter, list]:
                 table[f"{what.split()[0]:9}{said if said in ('opened', 'refused') else 'WRONG'}"] += 1
                 if said not in ("opened", "refused"):
                     wrong.append((number, what, said))
-                    if say:
-                        say(f"case {number}, {what}: {said}")
+                    if log:
+                        log(f"case {number}, {what}: {said}")
     return table, wrong
 
 
@@ -541,7 +541,7 @@ def main() -> int:
     p.add_argument("--first", type=int, default=0, help="the number of the first case (default: 0)")
     args = p.parse_args()
     start = time.perf_counter()
-    table, wrong = fuzz(args.first, args.files, say=lambda line: print(line, flush=True))
+    table, wrong = fuzz(args.first, args.files, log=lambda line: print(line, flush=True))
     print(*(f"{count:7}  {what}" for what, count in sorted(table.items())), sep="\n")
     print(f"{args.files} files in {time.perf_counter() - start:.0f} s, {len(wrong)} wrong")
     return bool(wrong)

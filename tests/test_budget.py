@@ -242,7 +242,7 @@ def test_synchronisation_is_noticed():
 
 
 def test_a_sampling_step_does_not_synchronise(sd15):
-    sd = load_model(str(sd15), "meta", "bf16", say=None)
+    sd = load_model(str(sd15), "meta", "bf16", log=None)
     context = sd.text(["", "", "a house", "a barn"])
     with torch.no_grad():
         kv = memory.project_kv(sd.unet, context)

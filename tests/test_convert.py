@@ -174,7 +174,7 @@ SPELLINGS = {
 def test_their_spellings_here(sd, reference, adapted, tmp_path, spelling):  # noqa: F811
     """Written by the library (or as it once wrote), read by us: the library's own output."""
     before, path = outputs(sd), SPELLINGS[spelling](adapted, tmp_path)
-    loras, _ = lora_file.apply_file(sd, path, say=None)
+    loras, _ = lora_file.apply_file(sd, path, log=None)
     assert len(loras) == 207 + 15 and sum("te_text_model" in n for n in loras) == 15
     for ours, other, base in zip(outputs(sd), adapted.outputs, before, strict=True):
         assert difference(ours, base) > 1e-2
@@ -197,7 +197,7 @@ def test_peft_alone(sd, reference, tmp_path):  # noqa: F811
     assert next(iter(load_file(text_file))).startswith("base_model.model.")
     before, expected = outputs(sd), theirs(unet, encoder)
     loras = (
-        lora_file.apply_file(sd, unet_file, say=None)[0] | lora_file.apply_file(sd, text_file, say=None)[0]
+        lora_file.apply_file(sd, unet_file, log=None)[0] | lora_file.apply_file(sd, text_file, log=None)[0]
     )
     scales = {
         m.rank: m.alpha / m.rank for n, m in loras.items() if n.endswith(("to_q", "to_v", "self_attn_q_proj"))
@@ -217,7 +217,7 @@ def test_one_network_saved_by_diffusers(sd, reference, adapted, tmp_path):  # no
     file = tmp_path / "pytorch_lora_weights.safetensors"
     assert next(iter(load_file(file))).startswith("down_blocks.")
     assert "lora_alpha" in json.loads(lora_file.read_file(file)[1]["lora_adapter_metadata"])
-    lora_file.apply_file(sd, file, say=None)
+    lora_file.apply_file(sd, file, log=None)
     assert difference(outputs(sd)[0], adapted.outputs[0]) <= 1e-5
 
 
@@ -236,7 +236,7 @@ def test_our_native_file_there(sd, reference, tmp_path):  # noqa: F811
     assert lora_file.read_file(path)[1] == {"format": "pt", "ss_v2": "False", "hanokdiff_token": "*"}
     ours = outputs(sd)
     lora.remove(sd, loras)
-    again, _ = lora_file.apply_file(sd, path, 1.0, say=None)
+    again, _ = lora_file.apply_file(sd, path, 1.0, log=None)
     assert all(difference(x, y) <= 1e-5 for x, y in zip(outputs(sd), ours, strict=True))
     for m in again.values():
         m.strength = 0.5
@@ -424,7 +424,7 @@ def test_model_to_file_and_back(run, reference, load):
     assert "model.diffusion_model.out.2.weight" in load_file("new/a.safetensors")
     code, said = run("new/a.safetensors", "sd-v1.5", "--tokenizer", reference.folder)
     assert code == 0 and "model file" in said and "wrote sd-v1.5" in said, said
-    then, now = load(reference), load_model("sd-v1.5", "cpu", say=None)
+    then, now = load(reference), load_model("sd-v1.5", "cpu", log=None)
     a, b = weights(then), weights(now)
     assert a.keys() == b.keys() and all(torch.equal(b[k], t) for k, t in a.items())
     assert now.schedule == then.schedule and now.text.tokenizer.get_vocab() == then.text.tokenizer.get_vocab()
@@ -458,7 +458,7 @@ def test_ckpt_to_safetensors(run, sd1, load, monkeypatch):
     torch.save({"state_dict": {}}, "a.ckpt")
     parts = (sd_.unet, sd_.vae, sd_.text.encoder, sd_.schedule)
     with monkeypatch.context() as m:
-        m.setattr(single_file, "read", lambda path, prediction, say: parts)
+        m.setattr(single_file, "read", lambda path, prediction, log: parts)
         code, said = run("a.ckpt", "b.safetensors")
     assert code == 0 and "a.ckpt: model file, epsilon; all 980 tensors matched; wrote b.safetensors" in said
     assert {p.dtype for part in single_file.read("b.safetensors")[:3] for p in part.parameters()} == {
@@ -487,7 +487,7 @@ def test_lora_both_ways(run, sd, adapted, tmp_path):  # noqa: F811
         run("pytorch_lora_weights.safetensors", "d2.safetensors", "--to", "diffusers")[0] == 0
     )  # alpha goes inside
     for file in ("k.safetensors", "d.safetensors", "d2.safetensors"):
-        loras, _ = lora_file.apply_file(sd, file, say=None)
+        loras, _ = lora_file.apply_file(sd, file, log=None)
         assert all(difference(x, y) <= 1e-5 for x, y in zip(outputs(sd), adapted.outputs, strict=True)), file
         lora.remove(sd, loras)
     for file, to in (("k.safetensors", "kohya"), ("d.safetensors", "diffusers")):

@@ -191,21 +191,21 @@ def test_caption_in_no_known_encoding(tmp_path):
 
 def test_order_is_nested_and_independent_of_listing(tmp_path, monkeypatch):
     fill(tmp_path, [f"{i:02}.png" for i in range(20)])
-    names = [p.name for p in load_photos(tmp_path, 8, None, say=quiet)[0]]
+    names = [p.name for p in load_photos(tmp_path, 8, None, log=quiet)[0]]
     assert len(names) == 20 and names != sorted(names)
     for n in (1, 5, 19):
-        assert [p.name for p in load_photos(tmp_path, 8, n, say=quiet)[0]] == names[:n]
+        assert [p.name for p in load_photos(tmp_path, 8, n, log=quiet)[0]] == names[:n]
     listing = type(tmp_path).iterdir
     monkeypatch.setattr(type(tmp_path), "iterdir", lambda self: sorted(listing(self), reverse=True))
-    assert [p.name for p in load_photos(tmp_path, 8, None, say=quiet)[0]] == names
+    assert [p.name for p in load_photos(tmp_path, 8, None, log=quiet)[0]] == names
     fill(tmp_path, ["new.png"])  # and one more photo leaves the others in their order
-    assert [p.name for p in load_photos(tmp_path, 8, None, say=quiet)[0] if p.name != "new.png"] == names
+    assert [p.name for p in load_photos(tmp_path, 8, None, log=quiet)[0] if p.name != "new.png"] == names
 
 
 def test_order_is_the_same_on_every_machine(tmp_path):
     """A constant: the order must not follow Python's hash seed, version or platform."""
     fill(tmp_path, [f"{i}.png" for i in range(6)])
-    order = "".join(p.name[0] for p in load_photos(tmp_path, 8, None, say=quiet)[0])
+    order = "".join(p.name[0] for p in load_photos(tmp_path, 8, None, log=quiet)[0])
     assert order == "021435"
 
 
@@ -217,7 +217,7 @@ def test_korean_names_in_either_normal_form(tmp_path):
         names = [unicodedata.normalize(form, f"한옥 {i}.jpg") for i in range(8)]
         said = []
         fill(folder, names, {names[0].replace("jpg", "txt"): "기와집"})
-        photos = load_photos(folder, 32, None, say=said.append)[0]
+        photos = load_photos(folder, 32, None, log=said.append)[0]
         assert [p.caption for p in photos if p.name == names[0]] == ["기와집"]
         orders.append([unicodedata.normalize("NFC", p.name) for p in photos])
         assert "8 enlarged ('" in said[-1] and photos[0].name in said[-1]
@@ -230,14 +230,14 @@ def test_what_is_a_photo(tmp_path):
     (tmp_path / "sub").mkdir()
     fill(tmp_path / "sub", ["deep.png"])
     (tmp_path / "notes.md").write_text("no photo")
-    assert sorted(p.name for p in load_photos(tmp_path, 8, None, say=quiet)[0]) == names
+    assert sorted(p.name for p in load_photos(tmp_path, 8, None, log=quiet)[0]) == names
 
 
 def test_photos_come_with_captions_and_a_summary(tmp_path):
     fill(tmp_path, ["a.png", "b.png", "c.png"], {"a.txt": "a house", "b.txt": ""})
     Image.new("RGBA", (4, 30), (0, 0, 0, 0)).save(tmp_path / "c.png")
     said = []
-    photos = {p.name: p for p in load_photos(str(tmp_path), 8, None, say=said.append)[0]}
+    photos = {p.name: p for p in load_photos(str(tmp_path), 8, None, log=said.append)[0]}
     assert {n: p.caption for n, p in photos.items()} == {"a.png": "a house", "b.png": None, "c.png": None}
     assert all(p.image.size == (8, 8) and p.image.mode == "RGB" for p in photos.values())
     assert photos["a.png"].changed == ""
@@ -250,17 +250,17 @@ def test_cp949_caption_is_read_with_a_notice(tmp_path):
     fill(tmp_path, ["a.png"])
     (tmp_path / "a.txt").write_bytes("눈 내린 기와집".encode("cp949"))
     said = []
-    (photo,) = load_photos(tmp_path, 8, None, say=said.append)[0]
+    (photo,) = load_photos(tmp_path, 8, None, log=said.append)[0]
     assert photo.caption == "눈 내린 기와집" and re.search("1 .*cp949.*'a.png'", said[-1])
 
 
 def test_unreadable_photo_is_named_and_the_run_goes_on(tmp_path):
     fill(tmp_path, [f"{i}.png" for i in range(6)])
-    order = [p.name for p in load_photos(tmp_path, 8, None, say=quiet)[0]]
+    order = [p.name for p in load_photos(tmp_path, 8, None, log=quiet)[0]]
     Image.effect_noise((200, 200), 50).save(tmp_path / order[1])
     truncate(tmp_path / order[1])
     said = []
-    photos = load_photos(tmp_path, 8, 3, say=said.append)[0]
+    photos = load_photos(tmp_path, 8, 3, log=said.append)[0]
     assert [p.name for p in photos] == [order[0], order[2], order[3]]  # it does not count toward the three
     assert f"'{order[1]}'" in said[0] and said[-1].endswith("1 unreadable") and len(said) == 2
 
@@ -269,7 +269,7 @@ def test_held_out_photos_are_the_last_ones(tmp_path):
     """Never among those to learn from, the same for every number of these, unreadable files passed over."""
     for i in range(9):
         Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / f"{i}.png")
-    names = [p.name for p in load_photos(tmp_path, 8, None, say=quiet)[0]]
+    names = [p.name for p in load_photos(tmp_path, 8, None, log=quiet)[0]]
     (tmp_path / names[-1]).write_bytes(b"broken")
     for images, held_out in ((3, 2), (3, 5), (None, 2), (6, 2)):
         photos, validation_photos = load_photos(tmp_path, 8, images, held_out, quiet)
@@ -287,7 +287,7 @@ def test_photo_with_an_unreadable_caption_is_left_out(tmp_path):
     fill(tmp_path, ["a.png", "b.png"])
     (tmp_path / "a.txt").write_bytes("집".encode("utf-16"))
     said = []
-    assert [p.name for p in load_photos(tmp_path, 8, None, say=said.append)[0]] == [
+    assert [p.name for p in load_photos(tmp_path, 8, None, log=said.append)[0]] == [
         "b.png"
     ] and "'a.txt'" in said[0]
 
@@ -308,17 +308,17 @@ def test_refusals(tmp_path):
         ("two", -1, "--images -1"),
     ]:
         with pytest.raises(ValueError, match=message):
-            load_photos(tmp_path / folder, 8, images, say=quiet)[0]
+            load_photos(tmp_path / folder, 8, images, log=quiet)[0]
 
 
 def test_embedded_photos():
     said = []
-    photos = load_photos(world.photos, 64, None, say=said.append)[0]
+    photos = load_photos(world.photos, 64, None, log=said.append)[0]
     assert len(photos) == 50 and all(p.caption and p.image.size == (64, 64) for p in photos)
-    assert "50" in said[-1] and len(load_photos(world.photos, 32, 3, say=quiet)[0]) == 3
+    assert "50" in said[-1] and len(load_photos(world.photos, 32, 3, log=quiet)[0]) == 3
     for n in (0, 101):
         with pytest.raises(ValueError, match=str(n)):
-            load_photos(world.photos, 64, n, say=quiet)[0]
+            load_photos(world.photos, 64, n, log=quiet)[0]
 
 
 @pytest.mark.skipif(os.name == "nt" or os.uname().sysname == "Darwin", reason="such names are Linux only")
@@ -327,7 +327,7 @@ def test_file_name_that_is_not_unicode(tmp_path):
     name = os.fsdecode("한옥.png".encode("cp949"))
     fill(tmp_path, [name])
     said = []
-    (photo,) = load_photos(tmp_path, 64, None, say=said.append)[0]
+    (photo,) = load_photos(tmp_path, 64, None, log=said.append)[0]
     said[-1].encode("utf-8")  # can be printed
     assert photo.name == name
 

@@ -367,7 +367,7 @@ def test_the_folder_in_diffusers(whole, sd1, home):
     folder = home / "whole" / "model"
     pipeline, sd = (
         StableDiffusionPipeline.from_pretrained(folder),
-        load_model(str(folder), device="cpu", say=None),
+        load_model(str(folder), device="cpu", log=None),
     )
     pixels, ids = inputs()
     with torch.no_grad():

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="fork and limits
 
 @pytest.fixture(scope="module")
 def sd():
-    return load_model("tiny", "cpu", say=None)
+    return load_model("tiny", "cpu", log=None)
 
 
 def low_rank(value):
@@ -149,7 +149,7 @@ def test_a_model_folder(sd, tmp_path):
     for work in (lambda: (full_disk(), write(torch.float16)), no_space_for_the_tokenizer):
         said = in_child(work)
         assert "cannot be written" in said and str(tmp_path) in said and held() == before, said
-    assert load_model(str(tmp_path / "model"), "cpu", say=None).schedule == sd.schedule
+    assert load_model(str(tmp_path / "model"), "cpu", log=None).schedule == sd.schedule
 
 
 def test_the_report(tmp_path, monkeypatch):

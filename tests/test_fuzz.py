@@ -45,7 +45,7 @@ def home(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sd(home):
-    return load_model(str(home / "model"), "cpu", say=None)
+    return load_model(str(home / "model"), "cpu", log=None)
 
 
 def refused(work, *words) -> str:
@@ -274,7 +274,7 @@ def test_an_embedding_for_no_word(tmp_path, sd):
     path = tmp_path / "e.safetensors"
     save_file({"": torch.zeros(1, textual_inversion.token_embedding(sd).shape[1])}, path)
     with pytest.raises(ValueError, match=r"e.safetensors: \"\" has no token in this vocabulary"):
-        embedding_file.apply_file(sd, path, say=None)
+        embedding_file.apply_file(sd, path, log=None)
 
 
 def test_a_folder_of_too_long_a_name():

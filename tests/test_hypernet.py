@@ -216,7 +216,7 @@ def test_any_strength_and_some_of_the_widths(sd, reference, tmp_path):
     places = [m.in_features for p, m in unet.named_modules() if p.endswith(("to_k", "to_v"))]
     for widths in ([48], [64]):
         content = random_file(path, widths, settings(activation="relu"))
-        loaded, _ = hypernet_file.apply_file(sd, path, say=said.append)
+        loaded, _ = hypernet_file.apply_file(sd, path, log=said.append)
         assert f"before {places.count(widths[0])} keys and values, strength 1" in said[-1]
         one = ours(sd)
         assert difference(one, theirs(unet, (content, 1.0))) <= 1e-5
@@ -263,7 +263,7 @@ def test_together_with_a_lora(sd_1, sd1, tmp_path, first, out):
     lora.remove(sd_1, made)
     content = random_file(tmp_path / "a.pt", hypernetwork.dims(sd_1)["all"], settings(activation="relu"))
     loads = {
-        "lora": lambda: lora_file.apply_file(sd_1, tmp_path / "a.safetensors", say=None)[0],
+        "lora": lambda: lora_file.apply_file(sd_1, tmp_path / "a.safetensors", log=None)[0],
         "hypernet": lambda: hypernet_file.apply_file(sd_1, tmp_path / "a.pt", 0.7, None)[0],
     }
     loaded = {kind: loads[kind]() for kind in sorted(loads, key=lambda kind: kind != first)}
@@ -451,7 +451,7 @@ def test_older_files(sd_1, sd1, tmp_path, kind):
         made["activate_output"],
     )
     assert list(spec.dropout or [0] * len(spec.layers)) == made["dropout_structure"]
-    loaded, _ = hypernet_file.apply_file(sd_1, tmp_path / "old.pt", say=None)
+    loaded, _ = hypernet_file.apply_file(sd_1, tmp_path / "old.pt", log=None)
     assert (
         all(p.dtype == torch.float32 and not p.requires_grad for p in loaded.parameters())
         and not loaded.training
@@ -521,13 +521,13 @@ def test_what_is_refused(sd_1, tmp_path, kind):
     )
     torch.save(change(content), path)
     with pytest.raises(ValueError) as e:
-        hypernet_file.apply_file(sd_1, path, say=None)
+        hypernet_file.apply_file(sd_1, path, log=None)
     assert str(path) in str(e.value) and "\n" not in str(e.value) and all(w in str(e.value) for w in words), (
         e.value
     )
     assert not Path("run").exists() and equal([ours(sd_1)], [before])
     assert not any(isinstance(m, hypernetwork.HypernetLinear) for m in sd_1.unet.modules())
-    hypernet_file.apply_file(sd_1, tmp_path / "a.pt", say=None)  # what it was made of was good
+    hypernet_file.apply_file(sd_1, tmp_path / "a.pt", log=None)  # what it was made of was good
     assert difference(ours(sd_1), before) > 1e-2
 
 
@@ -618,7 +618,7 @@ def test_the_words_are_rewritten_once_a_forward(sd_1, monkeypatch, which, grad):
 def test_a_sampler_rewrites_the_words_once(sd_1, tmp_path, monkeypatch):
     """A finished one; and once more for other words, another strength, or the first words again later."""
     random_file(tmp_path / "a.pt", [48], settings(activation="relu"))
-    loaded, _ = hypernet_file.apply_file(sd_1, tmp_path / "a.pt", say=None)
+    loaded, _ = hypernet_file.apply_file(sd_1, tmp_path / "a.pt", log=None)
     calls, forward = [], hypernetwork.ResidualMLP.forward
     monkeypatch.setattr(
         hypernetwork.ResidualMLP, "forward", lambda net, x: calls.append(1) or forward(net, x)
@@ -759,7 +759,7 @@ def test_training_moves_the_file_and_nothing_else(tmp_path, monkeypatch, capsys,
         96,
     ]
     assert torch.load(out / "hypernet-000002.pt", weights_only=True)["step"] == 2
-    fresh = load("tiny", device="cpu", say=None)
+    fresh = load("tiny", device="cpu", log=None)
     fresh.text.add_word("sks")
     captions = [c.replace("a building with a roof", "sks") for _, c in world.photos(2)]
     with torch.no_grad():
@@ -814,7 +814,7 @@ def test_the_file_does_what_the_run_did(sd1, sd_1, photos, tmp_path):
     """Loaded into a fresh model, and into diffusers."""
     content = train(sd1, photos, "a", "--widths", "all", "--activation", "relu")
     before = ours(sd_1)
-    hypernet_file.apply_file(sd_1, tmp_path / "a" / "hypernet.pt", say=None)
+    hypernet_file.apply_file(sd_1, tmp_path / "a" / "hypernet.pt", log=None)
     expected = theirs(sd1.pipeline.unet, (content, 1.0))
     assert difference(ours(sd_1), expected) <= 1e-5 and difference(expected, before) > 1e-2
 

@@ -325,7 +325,7 @@ def test_every_layout_is_read(tmp_path, sd, kind, old, dims):
     assert out.shape == expected.shape and (out - expected).abs().max() <= (1e-2 if "f" in kind[-5:] else 0)
     assert metadata == ({"ss_steps": "7"} if file.suffix == ".safetensors" else {})
     lines = []
-    assert embedding_file.apply_file(sd, file, say=lines.append)[0] == word
+    assert embedding_file.apply_file(sd, file, log=lines.append)[0] == word
     assert len(sd.text.words[word]) == len(expected) and f'"{word}"' in lines[0]
 
 
@@ -353,14 +353,14 @@ REFUSED = {  # what is wrong -> file name, content, what the sentence says
 def test_what_is_no_embedding_is_refused(tmp_path, sd, kind):
     name, content, words = REFUSED[kind]
     (save_file if name.endswith("safetensors") else torch.save)(content, tmp_path / name)
-    refused(lambda: embedding_file.apply_file(sd, tmp_path / name, say=None), tmp_path / name, *words)
+    refused(lambda: embedding_file.apply_file(sd, tmp_path / name, log=None), tmp_path / name, *words)
     assert sd.text.words == {}
 
 
 @pytest.mark.parametrize("width, made", [(768, "SD 1.x"), (1024, "SD 2.x"), (1280, "another architecture")])
 def test_of_another_width(tmp_path, sd, width, made):
     embedding_file.save_file(tmp_path / "a.pt", "*", torch.ones(1, width))
-    refused(lambda: embedding_file.apply_file(sd, tmp_path / "a.pt", say=None), width, made, 48, "a.pt")
+    refused(lambda: embedding_file.apply_file(sd, tmp_path / "a.pt", log=None), width, made, 48, "a.pt")
     assert sd.text.words == {} and not isinstance(
         sd.text.encoder.embeddings.token_embedding, textual_inversion.ExtendedEmbedding
     )
@@ -509,7 +509,7 @@ def test_diffusers_reads_it_and_draws_the_same(sd1, sd, tmp_path, n, ending):
     plain, contexts = ours(), sd.text.prompts(prompts)
     assert difference(plain, theirs()) <= 1e-4
     pipeline.load_textual_inversion(str(file))
-    embedding_file.apply_file(sd, file, say=None)
+    embedding_file.apply_file(sd, file, log=None)
     assert difference(ours(), theirs()) <= 1e-4
     assert (ours() - plain).abs().max() > 1e-2
     words = pipeline.maybe_convert_prompt(prompts, pipeline.tokenizer)

@@ -170,7 +170,7 @@ def test_no_other_device_has_words_added():
 
 def fresh(reference):
     """A model that nobody else uses."""
-    return load_model(str(reference.folder), say=None)
+    return load_model(str(reference.folder), log=None)
 
 
 def method(sd, name: str) -> list:

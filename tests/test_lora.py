@@ -159,7 +159,7 @@ def test_our_file_in_diffusers(sd, reference, tmp_path):
     trained(loras)
     lora_file.save_file(path, loras, {"ss_v2": "False"})
     lora.remove(sd, loras)
-    applied, _ = lora_file.apply_file(sd, path, 0.5, say=None)
+    applied, _ = lora_file.apply_file(sd, path, 0.5, log=None)
     assert len(applied) == 277 + 18
     for ours, other, base in zip(outputs(sd), their_outputs(reference, path, 0.5), before, strict=True):
         assert difference(ours, base) > 1e-2
@@ -206,7 +206,7 @@ def test_their_file_here(sd, reference, tmp_path, alpha):
     }
     save_file(tensors, path)
     before, said = outputs(sd), []
-    loras, metadata = lora_file.apply_file(sd, path, say=said.append)
+    loras, metadata = lora_file.apply_file(sd, path, log=said.append)
     assert metadata == {} and f"all {len(loras)} modules matched" in said[0]
     assert {m.alpha for m in loras.values()} == {alpha or 5.0}
     for ours, other, base in zip(outputs(sd), their_outputs(reference, path, 1.0), before, strict=True):
@@ -218,7 +218,7 @@ def test_alpha_missing_for_some(sd, tmp_path):
     """Each for itself, as kohya and the WebUI do; diffusers would give those without it the commonest of the
     others."""
     save_file(wild(sd, lambda i: (None, 2.0, 10.0)[i % 3]), tmp_path / "wild.safetensors")
-    loras, _ = lora_file.apply_file(sd, tmp_path / "wild.safetensors", say=None)
+    loras, _ = lora_file.apply_file(sd, tmp_path / "wild.safetensors", log=None)
     assert [m.alpha / m.rank for m in loras.values()][:6] == [1, 0.4, 2] * 2
 
 
@@ -236,7 +236,7 @@ def test_either_shape_of_a_1x1_convolution(sd, tmp_path):
         for k, t in tensors.items()
     }
     save_file(other, tmp_path / "b.safetensors")
-    lora_file.apply_file(sd, tmp_path / "b.safetensors", say=None)
+    lora_file.apply_file(sd, tmp_path / "b.safetensors", log=None)
     assert difference(outputs(sd)[0], expected[0]) <= 1e-5
 
 
@@ -335,7 +335,7 @@ def test_what_is_refused(sd, good, tmp_path, kind):
     path, before = tmp_path / "bad.safetensors", outputs(sd)
     save_file({k: t.contiguous() for k, t in change(good).items()}, path)
     with pytest.raises(ValueError) as e:
-        lora_file.apply_file(sd, path, say=None)
+        lora_file.apply_file(sd, path, log=None)
     assert str(path) in str(e.value) and "\n" not in str(e.value)
     assert all(word in str(e.value) for word in words), e.value
     assert equal(outputs(sd), before) and not any(isinstance(m, lora.LoRA) for m in sd.unet.modules())
@@ -344,7 +344,7 @@ def test_what_is_refused(sd, good, tmp_path, kind):
 def test_the_good_one_of_these_is_not_refused(sd, good, tmp_path):
     before = outputs(sd)
     save_file(good, tmp_path / "good.safetensors")
-    loras, _ = lora_file.apply_file(sd, tmp_path / "good.safetensors", say=None)
+    loras, _ = lora_file.apply_file(sd, tmp_path / "good.safetensors", log=None)
     assert len(loras) == 2 and difference(outputs(sd)[0], before[0]) > 1e-2
 
 
@@ -445,6 +445,6 @@ def test_half_precision_files(sd, tmp_path):
     lora_file.save_file(tmp_path / "a.safetensors", loras, {}, torch.float16)
     lora.remove(sd, loras)
     assert {t.dtype for t in load_file(tmp_path / "a.safetensors").values()} == {torch.float16}
-    again, _ = lora_file.apply_file(sd, tmp_path / "a.safetensors", say=None)
+    again, _ = lora_file.apply_file(sd, tmp_path / "a.safetensors", log=None)
     assert all(m.up.dtype == torch.float32 and not m.up.requires_grad for m in again.values())
     assert 0 < difference(outputs(sd)[0], full[0]) < 2e-2

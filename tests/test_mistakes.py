@@ -609,7 +609,7 @@ def write_photos(root: Path) -> None:
 
 
 def write_models(root: Path) -> None:
-    sd = load_model("tiny", "cpu", say=None)
+    sd = load_model("tiny", "cpu", log=None)
     lora_file.save_file(root / "lora.safetensors", own := lora.insert(sd, 2, 2), {"hanokdiff_token": "*"})
     lora.remove(sd, own)
     attention = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"

@@ -169,7 +169,7 @@ def test_save_folder_opens_in_diffusers_and_here(sd1, load, tmp_path):
     sd = load(sd1)
     save_folder(tmp_path, sd.unet, sd.vae, sd.text.encoder, sd.text.tokenizer, sd.schedule)
     ours = sd.draw(PROMPTS, SEEDS, steps=5, cfg=7.5, sampler="ddim")
-    again = load_model(str(tmp_path), device="cpu", say=None)
+    again = load_model(str(tmp_path), device="cpu", log=None)
     assert again.schedule == sd.schedule and again.unet.config == sd.unet.config
     assert levels_apart(again.draw(PROMPTS, SEEDS, steps=5, cfg=7.5, sampler="ddim"), ours) <= 1
     older = tmp_path / "older"  # transformers 5 writes tokenizer.json alone; older tools read only these two
@@ -199,19 +199,19 @@ def test_every_norm_has_the_epsilon_of_the_libraries(reference, load):
 
 def test_everything_is_frozen_and_what_was_chosen_is_said(sd1):
     lines = []
-    sd = load_model(str(sd1.folder), device="cpu", say=lines.append)
+    sd = load_model(str(sd1.folder), device="cpu", log=lines.append)
     for part in (sd.unet, sd.vae, sd.text.encoder):
         assert not part.training
         for p in part.parameters():
             assert p.dtype == torch.float32 and not p.requires_grad and p.device.type == "cpu"
     assert sd.resolution == 64 and sd.cfg == 4.0  # by size: a tuned tiny model likes less guidance too
     assert "epsilon" in lines[0] and lines[1] == "device cpu (named), fp32 (fastest and exact there)"
-    assert load_model(str(sd1.folder), dtype="bf16", say=None).unet.conv_in.weight.dtype == torch.bfloat16
+    assert load_model(str(sd1.folder), dtype="bf16", log=None).unet.conv_in.weight.dtype == torch.bfloat16
 
 
 def test_half_precision_draws_nearly_the_same(reference, load):
     """bf16 has 8 bits: not equal, but the same picture; and not all of it in fp32 by accident."""
-    half = load_model(str(reference.folder), device="cpu", dtype="bf16", say=None)
+    half = load_model(str(reference.folder), device="cpu", dtype="bf16", log=None)
     exact = picture(load(reference), cfg=1.5, sampler="ddim")
     error = np.abs(picture(half, cfg=1.5, sampler="ddim") - exact)
     assert 0 < error.mean() < 6
@@ -227,7 +227,7 @@ def copy(sd1, tmp_path):
 def refused(folder, *words: str) -> str:
     """Loading must fail in one sentence that holds these words."""
     with pytest.raises(ValueError) as caught:
-        load_model(str(folder), device="cpu", say=None)
+        load_model(str(folder), device="cpu", log=None)
     message = str(caught.value)
     assert "\n" not in message and len(message) < 400, message
     for word in words:
@@ -350,7 +350,7 @@ def test_bin_files(copy, sd1, load, part):
     file.unlink()
     binary = copy / part / ("pytorch_model.bin" if part == "text_encoder" else f"{stem}.bin")
     torch.save(tensors, binary)
-    opened = load_model(str(copy), device="cpu", say=None)
+    opened = load_model(str(copy), device="cpu", log=None)
     assert np.abs(picture(opened, steps=1) - picture(load(sd1), steps=1)).max() <= 1
     for content in (b"", b"not a pickle", binary.read_bytes()[:5000]):
         binary.write_bytes(content)
@@ -380,9 +380,9 @@ def test_bad_requests(sd1, load):
         with pytest.raises(ValueError, match=words):
             sd.draw(PROMPTS, SEEDS, **options)
     with pytest.raises(ValueError, match='"fp8" is not known'):
-        load_model(str(sd1.folder), dtype="fp8", say=None)
+        load_model(str(sd1.folder), dtype="fp8", log=None)
     with pytest.raises(ValueError, match='"toaster" cannot be used'):
-        load_model(str(sd1.folder), device="toaster", say=None)
+        load_model(str(sd1.folder), device="toaster", log=None)
 
 
 # -------------------------------------------------------------------------------------------------- full size

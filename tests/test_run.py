@@ -238,7 +238,7 @@ def test_the_held_out_loss_is_that_of_the_file(tmp_path, monkeypatch, method):
         == 0
     )
     logged = [r["held_out"] for r in rows(Path("run")) if "held_out" in r]
-    sd = load_model("run/model" if method == "dreambooth" else "tiny", "cpu", say=None)
+    sd = load_model("run/model" if method == "dreambooth" else "tiny", "cpu", log=None)
     sd.text.add_word("*")
     if method != "dreambooth":
         file, kind = {
@@ -246,7 +246,7 @@ def test_the_held_out_loss_is_that_of_the_file(tmp_path, monkeypatch, method):
             "lora": ("lora.safetensors", lora_file),
             "hypernet": ("hypernet.pt", hypernet_file),
         }[method]
-        kind.apply_file(sd, Path("run") / file, say=None)
+        kind.apply_file(sd, Path("run") / file, log=None)
     pictures, captions = zip(*world.photos(9, held_out=True))
     captions = [c.replace("a building with a roof", "*") for c in captions]
     dataset = LatentDataset(sd.vae, list(pictures), captions)
@@ -580,9 +580,9 @@ def poison(at: int, times: int):
 
 
 @pytest.mark.parametrize(("times", "save_every", "told"), [
-    (1, 4, None), (2, 4, r"what was learnt is no longer finite at step 8; the last good state is in .* "
+    (1, 4, None), (2, 4, r"a trained parameter is no longer finite at step 8; the last good state is in .* "
     r"--force"),
-    (1, 0, "what was learnt is no longer finite at step 12; nothing was saved before; start again with a "
+    (1, 0, "a trained parameter is no longer finite at step 12; nothing was saved before; start again with a "
     "lower --lr"),
 ])  # fmt: skip
 def test_nothing_that_is_not_finite_is_saved(tmp_path, capsys, times, save_every, told):
@@ -908,7 +908,7 @@ def test_force_goes_on_with_other_settings(tmp_path, capsys):
     )
     assert len(rates) == 22 and rates[0] == [(pytest.approx(0.02), 0.5), (pytest.approx(0.1), 0.5)]
     said = capsys.readouterr().out
-    assert "--force: steps was 24 and is now 30; lr was None and is now 0.01; what was learnt" in said
+    assert "--force: steps was 24 and is now 30; lr was None and is now 0.01; what was trained" in said
     assert json.loads((tmp_path / "config.json").read_text()) == new
 
 

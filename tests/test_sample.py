@@ -29,7 +29,7 @@ def elsewhere(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """An artefact of every kind for the tiny model, each with an effect, and pictures to begin with."""
-    folder, sd = tmp_path_factory.mktemp("artefacts"), load_model("tiny", device="cpu", say=None)
+    folder, sd = tmp_path_factory.mktemp("artefacts"), load_model("tiny", device="cpu", log=None)
     noise = torch.Generator().manual_seed(0)
 
     def normal(*shape):

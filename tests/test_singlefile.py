@@ -467,7 +467,7 @@ def test_prediction_reaches_schedule_and_sizes(small, file):
     for std, kind, size in ((0.2, "v_prediction", 96), (0.02, "epsilon", 64)):
         lines = []
         path = file(tensors | {last: bias(std)[:64].clone()}, "b.ckpt", global_step=5)
-        unet, *_, schedule = single_file.read(path, say=lines.append)
+        unet, *_, schedule = single_file.read(path, log=lines.append)
         assert (schedule.prediction_type, unet.config.sample_size) == (kind, size)
         assert len(lines) == 1 and kind in lines[0] and "guessed" in lines[0]
     path = file(tensors | {last: bias(0.2)[:64].clone()}, "b.ckpt", global_step=875_000)
@@ -567,7 +567,7 @@ def test_same_picture_from_file_as_from_folder(reference, written, tmp_path, whe
     place.mkdir(exist_ok=True)
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(reference.folder.parent / f"{reference.flavour}-tokenizer" / name, place)
-    file = opened(path, say=lines.append)
+    file = opened(path, log=lines.append)
     assert file.text.ids("fire! *,") == sd.text.ids("fire! *,")
     ours, theirs = picture(file), picture(sd)
     assert np.abs(ours - theirs).max() <= 1 and ours.std() > 5  # other addresses: the sums round otherwise

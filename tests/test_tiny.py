@@ -19,7 +19,7 @@ HERE = Path(world.__file__).parent
 
 @pytest.fixture(scope="module")
 def sd():
-    return load_model("tiny", "cpu", say=None)
+    return load_model("tiny", "cpu", log=None)
 
 
 @pytest.fixture(scope="module")

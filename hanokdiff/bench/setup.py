@@ -62,7 +62,7 @@ def batch(size: str) -> int:
 def build(size: str, device: str, dtype: torch.dtype) -> StableDiffusion:
     """A model of this size with random weights, made on the device; "tiny" is the embedded one."""
     if size == "tiny":
-        return load_model("tiny", device, {v: k for k, v in DTYPES.items()}[dtype], say=None)
+        return load_model("tiny", device, {v: k for k, v in DTYPES.items()}[dtype], log=None)
     config = SIZES[size]
     torch.manual_seed(0)
     with torch.device(device):

@@ -80,10 +80,10 @@ def prepare(args) -> Context:
     sd = load_model(args.model, args.device)
     resolution = check_resolution(args.resolution, sd)
     samplers.sigmas_and_timesteps(samplers.DEFAULT, sd.schedule, args.sampling_steps)  # refuses too many
-    photos, unseen = load_photos(args.data or world.photos, resolution, most, held_out)
+    photos, held_out_photos = load_photos(args.data or world.photos, resolution, most, held_out)
     clip = Clip(TINY_CLIP if tiny_clip else args.clip, args.device or "cpu")
-    embeddings = (clip.images(p.image for p in some) for some in (photos, unseen))
-    return Context(args.token, sd, resolution, clip, photos, unseen, *embeddings, kinds, conditions)
+    embeddings = (clip.images(p.image for p in some) for some in (photos, held_out_photos))
+    return Context(args.token, sd, resolution, clip, photos, held_out_photos, *embeddings, kinds, conditions)
 
 
 # -------------------------------------------------------------------------------------------- one training
@@ -234,7 +234,7 @@ def references(args, context: Context, replace: str, caption: str) -> dict:
     near = {n: nearest(embeddings, context.photo_embeddings[:n]).double() for n in sorted(args.sizes)}
     kinds = presence(embeddings, clip.texts(list(context.kinds.values())))
     conditions = presence(embeddings, clip.texts(list(context.conditions.values())))
-    captions = prepare_captions(context.held_out, args.token, replace, caption, say=lambda _: None)
+    captions = prepare_captions(context.held_out, args.token, replace, caption, log=lambda _: None)
     captions = [word_pattern(args.token).sub(lambda _: args.subject, text) for text in captions]
     fits = embeddings @ clip.texts(captions).T  # (H, H): photo i with caption j
     return {

@@ -131,19 +131,19 @@ def applied(context: plan.Context, cell: dict, run: Path):
     sd, file = context.sd, run / plan.METHODS.get(cell["method"], "")
     sd.text.add_word(context.token)
     if cell["method"] == "ti":
-        word, vectors = embedding_file.apply_file(sd, file, say=None)
+        word, vectors = embedding_file.apply_file(sd, file, log=None)
         yield sd
         textual_inversion.remove(sd, word, vectors)
     elif cell["method"] == "lora":
-        before = lora.merge(sd, lora_file.apply_file(sd, file, say=None)[0])
+        before = lora.merge(sd, lora_file.apply_file(sd, file, log=None)[0])
         yield sd
         lora.unmerge(sd, before)
     elif cell["method"] == "hypernet":
-        net, _ = hypernet_file.apply_file(sd, file, say=None)
+        net, _ = hypernet_file.apply_file(sd, file, log=None)
         yield sd
         hypernetwork.remove(sd, net)
     elif cell["method"] == "dreambooth":
-        yield load_model(str(file), str(sd.device), say=None)
+        yield load_model(str(file), str(sd.device), log=None)
     else:
         yield sd
 

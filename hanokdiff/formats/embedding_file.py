@@ -89,7 +89,7 @@ def find_vectors(content, path: Path) -> tuple[str, Tensor]:
 
 
 def apply_file(
-    sd, path: Path, word: str | None = None, say=print
+    sd, path: Path, word: str | None = None, log=print
 ) -> tuple[str, textual_inversion.ExtendedEmbedding]:
     """Add a file's word to the model, by the name in it or another."""
     own, vectors, _ = read_file(path)
@@ -100,8 +100,8 @@ def apply_file(
             f"{path}: vectors of width {vectors.shape[1]} ({made}), but {sd.name}'s words have {width}"
         )
     word = word or own
-    if say:
-        say(f'embedding {path}: "{word}", {len(vectors)} vector{"s" * (len(vectors) > 1)}')
+    if log:
+        log(f'embedding {path}: "{word}", {len(vectors)} vector{"s" * (len(vectors) > 1)}')
     try:
         return word, textual_inversion.insert(sd, word, vectors)
     except ValueError as e:  # a word that cannot be: no token, control characters

@@ -128,7 +128,7 @@ def state(hypernet: hypernetwork.Hypernetwork) -> dict[int, tuple[dict, dict]]:
     return {int(d): tuple(f.state_dict() for f in pair) for d, pair in hypernet.pairs.items()}
 
 
-def apply_file(sd, path: Path, strength: float = 1.0, say=print) -> tuple[hypernetwork.Hypernetwork, dict]:
+def apply_file(sd, path: Path, strength: float = 1.0, log=print) -> tuple[hypernetwork.Hypernetwork, dict]:
     """Apply a file to the model: every width in it must be one of the model's."""
     spec, nets, metadata = read_file(path)
     known = hypernetwork.dims(sd)["all"]
@@ -144,10 +144,10 @@ def apply_file(sd, path: Path, strength: float = 1.0, say=print) -> tuple[hypern
         for f, tensors in zip(hypernet.pairs[str(d)], pair, strict=True):
             f.load_state_dict(tensors)
     hypernetwork.insert(sd, hypernet.requires_grad_(False).eval())
-    if say:
+    if log:
         layers = [sd.unet.get_submodule(path) for path, *_ in hypernetwork.kv_layers(sd)]
         count = sum(base_layer(layer).in_features in nets for layer in layers)
-        say(
+        log(
             f"hypernetwork {path}: widths {', '.join(map(str, sorted(nets)))}, before {count} keys and "
             f"values, "
             f"strength {strength:g}"

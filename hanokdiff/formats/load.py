@@ -26,13 +26,13 @@ def load_model(
     model: str = "tiny",
     device: str | None = None,
     dtype: str = "auto",
-    say=print,
+    log=print,
     tokenizer: str | None = None,
     prediction: str | None = None,
     masters: bool = False,
 ) -> StableDiffusion:
     """Open a model: "tiny", a diffusers folder, a hub id, or a single file (.safetensors, .ckpt). Everything
-    is frozen; what learns is up to the method.
+    is frozen; what is trained is up to the method.
 
     tokenizer    folder or hub id of another tokenizer than the model's own
     prediction   "epsilon" or "v_prediction": what the UNet predicts, where the model is silent or wrong
@@ -43,20 +43,20 @@ def load_model(
     start, (dev, precision, reason) = time.perf_counter(), choose_device(device, dtype)
     path = TINY_MODEL if model == "tiny" else find_model(model)
     open_ = open_file if path.is_file() else open_folder
-    unet, vae, encoder, words, schedule = open_(path, tokenizer, prediction, say)
+    unet, vae, encoder, words, schedule = open_(path, tokenizer, prediction, log)
     for part in (unet, vae, encoder):
         exact = [p.detach() for p in part.parameters()]
         part.to(dev, precision)
         if masters and precision != torch.float32:
             for p, full in zip(part.parameters(), exact, strict=True):
                 p.master = full
-    if say:
+    if log:
         millions = sum(p.numel() for p in unet.parameters()) / 1e6
-        say(
+        log(
             f"model {model}: UNet of {millions:.1f} M parameters, {schedule.prediction_type}, "
             f"opened in {time.perf_counter() - start:.1f} s"
         )
-        say(f"device {reason}")
+        log(f"device {reason}")
     sd = StableDiffusion(unet, vae, Text(encoder, words), schedule, dev, precision, model)
     if (path / "hanokdiff.json").is_file():  # our DreamBooth's: the word it was trained with
         word = read_json(path / "hanokdiff.json").get("token")
@@ -71,7 +71,7 @@ def load_model(
     return sd
 
 
-def open_folder(folder: Path, tokenizer: str | None, prediction: str | None, say) -> tuple:
+def open_folder(folder: Path, tokenizer: str | None, prediction: str | None, log) -> tuple:
     """UNet, VAE, text encoder, tokenizer and schedule of a diffusers folder."""
     check_kind(folder)
     schedule = folder / "scheduler" / "scheduler_config.json"
@@ -90,9 +90,9 @@ def open_folder(folder: Path, tokenizer: str | None, prediction: str | None, say
     return unet, vae, encoder, words, schedule
 
 
-def open_file(path: Path, tokenizer: str | None, prediction: str | None, say) -> tuple:
+def open_file(path: Path, tokenizer: str | None, prediction: str | None, log) -> tuple:
     """The same five of a single file; the tokenizer is found elsewhere."""
-    unet, vae, encoder, schedule = single_file.read(path, prediction, say)
+    unet, vae, encoder, schedule = single_file.read(path, prediction, log)
     return unet, vae, encoder, tokenizer_of(encoder.config, tokenizer, path.parent), schedule
 
 

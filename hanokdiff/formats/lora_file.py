@@ -236,7 +236,7 @@ def _peft_alpha(path: Path, settings: dict, name: str, dotted: str, rank: int) -
 
 
 def apply_file(
-    sd, path: Path, strength: float = 1.0, say=print
+    sd, path: Path, strength: float = 1.0, log=print
 ) -> tuple[dict[str, lora.LoRA], dict[str, str]]:
     """Apply a file to the model: all of it, or none with an error. Returns the LoRAs, for `remove`, and
     metadata."""
@@ -266,6 +266,6 @@ def apply_file(
             layer.down.copy_(t["down"].reshape(layer.down.shape))
             layer.up.copy_(t["up"].reshape(layer.up.shape))
         layer.requires_grad_(False)
-    if say:
-        say(f"LoRA {path}: all {len(out)} modules matched, strength {strength:g}")
+    if log:
+        log(f"LoRA {path}: all {len(out)} modules matched, strength {strength:g}")
     return out, metadata

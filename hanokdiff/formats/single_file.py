@@ -269,9 +269,9 @@ def prediction_type(
     """What the UNet predicts, and why we think so: nothing in an old file says it."""
     if named:
         return named, "named"
-    said = metadata.get("modelspec.prediction_type")
-    if said:
-        return {"v": "v_prediction"}.get(said, said), "the file's metadata say so"
+    stated = metadata.get("modelspec.prediction_type")
+    if stated:
+        return {"v": "v_prediction"}.get(stated, stated), "the file's metadata say so"
     if not sd2:
         return "epsilon", "as all of SD 1.x"
     if step == 875_000:
@@ -318,7 +318,7 @@ def recognise(tensors: dict[str, Tensor], path: Path) -> bool:
 
 
 def read(
-    path: Path | str, prediction: str | None = None, say=None
+    path: Path | str, prediction: str | None = None, log=None
 ) -> tuple[UNet, VAE, TextEncoder, Schedule]:
     """Open a single file; the networks are frozen and in the precision of the file, their weights mapped from
     it.
@@ -352,8 +352,8 @@ def read(
         ) from None
     check_fit(unet_c, text_c, path)
     fill_networks(networks, tensors, path)
-    if say:
-        say(f"{path.name}: SD {2 if sd2 else 1}.x, {kind} ({because})")
+    if log:
+        log(f"{path.name}: SD {2 if sd2 else 1}.x, {kind} ({because})")
     return *networks, schedule
 
 

@@ -1,6 +1,6 @@
 """Textual inversion: a new word (Gal et al. 2022, arXiv:2208.01618).
 
-    v* = argmin_v  E || eps - eps_theta(x_t, t, words(v)) ||^2          equation 2: only v (n, D) learns
+    v* = argmin_v  E || eps - eps_theta(x_t, t, prompt(v)) ||^2         equation 2: only v (n, D) is trained
 
 The rows of v lie beyond the vocabulary in a parameter of their own; the token table itself is never touched,
 so no other word can move.  Two file formats: diffusers' .safetensors {word: (n, D)}, and the WebUI's .pt.

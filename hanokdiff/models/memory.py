@@ -93,7 +93,7 @@ class FrozenConv(torch.autograd.Function):
 
 
 class Conv2d(nn.Conv2d):
-    """A convolution that keeps its input for the backward pass only if it learns."""
+    """A convolution that keeps its input for the backward pass only if it is trained."""
 
     def forward(self, x: Tensor) -> Tensor:
         trainable = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)

@@ -63,7 +63,7 @@ class Text:
         self.literal_tokens, self.clip_skip = literal_tokens, clip_skip
         self.length = encoder.config.max_position_embeddings
         self.words: dict[str, list[int]] = {}
-        self._told, self._cache = set(), {}
+        self._warned, self._cache = set(), {}
 
     def add_word(self, word: str, ids: list[int] | None = None) -> list[int]:
         """Make this a pseudo word, with ids of its own beyond the vocabulary or, by default, those it has
@@ -138,8 +138,8 @@ class Text:
         """The 77 token ids of a caption: begin, at most 75 words, end, padding."""
         ids = sum(self._units(self._mark(text)), [])
         room = self.length - 2
-        if len(ids) > room and text not in self._told:
-            self._told.add(text)
+        if len(ids) > room and text not in self._warned:
+            self._warned.add(text)
             lost = self.tokenizer.decode([i for i in ids[room:] if i < len(self.tokenizer)])
             warnings.warn(f'prompt of {len(ids)} tokens cut at {room}; lost: "{lost}"', stacklevel=2)
         return self._wrap(ids[:room])
@@ -194,11 +194,11 @@ class Text:
             self._cache.update(zip(part, self(part), strict=True))
 
     def warn_without_word(self, prompts: list[str]) -> None:
-        """Say so when a prompt does not use what was learnt."""
+        """Warn when a prompt does not contain the pseudo word."""
         for prompt in prompts:
             if self.words and not any(contains_word(prompt, word) for word in self.words):
-                learnt = " or ".join(f'"{w}"' for w in self.words)
-                message = f'the prompt "{prompt}" does not contain {learnt}, the word that was learnt'
+                trained = " or ".join(f'"{w}"' for w in self.words)
+                message = f'the prompt "{prompt}" does not contain {trained}, the word that was trained'
                 warnings.warn(message, stacklevel=2)
 
 

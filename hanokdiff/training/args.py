@@ -1,5 +1,4 @@
-"""What the four training scripts' command lines share: common options, two columns of defaults, polite
-errors."""
+"""What the four training scripts' command lines share: common options, two columns of defaults, checks."""
 
 import argparse
 import functools
@@ -28,7 +27,7 @@ class Parser(Options):
 
     def option(self, group, name: str, help: str, **kwargs) -> None:
         key = name.lstrip("-").replace("-", "_")
-        if "(default" in help:  # said already
+        if "(default" in help:  # in the text already
             pass
         elif key in self.columns["tiny"]:
             tiny, sd = (
@@ -55,10 +54,10 @@ class Parser(Options):
             given = self.given(argv)
             if "out" in given:
                 raise ValueError(f"--resume goes on in its own folder, {args.resume}; leave out --out")
-            told = differences(config, {k: str(v) if isinstance(v, Path) else v for k, v in given.items()})
-            if told and not args.force:
+            changed = differences(config, {k: str(v) if isinstance(v, Path) else v for k, v in given.items()})
+            if changed and not args.force:
                 options = ", ".join(
-                    f"--{t.partition(' ')[0].replace('_', '-')} ({t.partition(' ')[2]})" for t in told
+                    f"--{t.partition(' ')[0].replace('_', '-')} ({t.partition(' ')[2]})" for t in changed
                 )
                 raise ValueError(
                     f"--resume goes on with the run's own options; leave out {options}, or accept that "
@@ -285,7 +284,7 @@ def trainer_options(
     validate = None
     if validation_photos:
         captions = prepare_captions(
-            validation_photos, args.token, args.replace, args.caption, say=lambda _: None
+            validation_photos, args.token, args.replace, args.caption, log=lambda _: None
         )
         held_out = LatentDataset(sd.vae, [p.image for p in validation_photos], captions, device=sd.device)
         validate = functools.partial(validation_loss, sd, held_out)

@@ -2,7 +2,7 @@
 
 One reader for all methods: upright, RGB, cropped, never squashed; nothing is skipped or altered in silence.
 
-Shapes:  N photos of H x W pixels;  B slots of a batch;  h x w the latent.
+Shapes:  N photos of H x W pixels;  B pictures of a batch;  h x w the latent.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from hanokdiff.models.memory import to_device
 from hanokdiff.models.pipeline import to_tensor
 from hanokdiff.models.tokens import contains_word, word_pattern
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass
@@ -50,7 +50,7 @@ def read_caption(path: str | Path) -> tuple[str, str]:
 
 
 def load_photos(
-    source: str | Path | Callable, resolution: int, images: int | None, held_out: int = 0, say: Say = print
+    source: str | Path | Callable, resolution: int, images: int | None, held_out: int = 0, log: Log = print
 ) -> tuple[list[Photo], list[Photo]]:
     """The first `images` readable ones of a folder (None: all) in its fixed order, and its last `held_out`,
     which are not among them. `source` may also be a function that draws them, such as tiny.world.photos."""
@@ -60,14 +60,14 @@ def load_photos(
         photos, validation_photos = (
             drawn_photos(source, n, resolution, held) for n, held in ((images or 50, False), (held_out, True))
         )
-        say(summary(photos, "drawn photos of a hanok") + held_out_note(validation_photos))
+        log(summary(photos, "drawn photos of a hanok") + held_out_note(validation_photos))
         return photos, validation_photos
     files = photo_files(Path(source))
     validation_photos, _ = read_until(
         held_out, files[::-1], resolution, lambda _: None
-    )  # what is unreadable is told below
+    )  # what is unreadable is reported below
     aside = {photo.name for photo in validation_photos}
-    photos, unreadable = read_until(images, [f for f in files if f.name not in aside], resolution, say)
+    photos, unreadable = read_until(images, [f for f in files if f.name not in aside], resolution, log)
     if len(photos) < (images or 1) or len(validation_photos) < held_out:
         asked = " and ".join(
             [f"--images {images}"] * bool(images) + [f"--held-out {held_out}"] * bool(held_out)
@@ -80,7 +80,7 @@ def load_photos(
             + (f", or mend these: {unreadable[0]}" if unreadable else "")
         )
     bad = f"; {len(unreadable)} unreadable" if unreadable else ""
-    say(summary(photos, f"photos from {source}") + bad + held_out_note(validation_photos))
+    log(summary(photos, f"photos from {source}") + bad + held_out_note(validation_photos))
     return photos, validation_photos
 
 
@@ -99,7 +99,7 @@ def drawn_photos(draw: Callable, n: int, resolution: int, held_out: bool) -> lis
 
 
 def read_until(
-    images: int | None, files: list[Path], resolution: int, say: Say
+    images: int | None, files: list[Path], resolution: int, log: Log
 ) -> tuple[list[Photo], list[str]]:
     """The first `images` that can be read, and what is wrong with those that could not be."""
     photos, unreadable = [], []
@@ -109,7 +109,7 @@ def read_until(
         try:
             photos.append(load_photo(path, resolution))
         except ValueError as e:
-            say(f"Skipped, going on with the others: {e}")
+            log(f"Skipped, going on with the others: {e}")
             unreadable.append(str(e))
     return photos, unreadable
 
@@ -160,7 +160,7 @@ def summary(photos: list[Photo], what: str) -> str:
 
 
 def prepare_captions(
-    photos: list[Photo], token: str, replace: str, caption: str, say: Say = print
+    photos: list[Photo], token: str, replace: str, caption: str, log: Log = print
 ) -> list[str]:
     """A prompt per photo: its caption with the phrase `replace` become the pseudo word; else `caption`."""
     pattern = (
@@ -171,17 +171,17 @@ def prepare_captions(
     if own and replace:
         counts = [count for _, count in own if count]
         had = sum(contains_word(p.caption, token) for p in photos if p.caption)
-        say(
+        log(
             f"{replace!r} became {token!r} {sum(counts)} times, in {len(counts)} of {len(own)} captions"
             + (f"; {had} had {token!r} already" if had else "")
         )
     if len(own) < len(photos):
-        say(f"{len(photos) - len(own)} of {len(photos)} photos have no caption: {default!r} is used")
-    check_word([text for text, _ in own] or [default], token, say)
+        log(f"{len(photos) - len(own)} of {len(photos)} photos have no caption: {default!r} is used")
+    check_word([text for text, _ in own] or [default], token, log)
     return [s[0] if s else default for s in swapped]
 
 
-def check_word(captions: list[str], token: str, say: Say) -> None:
+def check_word(captions: list[str], token: str, log: Log) -> None:
     """Refuse to train a word that no caption contains; mention it where some do not."""
     without = [text for text in captions if not contains_word(text, token)]
     if len(without) == len(captions):
@@ -190,14 +190,14 @@ def check_word(captions: list[str], token: str, say: Say) -> None:
             "subject with --replace, or the word that is in them with --token, or put {token} into --caption"
         )
     if without:
-        say(f"{len(without)} of {len(captions)} captions lack {token!r}, for example {without[0]!r}")
+        log(f"{len(without)} of {len(captions)} captions lack {token!r}, for example {without[0]!r}")
 
 
 # ---------------------------------------------------------------------------------------------------- latents
 
 
 class LatentDataset:
-    """Photos encoded once. `shots[batch]` -> latents (B, 4, h, w) float32, prompts [B]."""
+    """Photos encoded once. `dataset[batch]` -> latents (B, 4, h, w) float32, prompts [B]."""
 
     def __init__(self, vae, images: list[Image.Image], prompts: list[str], flip: bool = False, device="cpu"):
         assert len(images) == len(prompts) > 0, f"{len(images)} images, {len(prompts)} prompts"

@@ -1,4 +1,4 @@
-"""Several processes, one training: torchrun starts the same script N times, each learns from its share of
+"""Several processes, one training: torchrun starts the same script N times, each trains on its share of
 every batch.
 
     torchrun --nproc_per_node=2 train_lora.py ...
@@ -34,7 +34,7 @@ def join() -> None:
 
 
 def shard(indices: int) -> range:
-    """This process's slots of a batch; they need not divide evenly."""
+    """This process's indices of a batch; they need not divide evenly."""
     if indices < WORLD_SIZE:
         raise ValueError(
             f"--batch-size {indices} is too small for {WORLD_SIZE} processes: each needs a photo of its own"

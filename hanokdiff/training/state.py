@@ -88,7 +88,7 @@ def check_config(out: Path, config: dict, force: bool) -> bool:
             "new one without --resume"
         )
     if changed:
-        print(f"--force: {changed}; what was learnt until now was learnt with the former")
+        print(f"--force: {changed}; what was trained until now was trained with the former")
     return bool(changed)
 
 

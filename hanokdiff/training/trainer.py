@@ -212,7 +212,7 @@ class Trainer:
             if skipped > count // 2:
                 return self._roll_back("the loss is no longer finite")
         if (saves or stops or last) and not self._parameters_are_finite():
-            return self._roll_back("what was learnt is no longer finite")
+            return self._roll_back("a trained parameter is no longer finite")
         if (
             self.validate
             and self.step * VALIDATIONS // self.steps > (self.step - 1) * VALIDATIONS // self.steps
@@ -299,7 +299,7 @@ class Trainer:
     # ----------------------------------------------------------------------- interruptions, divergence, state
 
     def _catch_signals(self) -> dict:
-        """Ctrl-C and a polite kill end the run after the step under way. Returns the former handlers."""
+        """Ctrl-C and SIGTERM end the run after the step under way. Returns the former handlers."""
         if threading.current_thread() is not threading.main_thread():
             return {}
         return {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -360,7 +360,7 @@ class Trainer:
             self._apply_state(content)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as e:
             raise ValueError(
-                f"{file} does not fit what learns with these options, or is no state at all "
+                f"{file} does not fit what these options train, or is no state at all "
                 f"({type(e).__name__}); "
                 "leave out the options that differ, or start again without --resume"
             ) from None

@@ -8,7 +8,7 @@ from hanokdiff.training.noise import Batch
 @torch.no_grad()
 def validation_loss(sd, dataset, at_once: int = 8) -> float:
     """The mean denoising loss of a data set, unweighted, every photo at a timestep and a noise that are the
-    same each time: it falls while a model learns and rises again when it overfits."""
+    same each time: it falls while training helps and rises again when the model overfits."""
     n, losses = len(dataset), []
     for first in range(0, n, at_once):
         indices = range(first, min(first + at_once, n))
