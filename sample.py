@@ -50,9 +50,8 @@ def sample(
 ) -> list[Image.Image]:
     """One picture per prompt and seed: the sampling loop, B pictures at once."""
     guided = args.cfg != 1
-    context = sd.encode(
-        prompts, args.negative if guided else None
-    )  # (2B, 77, D): negative prompt, then the prompts
+    negative = args.negative if guided else None
+    context = sd.encode(prompts, negative)  # (2B, 77, D): B times the negative prompt, then the prompts
     kv = project_kv(sd.unet, context)  # cross-attention keys and values, the same at every step
     noise = sd.noise(seeds, size)  # noise(): (B, 4, h, w), a function of each picture's own seed
     step, steps, start = samplers.plan(args.sampler, sd.schedule, args.steps, args.strength)

@@ -136,14 +136,8 @@ def kohya_metadata(loras: dict[str, dict[str, Tensor]]) -> dict[str, str]:
     """What the WebUI wants to see of a LoRA that has no metadata yet; it lists one for SD 2 only if told."""
     ranks = {len(t["down"]) for t in loras.values()}
     alphas = {float(t.get("alpha", len(t["down"]))) for t in loras.values()}
-    listens = (
-        "attn2_to_k",
-        "attn2_to_v",
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "fc1",
-    )  # these take in the words' width
+    # these take in the words' width
+    listens = ("attn2_to_k", "attn2_to_v", "q_proj", "k_proj", "v_proj", "fc1")
     v2 = any(t["down"].shape[1] == 1024 for n, t in loras.items() if n.endswith(listens))
     one = {"ss_network_dim": ranks, "ss_network_alpha": alphas}
     return {

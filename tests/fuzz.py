@@ -55,11 +55,8 @@ from hanokdiff.training import prior
 from hanokdiff.training.args import check_training
 from hanokdiff.training.dataset import read_caption
 
-SECONDS, MEMORY, ADDRESSES = (
-    5,
-    1 << 30,
-    4 << 30,
-)  # processor time; resident bytes and address space more than before
+# processor time; resident bytes and address space more than before
+SECONDS, MEMORY, ADDRESSES = (5, 1 << 30, 4 << 30)
 
 # --------------------------------------------------------------------------------------------- the good files
 
@@ -449,9 +446,8 @@ def judged(work, file: Path, out: Path) -> str:
         work()
         said = "opened"
     except (ValueError, OSError) as e:
-        named = any(str(n) in str(e) for n in (file, file.name, out / "case")) or str(e).startswith(
-            "--"
-        )  # an option
+        # an option
+        named = any(str(n) in str(e) for n in (file, file.name, out / "case")) or str(e).startswith("--")
         line = one_line(e)
         said = (
             "refused"

@@ -169,9 +169,8 @@ def left(home: Path, comparison: bool) -> dict:
         if comparison
         else [f for f in out.rglob("*") if f.is_file()]
     )
-    return {
-        str(f.relative_to(out)): content(f) for f in files if f.name != "class.json"
-    }  # seconds of drawing
+    # seconds of drawing
+    return {str(f.relative_to(out)): content(f) for f in files if f.name != "class.json"}
 
 
 # ------------------------------------------------------------------------------------------------- the killer
@@ -221,9 +220,8 @@ def killed(name: str, kills: int, folder: Path, seed: int = 0, options=(), each:
     def end(process, home: Path) -> bool:
         process.join()
         said = (home / "said.txt").read_text().strip().splitlines()[-1:]
-        good = process.exitcode == 0 or "there is nothing to resume" in str(
-            said
-        )  # killed after the file was there
+        # killed after the file was there
+        good = process.exitcode == 0 or "there is nothing to resume" in str(said)
         if not good:
             tally.lost.append(f"{name}, run {tally.runs}, exit {process.exitcode}: {said}")
         return good
@@ -285,9 +283,8 @@ def main() -> int:
     p.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="default: all")
     p.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     args = p.parse_args()
-    shares = {
-        name: 0.5 if name == "comparison" else 1.0 for name in args.only
-    }  # a start of it takes many seconds
+    # a start of it takes many seconds
+    shares = {name: 0.5 if name == "comparison" else 1.0 for name in args.only}
     kills = {name: round(args.kills * s / sum(shares.values())) for name, s in shares.items()}
     kills[args.only[0]] += args.kills - sum(kills.values())
     tallies, start = {}, time.perf_counter()

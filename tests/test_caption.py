@@ -264,9 +264,8 @@ def test_an_odd_folder(tmp_path, run, blip):
     code, out, _ = run(folder, blip=blip)
     assert code == 0
     after = files(folder)
-    assert (
-        before.items() - {("empty.txt", before["empty.txt"])} <= after.items()
-    )  # nothing that was there has changed
+    # nothing that was there has changed
+    assert before.items() - {("empty.txt", before["empty.txt"])} <= after.items()
     assert after.keys() - before.keys() == {"기와집 1.txt", "b c.txt", "a.txt"}
     for name in ("기와집 1.txt", "b c.txt", "a.txt", "empty.txt"):
         text, note = read_caption(folder / name)
@@ -433,9 +432,8 @@ def test_exact_replacing_is_what_training_does(tmp_path, run):
     assert code == 0 and "2 captions replaced; 0 had '*' already; 2 not matched" in out
     assert [read_caption(tmp_path / n.replace("png", "txt"))[0] for n in names] == expected
     again = [Photo(n, None, text, "") for n, text in zip(names, expected)]
-    assert (
-        prepare_captions(again, "*", PHRASE, "", lambda _: None) == expected
-    )  # and training takes them as they are
+    # and training takes them as they are
+    assert prepare_captions(again, "*", PHRASE, "", lambda _: None) == expected
 
 
 def test_captions_just_made_are_replaced_too(tmp_path, run, blip):

@@ -483,9 +483,8 @@ def test_lora_both_ways(run, sd, adapted, tmp_path):  # noqa: F811
     assert code == 0 and "LoRA in the kohya layout, 222 modules" in said and "all 666 tensors" in said
     assert run("d.safetensors", "k2.safetensors", "--to", "kohya", "--dtype", "fp16")[0] == 0
     assert {t.dtype for t in load_file("k2.safetensors").values()} == {torch.float16}
-    assert (
-        run("pytorch_lora_weights.safetensors", "d2.safetensors", "--to", "diffusers")[0] == 0
-    )  # alpha goes inside
+    # alpha goes inside
+    assert run("pytorch_lora_weights.safetensors", "d2.safetensors", "--to", "diffusers")[0] == 0
     for file in ("k.safetensors", "d.safetensors", "d2.safetensors"):
         loras, _ = lora_file.apply_file(sd, file, log=None)
         assert all(difference(x, y) <= 1e-5 for x, y in zip(outputs(sd), adapted.outputs, strict=True)), file

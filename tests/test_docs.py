@@ -40,10 +40,8 @@ SKIPPED = (
     "python -m hanokdiff.tiny.build ",
 )  # fmt: skip  (the last trains the tiny world itself, for an hour)
 SHORT = {"--steps": "2", "--class-images": "2", "--n": "1", "--preview-every": "0", "--save-every": "0"}
-PLACEHOLDERS = {
-    "MODEL": str(TINY_MODEL),
-    "openai/clip-vit-base-patch32": "tiny",
-}  # PHOTOS is a folder of that name
+# PHOTOS is a folder of that name
+PLACEHOLDERS = {"MODEL": str(TINY_MODEL), "openai/clip-vit-base-patch32": "tiny"}
 FILES = {  # what FILE is after this option
     "--lora": "runs/lora/lora.safetensors",
     "--hypernet": "runs/hypernet/hypernet.pt",

@@ -72,9 +72,8 @@ def in_child(work) -> str:
     receive, send = os.pipe()
     if not (pid := os.fork()):
         try:
-            torch.set_num_threads(
-                1
-            )  # the parent's threads are not in the child, where OpenMP would wait for them
+            # the parent's threads are not in the child, where OpenMP would wait for them
+            torch.set_num_threads(1)
             work()
         except (ValueError, OSError) as e:
             os.write(send, one_line(e).encode())

@@ -89,9 +89,8 @@ def test_two_words_removed_in_either_order(sd, order):
     first, second = list(words)[::order]
     textual_inversion.remove(sd, first, rows[first])
     assert torch.equal(sd.text(prompts), alone[second])
-    third = textual_inversion.insert(
-        sd, "blue", vectors(2, seed=2)
-    )  # never on the rows of one that is still there
+    # never on the rows of one that is still there
+    third = textual_inversion.insert(sd, "blue", vectors(2, seed=2))
     assert not set(sd.text.words["blue"]) & set(sd.text.words[second])
     assert torch.equal(sd.text(prompts), alone[second])
     textual_inversion.remove(sd, second, rows[second])

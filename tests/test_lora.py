@@ -166,9 +166,8 @@ def test_our_file_in_diffusers(sd, reference, tmp_path):
         assert difference(ours, other) <= 1e-5
     for m in applied.values():
         m.strength = 1.0
-    assert (
-        difference(outputs(sd)[0], their_outputs(reference, path, 0.5)[0]) > 1e-2
-    )  # the strength is no decoration
+    # the strength is no decoration
+    assert difference(outputs(sd)[0], their_outputs(reference, path, 0.5)[0]) > 1e-2
 
 
 def wild(sd, alphas=lambda i: None) -> dict[str, torch.Tensor]:

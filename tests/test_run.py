@@ -472,13 +472,11 @@ def test_one_bad_step_is_skipped(undisturbed, tmp_path, value, micro):
     assert all(torch.isfinite(t).all() for t in result.values())
     log = rows(tmp_path)
     assert [r["skipped"] for r in log] == [1, 0, 0]
-    assert (
-        0 < log[0]["loss"] < 2 * undisturbed.rows[0]["loss"] and log[0]["grad_norm"] > 0
-    )  # of the nine good
+    # of the nine good
+    assert 0 < log[0]["loss"] < 2 * undisturbed.rows[0]["loss"] and log[0]["grad_norm"] > 0
     saved = sorted(p.name for p in tmp_path.glob("toy-*"))
-    assert (
-        "toy-000003.safetensors" in saved and "toy-000006.safetensors" not in saved
-    )  # nothing right after a bad step
+    # nothing right after a bad step
+    assert "toy-000003.safetensors" in saved and "toy-000006.safetensors" not in saved
 
 
 def test_a_bad_loss_with_good_gradients_is_skipped_too(tmp_path):
@@ -555,9 +553,8 @@ def test_a_spike_is_bounded_and_told(tmp_path, steps):
 
 
 def test_a_spike_whose_norm_overflows_is_skipped(tmp_path):
-    toy(
-        tmp_path, losses=broken(lambda s: s == 5, 1e30)
-    )  # the loss is finite, the sum of the gradients' squares is not
+    # the loss is finite, the sum of the gradients' squares is not
+    toy(tmp_path, losses=broken(lambda s: s == 5, 1e30))
     assert [r["skipped"] for r in rows(tmp_path)] == [1, 0, 0]
 
 

@@ -303,9 +303,8 @@ def test_strength_is_how_far_from_the_picture(name):
         for s in (0.1, 0.5, 1.0)
     ]
     assert moved[0] < moved[1] < moved[2] and moved[0] < 0.5 * moved[2], moved
-    once = [
-        ours_final(name, Schedule(), 20, first=f, strength=1.0) for f in (first, first[:1])
-    ]  # one for all
+    # one for all
+    once = [ours_final(name, Schedule(), 20, first=f, strength=1.0) for f in (first, first[:1])]
     assert once[1].shape == once[0].shape and torch.equal(once[0][0], once[1][0])
 
 

@@ -172,9 +172,8 @@ def test_the_same_run_again_is_the_same_and_lands_beside(sd1, photos, tmp_path):
     )
     assert all(torch.equal(one[k], again[k]) for k in one)
     apart, far = (torch.cat([(one[k] - t[k]).abs().flatten() for k in one]).mean() for t in (split, other))
-    assert (
-        far > 1e-3 and apart < 0.01 * far
-    )  # AdamW's first steps are the signs of gradients, some of them about zero
+    # AdamW's first steps are the signs of gradients, some of them about zero
+    assert far > 1e-3 and apart < 0.01 * far
 
 
 def test_the_base_stays_frozen_to_the_bit(trained):
@@ -361,14 +360,8 @@ def test_resumed_with_force(sd1, photos, tmp_path, capsys, monkeypatch):
         train_lora.main(arguments(sd1, photos, "--out", "a", "--seed", "7"))
     before = json.loads(Path("a/config.json").read_text())
     resume = ["--resume", "a", "--device", "cpu"]
-    more = [
-        "--steps",
-        "4",
-        "--seed",
-        "0",
-        "--rank",
-        str(before["rank"]),
-    ]  # the seed's default is another than before
+    # the seed's default is another than before
+    more = ["--steps", "4", "--seed", "0", "--rank", str(before["rank"])]
     refused(
         train_lora,
         [*resume, *more],

@@ -247,10 +247,8 @@ def test_a_stop_is_a_stop_of_all(folders):
     """After the same step, wherever the signal came; and going on is exact, to the bit."""
     _, *both = three(folders, "chores")
     for seen in both:
-        assert seen["code"] == 130 and seen["left"] == [
-            "config.json",
-            "state",
-        ]  # of step 8: not yet in the log
+        # of step 8: not yet in the log
+        assert seen["code"] == 130 and seen["left"] == ["config.json", "state"]
         assert apart(seen["resumed"], seen["whole"]) == 0
     assert rows(folders / "two/stopped") == [r for r in rows(folders / "two/whole") if "held_out" not in r]
 

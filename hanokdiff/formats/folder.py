@@ -18,12 +18,8 @@ from hanokdiff.formats.tensors import read_tensors, write_tensors
 from hanokdiff.formats.tokenizer import save_tokenizer
 from hanokdiff.formats.validate import check_names
 
-OLD_ATTENTION = {
-    "query": "to_q",
-    "key": "to_k",
-    "value": "to_v",
-    "proj_attn": "to_out.0",
-}  # VAEs published in 2022
+# VAEs published in 2022
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 PARTS = {  # folder -> file name without its ending, as diffusers and transformers write it
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
@@ -55,9 +51,8 @@ def find_model(model: str) -> Path:
             f'no model folder at "{model}"; give a folder with model_index.json, a single file '
             f'({", ".join(SINGLE_FILES)}), a hub id, or "tiny"'
         )
-    from huggingface_hub import (
-        snapshot_download,
-    )  # only here and for tokenizers: nothing else may touch the network
+    # only here and for tokenizers: nothing else may touch the network
+    from huggingface_hub import snapshot_download
 
     wanted = [
         "model_index.json",

@@ -26,11 +26,8 @@ REFUSED = {  # what in a tensor's name gives another kind of file away, as a reg
     r"^(unet|text_encoder):\d+:": "a LoRA in cloneofsimo's layout, which counts its layers instead of "
     "naming them",
 }  # fmt: skip
-STALE_METADATA = (
-    "lora_adapter_metadata",
-    "sshs_model_hash",
-    "sshs_legacy_hash",
-)  # metadata that a rewritten file outdates
+# metadata that a rewritten file outdates
+STALE_METADATA = ("lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash")
 
 
 def save_file(path: Path, loras: dict, metadata: dict[str, str], dtype: torch.dtype = torch.float32) -> None:
@@ -223,9 +220,8 @@ def _peft_alpha(path: Path, settings: dict, name: str, dotted: str, rank: int) -
         own = {k.removeprefix(network): v for k, v in settings.items() if k.startswith(network)} or settings
         patterns = (own.get("alpha_pattern") or {}).items()
         if hard := [p for p, _ in patterns if re.search(r"\)[*+?{]", p) or len(re.findall("[*+{]", p)) > 2]:
-            raise ValueError(
-                f"the pattern {hard[0][:40]!r} might take for ever"
-            )  # as a regular expression can
+            # as a regular expression can
+            raise ValueError(f"the pattern {hard[0][:40]!r} might take for ever")
         fits = (a for p, a in patterns if re.match(rf"(.*\.)?({p})$", dotted))
         alpha = float(next(fits, own.get("lora_alpha", rank)))
         return torch.tensor(alpha * math.sqrt(rank) if own.get("use_rslora") else alpha)

@@ -37,9 +37,8 @@ IGNORED = re.compile(
     r"model_ema\.|betas$|alphas_cumprod|sqrt_|log_one_minus_|posterior_|lvlb_weights$|first_stage_model\.loss\.|"
     r"cond_stage_model\.(model\.|transformer\.)?(text_projection|logit_scale|attn_mask)|.*\.position_ids$"
 )
-NO_PREFIX = re.compile(
-    r"cond_stage_model\.transformer\.(?=embeddings\.|encoder\.|final_layer_norm\.)"
-)  # some merges
+# some merges
+NO_PREFIX = re.compile(r"cond_stage_model\.transformer\.(?=embeddings\.|encoder\.|final_layer_norm\.)")
 V_THRESHOLD = 0.09  # ComfyUI's test: above it, the last attention's norm1.bias belongs to a v model
 
 # ------------------------------------------------------------------------------------------------ the names
@@ -158,9 +157,8 @@ def to_ldm(*networks: nn.Module) -> dict[str, Tensor]:
             tensors = stack_qkv(tensors)
             tensors |= unused(tensors, network.config)
         out |= tensors
-    return {
-        k: t[:, :, None, None] if ".attn_1." in k and t.dim() == 2 else t for k, t in out.items()
-    }  # 1x1 convs
+    # 1x1 convs
+    return {k: t[:, :, None, None] if ".attn_1." in k and t.dim() == 2 else t for k, t in out.items()}
 
 
 def stack_qkv(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -49,9 +49,8 @@ def read_pt(path: Path, what: str):
     try:
         zipped = zipfile.is_zipfile(path)
         if zipped and (packed := [i for i in zipfile.ZipFile(path).infolist() if i.compress_type]):
-            raise RuntimeError(
-                f"{packed[0].filename} in it is compressed, which torch never does"
-            )  # may be a bomb
+            # may be a bomb
+            raise RuntimeError(f"{packed[0].filename} in it is compressed, which torch never does")
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         check_tensors(content, path.stat().st_size)
         return content

@@ -56,9 +56,8 @@ def all_finite(t: Tensor) -> bool:
 
 
 def damaged(path: Path, e: Exception) -> ValueError:
-    reason = (
-        (str(e) if len(str(e)) > 3 else repr(e)).split("\n")[0].split(". ")[0]
-    )  # of a KeyError all is "a"
+    # of a KeyError all is "a"
+    reason = (str(e) if len(str(e)) > 3 else repr(e)).split("\n")[0].split(". ")[0]
     reason = "it is empty" if path.is_file() and not path.stat().st_size else reason
     return ValueError(f"{path} cannot be read ({reason}); it is damaged or incomplete, fetch it again")
 

@@ -130,9 +130,8 @@ class Plan(NamedTuple):
     """A sampler's steps and where they start."""
 
     step: Callable  # (x, x0, sigma, after, previous, noise) -> x
-    steps: list[
-        tuple[float, float, float]
-    ]  # (sigma, the next sigma, the timestep at which the UNet is called)
+    # (sigma, the next sigma, the timestep at which the UNet is called)
+    steps: list[tuple[float, float, float]]
     start: float  # what the first noise is multiplied by
 
 

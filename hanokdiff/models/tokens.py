@@ -78,12 +78,10 @@ class Text:
                 f"{word[:40]!r} has {len(ids)} tokens, more than the {self.length - 2} of a prompt; "
                 "choose another pseudo word"
             )
-        others = {
-            w: own for w, own in self.words.items() if same_word(w) != same_word(word)
-        }  # the last one given has the word
-        self.words = dict(
-            sorted({**others, word: ids}.items(), key=lambda item: -len(item[0]))
-        )  # longest first
+        # the last one given has the word
+        others = {w: own for w, own in self.words.items() if same_word(w) != same_word(word)}
+        # longest first
+        self.words = dict(sorted({**others, word: ids}.items(), key=lambda item: -len(item[0])))
         self._cache.clear()
         return ids
 
@@ -152,9 +150,8 @@ class Text:
         """A prompt as chunks of at most 75 ids with their weights."""
         units: list = []
         for piece in parse_emphasis(self._mark(prompt)):
-            units += (
-                [(u, piece[1]) for u in self._units(self._mark(piece[0]))] if piece else [None]
-            )  # such as \[V\]
+            # such as \[V\]
+            units += [(u, piece[1]) for u in self._units(self._mark(piece[0]))] if piece else [None]
         return split_chunks(units, self.length - 2, self._tokens(",")[0])
 
     # ----------------------------------------------------------------------------------------- ids to context

@@ -189,6 +189,7 @@ NOT_NEGATIVE = (
     "prior_weight",
     "text_steps",
 )
+# a slip of the finger; ranks: the widest layer's width
 MOST = {
     "steps": 10_000_000,
     "batch_size": 4096,
@@ -197,7 +198,7 @@ MOST = {
     "vectors": MOST_VECTORS,
     "class_images": 100_000,
     "resolution": LARGEST_SIDE,
-}  # a slip of the finger; ranks: the widest layer's width
+}
 
 
 def check_training(args) -> None:

@@ -63,9 +63,8 @@ def load_photos(
         log(summary(photos, "drawn photos of a hanok") + held_out_note(validation_photos))
         return photos, validation_photos
     files = photo_files(Path(source))
-    validation_photos, _ = read_until(
-        held_out, files[::-1], resolution, lambda _: None
-    )  # what is unreadable is reported below
+    # those that cannot be read are reported below
+    validation_photos, _ = read_until(held_out, files[::-1], resolution, lambda _: None)
     aside = {photo.name for photo in validation_photos}
     photos, unreadable = read_until(images, [f for f in files if f.name not in aside], resolution, log)
     if len(photos) < (images or 1) or len(validation_photos) < held_out:
@@ -163,9 +162,8 @@ def prepare_captions(
     photos: list[Photo], token: str, replace: str, caption: str, log: Log = print
 ) -> list[str]:
     """A prompt per photo: its caption with the phrase `replace` become the pseudo word; else `caption`."""
-    pattern = (
-        word_pattern(replace) if replace.strip() else re.compile("(?!)")
-    )  # no phrase: match nothing at all
+    # no phrase: match nothing at all
+    pattern = word_pattern(replace) if replace.strip() else re.compile("(?!)")
     swapped = [p.caption and pattern.subn(lambda _: token, p.caption) for p in photos]  # (text, count), None
     own, default = [s for s in swapped if s], caption.replace("{token}", token)
     if own and replace:

@@ -2,7 +2,8 @@
 it.
 
 Drawn once and kept in runs/class/MODEL, one PNG per prompt and seed: a run that is stopped loses none, and
-the next run finds them.  A few hundred cost minutes on a GPU; their time is reported apart from the training's.
+the next run finds them.  A few hundred cost minutes on a GPU; their time is reported apart from the
+training's.
 """
 
 import hashlib

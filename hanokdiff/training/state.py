@@ -14,13 +14,8 @@ import torch
 
 from hanokdiff.files import read_json, replacing, write_text
 
-HARMLESS = (
-    "device",
-    "checkpointing",
-    "compile",
-    "save_every",
-    "preview_every",
-)  # change results by rounding at most
+# change results by rounding at most
+HARMLESS = ("device", "checkpointing", "compile", "save_every", "preview_every")
 
 
 def state_files(out: Path) -> list[Path]:
