@@ -544,8 +544,8 @@ convert word.safetensors word-too.safetensors
 TRAINING = (
     "--steps 1 --preview-every 0 --device cpu"  # so that a mistake that is not noticed does not take minutes
 )
-REASONS = r"\((?:Torch not|Found no NVIDIA|CUDA error|CUDA driver|We couldn't|Cannot find|Error "
-r"while).*?\)(?=[;,:])"
+LIBRARY = "Torch not|Found no NVIDIA|CUDA error|CUDA driver|We couldn't|Cannot find|Error while"
+REASONS = rf"\((?:{LIBRARY}).*?\)(?=[;,:])"
 
 
 def rows() -> dict[str, str]:

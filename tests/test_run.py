@@ -514,9 +514,8 @@ def test_divergence_goes_back_once_at_half_the_rate(tmp_path, capsys):
 
 
 def test_divergence_for_ever_stops(tmp_path, capsys):
-    told = r"no longer finite at step 20; the last good state is in .*; go on with --resume .* --force and "
-    r"a lower --lr"
-    with pytest.raises(ValueError, match=told):
+    message = "no longer finite at step 20; the last good state is in .*; go on with --resume .* --force and"
+    with pytest.raises(ValueError, match=message):
         toy(tmp_path, steps=60, losses=broken(lambda s: s >= 13), save_every=5)
     assert capsys.readouterr().out.count("back to step 10") == 1
     files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
