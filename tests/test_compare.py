@@ -384,8 +384,12 @@ def test_ctrl_c_reaches_the_child_once(tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
 
     (tmp_path / "log.txt").touch()
-    threading.Thread(target=press, daemon=True).start()
-    code, seconds, peak, stopped = run.process([sys.executable, "-c", child], tmp_path)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in a shell's background it is ignored
+    try:
+        threading.Thread(target=press, daemon=True).start()
+        code, seconds, peak, stopped = run.process([sys.executable, "-c", child], tmp_path)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert code == 130 and stopped and 0.2 < seconds < 25
     assert (tmp_path / "log.txt").read_text().count("stopped") == 1
     assert sys.platform != "linux" or 1e6 < peak < 1e8  # the child's own, not this process's

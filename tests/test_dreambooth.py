@@ -26,7 +26,7 @@ from hanokdiff.formats import folder as layout
 from hanokdiff.formats.load import load_model
 from hanokdiff.formats.tokenizer import save_tokenizer
 from hanokdiff.models.pipeline import StableDiffusion
-from hanokdiff.training import prior
+from hanokdiff.training import args, prior
 from hanokdiff.training.dataset import LatentDataset
 from hanokdiff.training.noise import Batch
 from hanokdiff.training.trainer import Trainer
@@ -148,7 +148,8 @@ def first_step(made, photos, *more) -> SimpleNamespace:
 
     old_update = Trainer.backward
     with pytest.MonkeyPatch.context() as patch, pytest.raises(EnoughError):
-        patch.setattr(train_dreambooth, "LatentDataset", Shots)
+        for module in (args, train_dreambooth):  # the photos, then the class pictures
+            patch.setattr(module, "LatentDataset", Shots)
         patch.setattr(Trainer, "backward", update)
         patch.setattr(Trainer, "_optimizer_step", finish)
         train_dreambooth.main(arguments(made, photos, "never", *more))

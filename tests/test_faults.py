@@ -12,7 +12,7 @@ import clipscore
 from hanokdiff import caption
 from hanokdiff.compare import report
 from hanokdiff.errors import one_line
-from hanokdiff.files import replacing, write_json
+from hanokdiff.files import replacing, write_json, write_text
 from hanokdiff.formats import embedding_file, hypernet_file, lora_file, single_file
 from hanokdiff.formats.folder import save_folder
 from hanokdiff.formats.load import load_model
@@ -62,7 +62,7 @@ WRITERS = {
     "single file": ("a.safetensors", lambda sd, p, v: single_file.write(
         p, sd.unet, sd.vae, sd.text.encoder, sd.schedule, torch.float32 if v else torch.float16)),
     "caption": ("a.txt", lambda sd, p, v: caption.write(p, f"{v} " * 5000)),
-    "scores": ("a.csv", lambda sd, p, v: clipscore.write(p, clipscore.as_csv([{"a": v}] * 5000))),
+    "scores": ("a.csv", lambda sd, p, v: write_text(p, clipscore.as_csv([{"a": v}] * 5000))),
     "picture": ("a.png", lambda sd, p, v: picture(p, v)),
 }  # fmt: skip
 

@@ -148,7 +148,7 @@ def test_even_words_are_the_same_words(words, dtype):
         normal(2, 4, n, 8, seed=i, dtype=dtype).requires_grad_(True) for i, n in enumerate((9, words, words))
     )
     longer = memory.pad_keys(k, v)
-    assert len(longer) == (2 if words == 80 else 3) and longer[0].shape[2] == -(-words // 16) * 16
+    assert (longer[2] is None) == (words == 80) and longer[0].shape[2] == -(-words // 16) * 16
     a, b = both(
         lambda q, k, v: F.scaled_dot_product_attention(q, *memory.pad_keys(k, v)),
         F.scaled_dot_product_attention,
@@ -162,7 +162,7 @@ def test_even_words_are_the_same_words(words, dtype):
 
 def test_no_other_device_has_words_added():
     k = torch.empty(1, 2, 77, 8, device="meta")
-    assert memory.pad_keys(k, k) == (k, k)
+    assert memory.pad_keys(k, k) == (k, k, None)
 
 
 # --------------------------------------------------------------------------------------------- whole networks

@@ -555,7 +555,7 @@ def picture(sd) -> np.ndarray:
 
 
 def opened(path, **options) -> StableDiffusion:
-    return load_model(str(path), device="cpu", **{"say": None, **options})
+    return load_model(str(path), device="cpu", **{"log": None, **options})
 
 
 @pytest.mark.parametrize("where", ["tokenizer", "."])

@@ -159,10 +159,18 @@ class Hypernetwork(nn.Module):
             self._changed[side] = (x, key, changed)
         return changed
 
-    def reset_cache(self, *_) -> None:
-        """Before a forward pass: the graph of the last one is freed, and the weights may have changed."""
+    def before_forward(self, unet: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """A hook of the UNet's: drop what the last forward pass left, whose graph is freed and whose weights
+        may have changed. In training the context is changed here, outside of blocks that --checkpointing runs
+        twice."""
         self._changed.clear()
         self._cast.clear()
+        x, t, context = inputs
+        context = context.to(unet.conv_norm_out.weight.dtype)
+        if torch.is_grad_enabled():
+            for side in (0, 1):
+                self.change_context(context, side)
+        return x, t, context
 
     @torch.no_grad()
     def ratio(self, context: Tensor) -> float:
@@ -212,7 +220,7 @@ def insert(sd, hypernet: Hypernetwork) -> Hypernetwork:
         (path, wrap(sd.unet, path, lambda base: HypernetLinear(base, hypernet, side, is_cross)))  # noqa: B023
         for path, side, is_cross in kv_layers(sd)
     ]
-    hypernet.hook = sd.unet.register_forward_pre_hook(hypernet.reset_cache)
+    hypernet.hook = sd.unet.register_forward_pre_hook(hypernet.before_forward)
     return hypernet
 
 

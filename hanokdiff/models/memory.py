@@ -107,19 +107,20 @@ class Conv2d(nn.Conv2d):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, all (B, heads, N or T, d)."""
-    if mask is None and k.is_cpu:
+    if mask is None:
         k, v, mask = pad_keys(k, v)
+    mask = None if mask is None else mask.to(q.dtype)  # keys of half precision may have been made fp32 since
     return F.scaled_dot_product_attention(q, k, v, mask)
 
 
 def pad_keys(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys and values (B, heads, T, d) padded to 16, 32, 48 ... tokens, and a mask (1, 1, 1, T') over the
-    padding.
+    """Keys and values (B, heads, T, d), on a CPU padded to 16, 32, 48 ... tokens, and a mask (1, 1, 1, T')
+    over the padding.
 
     torch's CPU kernel computes in vectors of 16 and takes the rest of a row one by one: SD's 77 tokens cost
     more than 80 (docs/trials.py pad_keys)."""
     padding = -k.shape[2] % 16
-    if not padding:
+    if not (k.is_cpu and padding):
         return k, v, None
     mask = F.pad(k.new_zeros(1, 1, 1, k.shape[2]), (0, padding), value=-torch.inf)
     return F.pad(k, (0, 0, 0, padding)), F.pad(v, (0, 0, 0, padding)), mask
@@ -137,7 +138,7 @@ def project_kv(unet: nn.Module, context: Tensor) -> list[tuple]:
     context, out = context.to(unet.conv_norm_out.weight.dtype), []
     for attn in cross_attentions(unet):
         k, v = attn.split_heads(attn.to_k(context)), attn.split_heads(attn.to_v(context))
-        out.append(pad_keys(k, v) if k.is_cpu else (k, v, None))
+        out.append(pad_keys(k, v))
     return out
 
 
