@@ -107,7 +107,7 @@ class Conv2d(nn.Conv2d):
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, all (B, heads, N or T, d)."""
-    if mask is None:
+    if mask is None and k.shape[2] != q.shape[2]:  # to the words; a picture's positions fill their vectors
         k, v, mask = pad_keys(k, v)
     mask = None if mask is None else mask.to(q.dtype)  # keys of half precision may have been made fp32 since
     return F.scaled_dot_product_attention(q, k, v, mask)
