@@ -1,5 +1,5 @@
 """Whole models on disk: the folder layout of diffusers, read and written (one file for all: see
-singlefile.py).
+single_file.py).
 
     model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/
 
@@ -26,7 +26,7 @@ PARTS = {  # folder -> file name without its ending, as diffusers and transforme
     "text_encoder": "model",
 }
 ERRORS = (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
-SINGLE_FILES = (".safetensors", ".ckpt")  # what singlefile.py reads
+SINGLE_FILES = (".safetensors", ".ckpt")  # what single_file.py reads
 
 
 def find_model(model: str) -> Path:

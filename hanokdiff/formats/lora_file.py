@@ -125,7 +125,7 @@ def metadata(
 
 
 def read_file(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]:
-    """A file in any spelling that lorafile.py knows: {kohya name: {"down", "up", "alpha"}} and the file's
+    """A file in any spelling that lora_names.py knows: {kohya name: {"down", "up", "alpha"}} and the file's
     metadata. A module without "alpha" has alpha = rank. Other kinds of file are named and refused."""
     path = Path(path)
     tensors, metadata = _open(path)

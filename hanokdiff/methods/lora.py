@@ -3,7 +3,7 @@
     y = W x + scale * up(down(x)),     scale = alpha / rank,     down: in -> rank,  up: rank -> out
 
 W is frozen; `up` starts at zero, so step 0 is exactly the base model.  The file format is kohya's: every tool
-reads it. Other tools' files are read too, whatever they call the tensors (lorafile.py), and diffusers' layout
+reads it. Other tools' files are read too, whatever they call the tensors (formats/lora_names.py), and diffusers' layout
 can be written.
 """
 
@@ -131,6 +131,3 @@ def unmerge(sd, before: dict[str, Tensor]) -> None:
     for name, weight in before.items():
         network, path = places[name]
         base_layer(network.get_submodule(path)).weight = weight
-
-
-# --------------------------------------------------------------------------------------------------- the file
