@@ -1,13 +1,10 @@
-"""Hypernetworks: small networks that change what goes into attention's keys and values (Kurumuz 2022; the
-WebUI's are the standard).
+"""Hypernetworks: small networks that change what goes into attention's keys and values.
 
-    keys   = to_k(x + strength f_K(x))          f: Linear, activation, Linear ... residual, so f = 0 is the
-                                                base model
-    values = to_v(x + strength f_V(x))
+    keys   = to_k(x + strength f_K(x))       f: Linear, activation, Linear ...; f = 0 is the base model
+    values = to_v(x + strength f_V(x))       Kurumuz 2022; the WebUI's are the standard
 
-x is the context of the words in cross-attention (width 768 in SD 1.x), the picture's own tokens in
-self-attention (320, 640, 1280); one pair (f_K, f_V) serves all layers of a width.  The file format is the
-WebUI's .pt.
+x is the prompt's context in cross-attention (width 768 in SD 1.x), the picture's own tokens in self-attention
+(320, 640, 1280); one pair (f_K, f_V) serves all layers of a width.
 """
 
 from collections.abc import Iterator

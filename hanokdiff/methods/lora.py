@@ -3,8 +3,8 @@
     y = W x + scale * up(down(x)),     scale = alpha / rank,     down: in -> rank,  up: rank -> out
 
 W is frozen; `up` starts at zero, so step 0 is exactly the base model.  The file format is kohya's: every tool
-reads it. Other tools' files are read too, whatever they call the tensors (formats/lora_names.py), and diffusers' layout
-can be written.
+reads it. Other tools' files are read too, whatever they call the tensors (formats/lora_names.py), and
+diffusers' layout can be written.
 """
 
 import math
