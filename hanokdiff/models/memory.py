@@ -7,7 +7,7 @@ backward pass for a few per cent more memory traffic and no matrix product (on a
     geglu       a * gelu(b): keeps (a, b), one tensor; torch keeps gelu(b) as well
     Conv2d      a frozen one keeps nothing of what went in; torch keeps it all (its issue 133566)
 
-`even`, at the end, is for a CPU's time instead.
+`pad_keys`, `project_kv` and `given_kv` save time instead.
 
 Results and gradients are those of torch's own operations, on a CPU the first two's to the bit; there, where
 memory is plenty and making it again costs 3 to 10 % of a step, torch's own are used. Where all that is not

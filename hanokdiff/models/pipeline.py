@@ -1,10 +1,8 @@
 """Stable Diffusion in one object: text encoder, UNet, autoencoder and schedule.
 
-    sd = load("tiny")                                            # or a folder, a single file, a hub id
+    sd = load_model("tiny")    # hanokdiff.formats.load; or a folder, a single file, a hub id
     for x in sd.sample(["a castle in the snow"], seeds=[0]): ...
     sd.pictures(x)[0].save("castle.png")
-
-This is the only place that chooses the device and the precision.
 """
 
 from collections.abc import Iterator
