@@ -1,8 +1,8 @@
 """Stable Diffusion in one object: text encoder, UNet, autoencoder and schedule.
 
-    sd = load_model("tiny")    # hanokdiff.formats.load; or a folder, a single file, a hub id
-    for x in sd.sample(["a castle in the snow"], seeds=[0]): ...
-    sd.pictures(x)[0].save("castle.png")
+sd = load_model("tiny")    # hanokdiff.formats.load; or a folder, a single file, a hub id
+for x in sd.sample(["a castle in the snow"], seeds=[0]): ...
+sd.pictures(x)[0].save("castle.png")
 """
 
 from collections.abc import Iterator
