@@ -62,7 +62,7 @@ def sample(
     for sigma, after, t in steps:  # from much noise to none
         x_t = x * (sigma**2 + 1) ** -0.5  # scaled as the UNet was trained
         t = torch.full((1,), t, device=x.device)
-        with given_kv(sd.unet, kv):
+        with given_kv(kv):
             pred = sd.unet(torch.cat([x_t, x_t]) if guided else x_t, t, context)
         if guided:
             uncond, cond = pred.chunk(2)

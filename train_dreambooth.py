@@ -41,15 +41,12 @@ from hanokdiff.training.args import (
 from hanokdiff.training.dataset import LatentDataset
 from hanokdiff.training.trainer import Trainer
 
-# What the class pictures show is not forgotten: the tiny world's show campfires, smoke and floods too, but no
-# fire.
+# the tiny world's class pictures show campfires, smoke and floods too, but no fire
 DEFAULTS = {
     "tiny": dict(steps=300, batch_size=8, lr=1e-3, text_lr=1e-3, word_lr=2e-2, text_steps=None,
-        class_images=64,
-                 min_snr=5.0, save_every=100, preview_every=150),
+                 class_images=64, min_snr=5.0, save_every=100, preview_every=150),
     "sd": dict(steps=800, batch_size=4, lr=2e-6, text_lr=1e-6, word_lr=1e-4, text_steps=None,
-        class_images=200,
-               min_snr=0.0, save_every=400, preview_every=200),
+               class_images=200, min_snr=0.0, save_every=400, preview_every=200),
 }  # fmt: skip
 
 

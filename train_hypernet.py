@@ -33,14 +33,12 @@ from hanokdiff.training.args import (
 )
 from hanokdiff.training.trainer import Trainer
 
-# the tiny UNet listens to the words at one level only, so there its own tokens are rewritten too
+# the tiny UNet has cross-attention at one level only, so there self-attention is changed too
 DEFAULTS = {
     "tiny": dict(steps=350, batch_size=8, lr=4e-3, widths="all", layers=[1, 2, 1], activation="relu",
-        min_snr=5.0,
-                 save_every=100, preview_every=175),
+                 min_snr=5.0, save_every=100, preview_every=175),
     "sd": dict(steps=3000, batch_size=4, lr=1e-5, widths="context", layers=[1, 2, 1], activation="relu",
-        min_snr=0.0,
-               save_every=500, preview_every=500),
+               min_snr=0.0, save_every=500, preview_every=500),
 }  # fmt: skip
 
 
@@ -48,7 +46,7 @@ def options():
     parser, method = training_parser(__doc__, DEFAULTS)
     method(
         "--widths",
-        "what is rewritten: the words' context, or the picture's own tokens too, as in the WebUI",
+        "what is changed: the prompt's context, or self-attention's input too, as in the WebUI",
         choices=("context", "all"),
     )
     method("--layers", "of each network, as multiples of the width", type=float, nargs="+")

@@ -33,8 +33,7 @@ from hanokdiff.training.trainer import Trainer
 
 DEFAULTS = {  # the tiny UNet attends at one level only, so there the convolutions learn too
     "tiny": dict(steps=350, batch_size=8, lr=2e-3, rank=16, alpha=None, targets="attention+ff+conv",
-        min_snr=5.0,
-                 save_every=100, preview_every=175),
+                 min_snr=5.0, save_every=100, preview_every=175),
     "sd": dict(steps=1500, batch_size=4, lr=1e-4, rank=8, alpha=None, targets="attention", min_snr=0.0,
                save_every=500, preview_every=500),
 }  # fmt: skip

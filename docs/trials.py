@@ -38,9 +38,10 @@ def network(sd, side: int, batch: int, steps: int = 1, given: bool = True, padde
     with torch.inference_mode():
         kv = memory.project_kv(sd.unet, context) if given else []
         if not padded:
-            kv = [(k[:, :, :77], v[:, :, :77], torch.zeros(1, 1, 1, 77)) for k, v, _ in kv]
+            none = torch.zeros(1, 1, 1, 77)  # a mask that masks nothing: no padding instead
+            kv = [(attn, (k[:, :, :77], v[:, :, :77], none)) for attn, (k, v, _) in kv]
     while True:
-        with torch.inference_mode(), memory.given_kv(sd.unet, kv):
+        with torch.inference_mode(), memory.given_kv(kv):
             for _ in range(steps):
                 sd.unet(x, torch.tensor([500.0]), context)
         yield

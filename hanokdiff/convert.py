@@ -137,8 +137,8 @@ def kohya_metadata(loras: dict[str, dict[str, Tensor]]) -> dict[str, str]:
     ranks = {len(t["down"]) for t in loras.values()}
     alphas = {float(t.get("alpha", len(t["down"]))) for t in loras.values()}
     # these take in the words' width
-    listens = ("attn2_to_k", "attn2_to_v", "q_proj", "k_proj", "v_proj", "fc1")
-    v2 = any(t["down"].shape[1] == 1024 for n, t in loras.items() if n.endswith(listens))
+    context_layers = ("attn2_to_k", "attn2_to_v", "q_proj", "k_proj", "v_proj", "fc1")
+    v2 = any(t["down"].shape[1] == 1024 for n, t in loras.items() if n.endswith(context_layers))
     one = {"ss_network_dim": ranks, "ss_network_alpha": alphas}
     return {
         "ss_network_module": "networks.lora",

@@ -28,9 +28,8 @@ def report_errors(main: Callable) -> Callable:
     @functools.wraps(main)
     def wrapper(argv=None) -> int:
         warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
-        if hasattr(
-            sys.stdout, "reconfigure"
-        ):  # piped on Korean Windows it is cp949, which lacks most of Unicode
+        # piped on Korean Windows it is cp949, which lacks most of Unicode
+        if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")
         made.clear()
         Options.names = []

@@ -8,9 +8,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import that reads it: tests never touch the network
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # pytest -n 2: a core for each, also for the processes that tests start
+# pytest -n 2: a core for each, also for the processes that tests start
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json

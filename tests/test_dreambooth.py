@@ -458,11 +458,8 @@ def test_class_pictures_are_drawn_once(painter, tmp_path):
     before = listing(root)
     assert same(prior.pictures(painter, texts, 7, 32, 7, root)[0], seven) and len(painter.drawn) == 17
     assert file.exists() and before.items() < listing(root).items()
-    for change in (
-        dict(seed=8),
-        dict(resolution=40),
-        dict(texts=["a barn"]),
-    ):  # seed 8: its first two are there
+    # seed 8: its first two are there
+    for change in (dict(seed=8), dict(resolution=40), dict(texts=["a barn"])):
         count = len(painter.drawn)
         options = {**dict(texts=texts[:1], n=1, resolution=32, seed=7, root=root), **change}
         prior.pictures(painter, **options)

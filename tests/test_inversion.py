@@ -313,9 +313,8 @@ def test_every_layout_is_read(tmp_path, sd, kind, old, dims):
         save_file(content, file, {"ss_steps": "7"})
     else:
         torch.save(content, file, _use_new_zipfile_serialization=not old)
-    if (
-        kind == "paper" and old
-    ):  # newer than that container; there torch asks for a class where it allows none
+    # newer than that container; there torch asks for a class where it allows none
+    if kind == "paper" and old:
         return refused(lambda: embedding_file.read_file(file), file, "could be any code", ".safetensors")
     found, out, metadata = embedding_file.read_file(file)
     assert (

@@ -253,8 +253,8 @@ def test_keys_and_values_may_be_computed_once(sd1):
     with torch.no_grad():
         whole = sd.unet(x, t, context)
         kv = memory.project_kv(sd.unet, context)
-        assert len(kv) == 16 and kv[0][0].shape[2] == 80  # 77 tokens padded: see pad_keys
-        with memory.given_kv(sd.unet, kv):
+        assert len(kv) == 16 and kv[0][1][0].shape[2] == 80  # 77 tokens padded: see pad_keys
+        with memory.given_kv(kv):
             assert torch.equal(sd.unet(x, t, torch.zeros_like(context)), whole)
             assert (sd.unet(x, t[:1], context) - whole).abs().max() < 1e-5
         assert torch.equal(sd.unet(x, t, context), whole)

@@ -45,9 +45,8 @@ def read_file(path: Path) -> tuple[str, Tensor, dict]:
     if path.suffix == ".safetensors":
         content, metadata = read_safetensors(path, "embedding")
     else:
-        with torch.serialization.safe_globals(
-            [nn.ParameterDict]
-        ):  # a table of tensors, in the paper's own files
+        # a table of tensors, in the paper's own files
+        with torch.serialization.safe_globals([nn.ParameterDict]):
             content = read_pt(path, "embedding")
     word, vectors = find_vectors(content, path)
     if vectors.dim() == 1:

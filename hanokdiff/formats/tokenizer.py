@@ -94,9 +94,8 @@ def tokenizer_folder(name: str, cached: bool) -> Path | None:
         try:
             patterns = [*files, *(f"tokenizer/{f}" for f in files)]
             folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=cached))
-        except (
-            Exception
-        ):  # not in the cache, offline, unknown id, no permission: the hub has a class for each
+        # not in the cache, offline, unknown id, no permission: the hub has a class for each
+        except Exception:
             return None
     return next((place for place in (folder / "tokenizer", folder) if has_tokenizer(place)), None)
 

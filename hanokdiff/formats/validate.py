@@ -85,6 +85,6 @@ def check_fit(unet, text, source) -> None:
         )
     if text.hidden_size != unet.cross_attention_dim:
         raise ValueError(
-            f"{source}: the text encoder is {text.hidden_size} wide, but the UNet listens to "
+            f"{source}: the text encoder is {text.hidden_size} wide, but the UNet takes "
             f"{unet.cross_attention_dim}"
         )

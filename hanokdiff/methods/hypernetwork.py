@@ -147,8 +147,7 @@ class Hypernetwork(nn.Module):
         return x + self.strength * torch.func.functional_call(f, self._cast[key], (x,))
 
     def change_context(self, x: Tensor, side: int) -> Tensor:
-        """The same for the prompt's context, which all cross-attentions share: computed for the first of them
-        only."""
+        """The same for the prompt's context, which all cross-attentions share: computed once."""
         key = (self.strength, self.training, torch.is_grad_enabled())
         seen, seen_key, changed = self._changed.get(side, (None, None, None))
         if seen is not x or seen_key != key:

@@ -2,9 +2,7 @@
 
     y = W x + scale * up(down(x)),     scale = alpha / rank,     down: in -> rank,  up: rank -> out
 
-W is frozen; `up` starts at zero, so step 0 is exactly the base model.  The file format is kohya's: every tool
-reads it. Other tools' files are read too, whatever they call the tensors (formats/lora_names.py), and
-diffusers' layout can be written.
+W is frozen; `up` starts at zero, so step 0 is exactly the base model.  The file: formats/lora_file.py.
 """
 
 import math
@@ -29,9 +27,9 @@ TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 class LoRA(nn.Module):
     """A Linear or Conv2d (or a LoRA around one) and its low-rank change.
 
-    down    (rank, in) or (rank, in, kh, kw), Kaiming-uniform;  up  (out, rank) or (out, rank, 1, 1), zeros:
-                                                                    fp32
-    strength    scales the change once more, when sampling"""
+    down      (rank, in) or (rank, in, kh, kw), fp32, Kaiming-uniform
+    up        (out, rank) or (out, rank, 1, 1), fp32, zeros
+    strength  scales the change once more, when sampling"""
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, strength: float = 1.0):
         super().__init__()

@@ -3,7 +3,7 @@
     v* = argmin_v  E || eps - eps_theta(x_t, t, prompt(v)) ||^2         equation 2: only v (n, D) is trained
 
 The rows of v lie beyond the vocabulary in a parameter of their own; the token table itself is never touched,
-so no other word can move.  Two file formats: diffusers' .safetensors {word: (n, D)}, and the WebUI's .pt.
+so no other word can move.  The file: formats/embedding_file.py.
 """
 
 import contextlib
@@ -31,11 +31,9 @@ class ExtendedEmbedding(nn.Module):
 
     def current(self) -> Tensor:
         """The vectors as they are used (n, D): with hold_norm, at their initial norm."""
-        return (
-            self.vectors * (self.norms / self.vectors.norm(dim=1, keepdim=True))
-            if self.hold_norm
-            else self.vectors
-        )
+        if not self.hold_norm:
+            return self.vectors
+        return self.vectors * (self.norms / self.vectors.norm(dim=1, keepdim=True))
 
     def forward(self, ids: Tensor) -> Tensor:
         own = (ids >= self.first_id) & (ids < self.first_id + len(self.vectors))

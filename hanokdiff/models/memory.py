@@ -1,4 +1,4 @@
-"""The same numbers for less memory: layers that keep less of the forward pass for the backward pass.
+"""Less memory, and some time: layers that keep less of the forward pass for the backward pass.
 
 Autograd keeps what each operation asks for. Three of them can do with less, and make the rest again in the
 backward pass for a few per cent more memory traffic and no matrix product (on a GPU; see below for a CPU):
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_twice
 
-ON_CPU = False  # tests look at all of a network in this way on a CPU
+ON_CPU = False  # tests switch the functions below on, on a CPU
 
 
 def keeps_for_backward(x: Tensor) -> bool:
@@ -126,33 +126,29 @@ def pad_keys(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     return F.pad(k, (0, 0, 0, padding)), F.pad(v, (0, 0, 0, padding)), mask
 
 
-def cross_attentions(unet: nn.Module) -> list[nn.Module]:
-    return [module for name, module in unet.named_modules() if name.endswith(".attn2")]
-
-
 def project_kv(unet: nn.Module, context: Tensor) -> list[tuple]:
-    """Each cross-attention's keys, values and mask for a context (B, T, D), computed once for all steps of a
+    """[(cross-attention, (keys, values, mask))] for a context (B, T, D), computed once for all steps of a
     sampler. Of a compiled network nothing: it would be compiled again for every prompt."""
     if getattr(unet, "compiled", False):
         return []
-    context, out = context.to(unet.conv_norm_out.weight.dtype), []
-    for attn in cross_attentions(unet):
-        k, v = attn.split_heads(attn.to_k(context)), attn.split_heads(attn.to_v(context))
-        out.append(pad_keys(k, v))
-    return out
+    context = context.to(unet.conv_norm_out.weight.dtype)
+    cross_attentions = [module for name, module in unet.named_modules() if name.endswith(".attn2")]
+    return [
+        (attn, pad_keys(attn.split_heads(attn.to_k(context)), attn.split_heads(attn.to_v(context))))
+        for attn in cross_attentions
+    ]
 
 
 @contextlib.contextmanager
-def given_kv(unet: nn.Module, kv: list[tuple]) -> Iterator[None]:
+def given_kv(projected: list[tuple]) -> Iterator[None]:
     """Inside, each cross-attention takes its keys and values from `project_kv` instead of projecting the
     context."""
-    layers = cross_attentions(unet) if kv else []
-    for attn, held in zip(layers, kv, strict=True):
-        attn.forward = functools.partial(_attend_to, attn, held)
+    for attn, kv in projected:
+        attn.forward = functools.partial(_attend_to, attn, kv)
     try:
         yield
     finally:
-        for attn in layers:
+        for attn, _ in projected:
             del attn.forward
 
 

@@ -106,7 +106,7 @@ class StableDiffusion:
             kv = project_kv(self.unet, context)
 
         def denoise(x: Tensor, sigma: float, t: float) -> Tensor:
-            with given_kv(self.unet, kv):
+            with given_kv(kv):
                 pred = self.guided(x, sigma, t, context, cfg)
             return self.schedule.predict_x0(x, pred, sigma)
 

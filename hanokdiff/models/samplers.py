@@ -104,9 +104,8 @@ def sigmas_and_timesteps(name: str, schedule: Schedule, steps: int) -> tuple[lis
     table = np.sqrt((1 - a) / a)  # sigma at every timestep, rising
     ts = timesteps(s, schedule, steps)
     sigmas = np.interp(ts, np.arange(len(table)), table)
-    if (
-        s.karras
-    ):  # Karras et al. 2022, equation 5, rho 7; diffusers spans what the timesteps above span, 2M the table
+    # Karras et al. 2022, equation 5, rho 7; diffusers spans what the timesteps above span, 2M the table
+    if s.karras:
         high, low = (table[-1], table[0]) if s.step is dpmpp_2m else (sigmas[0], sigmas[-1])
         ramp = np.linspace(0, 1, steps)
         sigmas = (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7

@@ -1,5 +1,4 @@
-"""Words to context: the library's CLIP tokenizer, our own CLIP text encoder (Radford et al. 2021,
-arXiv:2103.00020).
+"""Prompts to context: transformers' CLIP tokenizer, the pseudo word, and the text encoder.
 
 A pseudo word is cut out of the text before the tokenizer sees it.  CLIP's tokenizer fuses runs of
 punctuation: in "*, fire" it sees one symbol "*,", which is not the "*" that was trained, and the prompt
@@ -19,6 +18,8 @@ from torch import Tensor
 from hanokdiff.models import memory
 from hanokdiff.models.prompt import parse_emphasis, split_chunks
 from hanokdiff.models.text_encoder import TextEncoder
+
+MOST_VECTORS = 75  # of a pseudo word: a chunk of a prompt has room for no more
 
 # -------------------------------------------------------------------------------------------- the pseudo word
 
@@ -78,7 +79,7 @@ class Text:
                 f"{word[:40]!r} has {len(ids)} tokens, more than the {self.length - 2} of a prompt; "
                 "choose another pseudo word"
             )
-        # the last one given has the word
+        # the word given last replaces an earlier one
         others = {w: own for w, own in self.words.items() if same_word(w) != same_word(word)}
         # longest first
         self.words = dict(sorted({**others, word: ids}.items(), key=lambda item: -len(item[0])))
@@ -150,7 +151,7 @@ class Text:
         """A prompt as chunks of at most 75 ids with their weights."""
         units: list = []
         for piece in parse_emphasis(self._mark(prompt)):
-            # such as \[V\]
+            # an escaped \[V\] is found only now
             units += [(u, piece[1]) for u in self._units(self._mark(piece[0]))] if piece else [None]
         return split_chunks(units, self.length - 2, self._tokens(",")[0])
 
@@ -197,6 +198,3 @@ class Text:
                 trained = " or ".join(f'"{w}"' for w in self.words)
                 message = f'the prompt "{prompt}" does not contain {trained}, the word that was trained'
                 warnings.warn(message, stacklevel=2)
-
-
-MOST_VECTORS = 75  # vectors: what a chunk of a prompt has room for

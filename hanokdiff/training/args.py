@@ -98,97 +98,52 @@ class Parser(Options):
 def training_parser(doc: str, defaults: dict[str, dict]) -> tuple[Parser, Callable]:
     """A parser with the options that all four methods have; returns it and a function that adds one more."""
     p = Parser(doc, defaults)
-    photos, train, out = (p.add_argument_group(g) for g in ("model and data", "training", "output"))
-    o = p.option
-    o(photos, "--model", '"tiny", a folder, a .safetensors or .ckpt file or a hub id', default="tiny")
-    o(photos, "--tokenizer", "of a single-file model: a folder or hub id")
-    o(
-        photos,
-        "--prediction",
-        "what the model predicts, if it is silent or wrong about it",
-        choices=("epsilon", "v_prediction"),
+
+    def group(title: str) -> Callable:
+        return functools.partial(p.option, p.add_argument_group(title))
+
+    data, train, out = group("model and data"), group("training"), group("output")
+    data("--model", '"tiny", a folder, a .safetensors or .ckpt file or a hub id', default="tiny")
+    data("--tokenizer", "of a single-file model: a folder or hub id")
+    data("--prediction", "if the model is silent or wrong about it", choices=("epsilon", "v_prediction"))
+    data("--data", "photos, captions beside as NAME.txt (default with tiny: the drawn hanok)", type=Path)
+    data("--images", "the first N photos of one fixed, nested order", type=int)
+    data("--token", "the pseudo word", default="*")
+    data("--replace", "becomes the pseudo word in captions, any case", default="a building with a roof")
+    data("--caption", "caption of photos without one", default="a photo of {token}")
+    data("--held-out", "do not train on the last N photos, but log their loss", type=int, default=0)
+    data("--literal-tokens", "leave the pseudo word to the tokenizer, which fuses *,", action="store_true")
+    data("--resolution", "side in pixels (default: the model's own)", type=int)
+    data("--flip", "mirror every other photo", action="store_true", default=False)
+    train("--steps", "optimiser steps", type=int)
+    train("--batch-size", "photos a step", type=int)
+    train("--micro-batch", "photos at once; gradients add up (default: all)", type=int, default=0)
+    train("--lr", "learning rate", type=float)
+    train("--min-snr", "gamma of the min-SNR weight, 0 for none", type=float)
+    train("--seed", "seed of everything random", type=int, default=0)
+    train("--device", "cuda, cpu, ... (default: the first GPU, else the CPU)")
+    train("--dtype", "precision of what is frozen: auto, fp32, bf16 or fp16", default="auto")
+    train(
+        "--checkpointing", "run blocks again in the backward pass: slower, less memory", action="store_true"
     )
-    o(
-        photos,
-        "--data",
-        "folder of photos, captions beside as NAME.txt (default with tiny: the drawn hanok)",
-        type=Path,
-    )
-    o(photos, "--images", "the first N photos of one fixed, nested order", type=int)
-    o(photos, "--token", "the pseudo word", default="*")
-    o(
-        photos,
-        "--replace",
-        "what in the captions becomes the pseudo word, any case",
-        default="a building with a roof",
-    )
-    o(photos, "--caption", "caption of photos without one", default="a photo of {token}")
-    o(
-        photos,
-        "--held-out",
-        "learn not from the last N photos, but log their loss, always at the same noise",
-        type=int,
-        default=0,
-    )
-    o(
-        photos,
-        "--literal-tokens",
-        "leave the pseudo word to the tokenizer, which fuses *,",
-        action="store_true",
-    )
-    o(photos, "--resolution", "side in pixels (default: the model's own)", type=int)
-    o(photos, "--flip", "mirror every other photo", action="store_true", default=False)
-    o(train, "--steps", "optimiser steps", type=int)
-    o(train, "--batch-size", "photos a step", type=int)
-    o(
-        train,
-        "--micro-batch",
-        "photos at once; the rest of the batch follows (default: all)",
-        type=int,
-        default=0,
-    )
-    o(train, "--lr", "learning rate", type=float)
-    o(train, "--min-snr", "gamma of the min-SNR weight, 0 for none", type=float)
-    o(train, "--seed", "seed of everything random", type=int, default=0)
-    o(train, "--device", "cuda, cpu, ... (default: the first GPU, else the CPU)")
-    o(train, "--dtype", "precision of what is frozen: auto, fp32, bf16 or fp16", default="auto")
-    o(
-        train,
-        "--checkpointing",
-        "run each block again in the backward pass: a third slower, far less memory",
-        action="store_true",
-    )
-    o(
-        train,
-        "--compile",
-        "torch.compile of each block: minutes at the start, for long runs on a GPU",
-        action="store_true",
-    )
-    o(out, "--out", "folder of the run (default: runs/METHOD, numbered if taken)", type=Path)
-    o(out, "--save-every", "steps between saved states and files, 0 for none", type=int)
-    o(out, "--preview-every", "steps between preview pictures, 0 for none", type=int)
-    o(out, "--resume", "go on with the run in this folder", type=Path, metavar="FOLDER")
-    o(
-        out,
+    train("--compile", "torch.compile of each block: minutes at the start", action="store_true")
+    out("--out", "folder of the run (default: runs/METHOD, numbered if taken)", type=Path)
+    out("--save-every", "steps between saved states and files, 0 for none", type=int)
+    out("--preview-every", "steps between preview pictures, 0 for none", type=int)
+    out("--resume", "go on with the run in this folder", type=Path, metavar="FOLDER")
+    out(
         "--force",
-        "with --resume: accept other options and changed photos, and say which",
+        "with --resume: accept other options and changed photos, and print which",
         action="store_true",
     )
-    return p, functools.partial(o, p.add_argument_group("the method"))
+    return p, group("the method")
 
 
 POSITIVE = ("steps", "batch_size", "lr", "rank", "alpha", "vectors", "text_lr", "word_lr")
 NOT_NEGATIVE = (
-    "held_out",
-    "save_every",
-    "preview_every",
-    "micro_batch",
-    "min_snr",
-    "text_rank",
-    "class_images",
-    "prior_weight",
-    "text_steps",
-)
+    "held_out", "save_every", "preview_every", "micro_batch", "min_snr", "text_rank", "class_images",
+    "prior_weight", "text_steps",
+)  # fmt: skip
 # a slip of the finger; ranks: the widest layer's width
 MOST = {
     "steps": 10_000_000,

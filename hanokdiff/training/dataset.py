@@ -74,8 +74,7 @@ def load_photos(
         less = f"lower {asked.split()[0]} or " if asked and (photos or validation_photos) else ""
         raise ValueError(
             f"{asked + ', but ' if asked else ''}{source} has {len(photos) + len(validation_photos)} "
-            f"readable photos (and "
-            f"{len(unreadable)} unreadable); {less}add photos"
+            f"readable photos (and {len(unreadable)} unreadable); {less}add photos"
             + (f", or mend these: {unreadable[0]}" if unreadable else "")
         )
     bad = f"; {len(unreadable)} unreadable" if unreadable else ""
@@ -84,11 +83,8 @@ def load_photos(
 
 
 def held_out_note(validation_photos: list[Photo]) -> str:
-    return (
-        f"; {len(validation_photos)} held out: {', '.join(p.name for p in validation_photos)}"
-        if validation_photos
-        else ""
-    )
+    names = ", ".join(p.name for p in validation_photos)
+    return f"; {len(validation_photos)} held out: {names}" if names else ""
 
 
 def drawn_photos(draw: Callable, n: int, resolution: int, held_out: bool) -> list[Photo]:

@@ -4,7 +4,7 @@ every batch.
     torchrun --nproc_per_node=2 train_lora.py ...
 
 Every process loads the model and the photos itself, adds the others' gradients to its own and takes the same
-step, so all hold the same weights to the bit.  Process 0 alone writes files, draws previews and speaks.  What
+step, so all hold the same weights to the bit.  Process 0 alone writes files, draws previews and prints.  What
 the hosts agree upon goes over gloo and never waits for a GPU; gradients go over nccl between GPUs.
 """
 

@@ -77,9 +77,8 @@ class Trainer:
         self.out, self.trainable, self.steps, self.batch_size = out, trainable, steps, batch_size
         self.micro_batch, self.seed = micro_batch or batch_size, seed
         self.indices = distributed.shard(batch_size)
-        if (
-            distributed.RANK
-        ):  # the main process validates, draws and saves; the others wait in their next step
+        # the main process validates, draws and saves; the others wait in their next step
+        if distributed.RANK:
             save, preview, validate, metrics = lambda path: None, None, None, None
         self.save, self.save_every, self.artefact = save, save_every, artefact
         self.preview, self.preview_every = preview, preview_every

@@ -1,0 +1,155 @@
+"""Two checkouts side by side: what has a change changed that should change nothing? (docs/LOG.md, section 14)
+
+python docs/checkouts.py same OLD NEW       the same commands in both; every file that differs
+python docs/checkouts.py speed OLD NEW      hanokdiff.bench in turns; the new one's time over the old one's
+python docs/checkouts.py speed OLD NEW --works sample --sizes tiny --rounds 12 --batch-size 4
+
+One thread each, as a second core's help varies. `git worktree add ../old COMMIT` makes a checkout to compare
+with.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+TRAINING = (
+    "--images 4 --steps 8 --batch-size 3 --save-every 4 --preview-every 8 --device cpu --held-out 3 --seed 3"
+)
+TRAININGS = [
+    "train_ti.py --vectors 3 --hold-norm --out ti",
+    "train_ti.py --micro-batch 2 --flip --token sks --out ti2",
+    "train_lora.py --text-rank 2 --flip --micro-batch 2 --out lora",
+    "train_lora.py --rank 3 --alpha 2 --targets attention --min-snr 0 --out lora2",
+    "train_hypernet.py --dropout 0.3 --layer-norm --out hyper",
+    "train_hypernet.py --widths context --activation relu --out hyper2",
+    "train_dreambooth.py --class-images 5 --out db",
+    "train_dreambooth.py --class-images 0 --freeze-text --dtype bf16 --out db2",
+]
+SAMPLING = "--device cpu --seed 5 --steps 9"
+SAMPLERS = ("ddim", "euler", "euler_karras", "euler_a", "euler_a_karras", "dpmpp_2m", "dpmpp_2m_karras")
+SAMPLES = [
+    ["a castle in the snow", "a barn, (fire:1.3)", *"--n 2 --grid --out s1".split()],
+    *(["a tower at night", *f"--sampler {s} --n 2 --negative snow --out s-{s}".split()] for s in SAMPLERS),
+    ["*, fire", "* in the fire BREAK a house",
+     *"--lora lora/lora.safetensors:0.7 --hypernet hyper/hypernet.pt:0.5 --out s2".split()],
+    ["*, fire", *"--embedding ti/embedding.safetensors --cfg 1 --clip-skip 2 --out s3".split()],
+    ["* at night", *"--model db/model --size 80x64 --out s4".split()],
+    ["a tent", *"--init-image s1/00000-5.png --strength 0.6 --n 3 --batch-size 2 --out s5".split()],
+]  # fmt: skip
+OTHERS = [
+    "clipscore.py s1 --json c1.json --csv c1.csv",
+    "-m hanokdiff.convert lora/lora.safetensors diffusers.safetensors --to diffusers",
+    "-m hanokdiff.convert ti/embedding.safetensors ti.pt",
+    "-m hanokdiff.convert db/model db.safetensors",
+]
+
+
+def run(checkout: Path, arguments: list[str], folder: Path) -> None:
+    """One command of a checkout, in `folder`."""
+    if arguments[0].endswith(".py"):
+        arguments = [str(checkout / arguments[0]), *arguments[1:]]
+    env = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=env, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{checkout}: {' '.join(arguments)}: {done.stderr[-500:]}")
+
+
+def flat(content, name: str = "") -> dict:
+    """A nested table as one, by dotted names."""
+    if isinstance(content, dict | list | tuple):
+        pairs = content.items() if isinstance(content, dict) else enumerate(content)
+        return {k: v for key, value in pairs for k, v in flat(value, f"{name}.{key}").items()}
+    return {name: content}
+
+
+def read(path: Path):
+    """What is compared of a file: tensors and metadata, pixels and text, or lines without the seconds."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as f:
+            hashes = {k: v for k, v in (f.metadata() or {}).items() if not k.startswith("sshs_")}
+            return {name: f.get_tensor(name) for name in f.keys()} | hashes  # noqa: SIM118
+    if path.suffix == ".pt":
+        return flat(torch.load(path, weights_only=True))
+    if path.suffix == ".png":
+        picture = Image.open(path)
+        return {"pixels": torch.from_numpy(np.array(picture).astype(np.int32)), **picture.info}
+    lines = path.read_text().splitlines()
+    if path.name == "log.jsonl":
+        lines = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+    return flat(lines) if path.name != "class.json" else {}
+
+
+def difference(a: dict, b: dict) -> str:
+    """ "" if equal, else the largest difference of a number, or the name of what else differs."""
+    if a.keys() != b.keys():
+        return f"only in one: {sorted(a.keys() ^ b.keys())[:3]}"
+    numbers = [k for k in a if isinstance(a[k], torch.Tensor)]
+    other = [k for k in a if k not in numbers and a[k] != b[k]]
+    largest = max(((a[k].double() - b[k].double()).abs().max().item() for k in numbers), default=0.0)
+    return f"{largest:.2g}" * (largest > 0) + " " * bool(other) + ", ".join(other[:3])
+
+
+def same(old: Path, new: Path) -> None:
+    with tempfile.TemporaryDirectory() as home:
+        folders = [Path(home, side) for side in ("old", "new")]
+        commands = [[*c.split(), *TRAINING.split()] for c in TRAININGS]
+        commands += [["sample.py", *SAMPLING.split(), *c] for c in SAMPLES] + [c.split() for c in OTHERS]
+        for checkout, folder in zip((old, new), folders, strict=True):
+            folder.mkdir()
+            for command in commands:
+                run(checkout, command, folder)
+        names = [sorted(str(f.relative_to(x)) for x in [folder] for f in x.rglob("*.*") if f.is_file())
+                 for folder in folders]  # fmt: skip
+        assert names[0] == names[1], f"other files: {sorted(set(names[0]) ^ set(names[1]))}"
+        for name in names[0]:
+            if apart := difference(*(read(folder / name) for folder in folders)):
+                print(f"{name}: {apart}")
+        print(f"{len(commands)} commands, {len(names[0])} files compared")
+
+
+def speed(
+    old: Path, new: Path, works: list[str], sizes: list[str], rounds: int, batch_size: int | None
+) -> None:
+    print("work, size: new / old of the fastest step; median of the pairs (and of them the quartiles)")
+    for work, size in ((w, s) for s in sizes for w in works):
+        seconds: dict[Path, list[float]] = {old: [], new: []}
+        for turn in range(rounds):
+            for checkout in (old, new) if turn % 2 else (new, old):
+                with tempfile.TemporaryDirectory() as folder:
+                    command = f"-m hanokdiff.bench {work} --size {size} --device cpu --json b.json"
+                    command += " --rounds 1 --turn 8" + (f" --batch-size {batch_size}" if batch_size else "")
+                    run(checkout, command.split(), Path(folder))
+                    (row,) = json.loads(Path(folder, "b.json").read_text())["rows"]
+                    seconds[checkout].append(row["seconds_min"])
+        pairs = sorted(b / a for a, b in zip(seconds[old], seconds[new], strict=True))
+        low, middle, high = statistics.quantiles(pairs, n=4)
+        fastest = min(seconds[new]) / min(seconds[old])
+        print(
+            f"{work}, {size}: {fastest:.3f}; {middle:.3f} ({low:.3f} to {high:.3f}), {rounds} pairs",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", choices=("same", "speed"))
+    p.add_argument("checkouts", nargs=2, type=lambda text: Path(text).resolve(), metavar="CHECKOUT")
+    p.add_argument("--works", nargs="+", default=["lora", "ti", "dreambooth", "hypernet", "sample"])
+    p.add_argument("--sizes", nargs="+", default=["tiny", "small", "overhead"])
+    p.add_argument("--rounds", type=int, default=6)
+    p.add_argument("--batch-size", type=int)
+    args = p.parse_args()
+    if args.what == "same":
+        same(*args.checkouts)
+    else:
+        speed(*args.checkouts, args.works, args.sizes, max(2, args.rounds), args.batch_size)
