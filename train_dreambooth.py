@@ -28,7 +28,7 @@ from hanokdiff.formats.load import load_model
 from hanokdiff.methods import dreambooth, textual_inversion
 from hanokdiff.methods.losses import min_snr_weight, mse
 from hanokdiff.tiny import world
-from hanokdiff.training import distributed, prior
+from hanokdiff.training import prior
 from hanokdiff.training.args import (
     check_resolution,
     check_training,
@@ -38,7 +38,6 @@ from hanokdiff.training.args import (
     trainer_options,
     training_parser,
 )
-from hanokdiff.training.dataset import LatentDataset
 from hanokdiff.training.trainer import Trainer
 
 # the tiny world's class pictures show campfires, smoke and floods too, but no fire
@@ -52,15 +51,7 @@ DEFAULTS = {
 
 def options():
     parser, method = training_parser(__doc__, DEFAULTS)
-    method("--class-phrase", "what the subject is one of, in the class prompts (default: --replace's)")
-    method("--class-images", "pictures of the class, drawn by the untouched model; 0 for none", type=int)
-    method(
-        "--class-prompts",
-        "more prompts for class pictures, one a line: what must not be forgotten "
-        "(default: none, tiny hanokdiff/tiny/class_prompts.txt)",
-        type=Path,
-    )
-    method("--prior-weight", "w, the weight of the class's loss", type=float, default=1.0)
+    prior.add_options(method)
     method("--freeze-text", "train the UNet only", action="store_true")
     method("--text-lr", "learning rate of the text encoder", type=float)
     method(
@@ -72,29 +63,20 @@ def options():
     return parser
 
 
-def check(given, args) -> None:
+def check_text_options(given) -> None:
     if given.freeze_text and {given.text_lr, given.word_lr, given.text_steps} != {None}:
         raise ValueError(
             "--freeze-text leaves nothing to do for --text-lr, --word-lr and --text-steps; leave them out"
         )
-    if args.class_prompts and not args.class_images:
-        raise ValueError(
-            "--class-prompts are for class pictures, but --class-images is 0; leave one of them out"
-        )
-    if args.class_prompts:
-        prior.read_prompts(Path(args.class_prompts), args.token)
-    if args.class_images and not args.class_phrase.strip():
-        raise ValueError('--class-phrase is empty; name what the subject is one of, such as "a house"')
 
 
 @report_errors
 def main(argv=None):
     parser = options()
     given, args = parser.parse_args(argv), parser.parse(argv)
-    args.class_phrase = args.class_phrase or args.replace
-    more_prompts = args.class_prompts or (world.CLASS_PROMPTS if args.model == "tiny" else None)
     check_training(args)
-    check(given, args)
+    check_text_options(given)
+    prior.check(args)
     out = run_folder(args, "dreambooth", "model")
 
     # 1. The base model, in half precision with fp32 masters
@@ -104,42 +86,29 @@ def main(argv=None):
     sd.text.add_word(args.token)
     args.resolution = check_resolution(args.resolution, sd)
 
-    # 2. What is trained: everything, but of the token table the pseudo word's own rows only
+    # 2. The photos, and class pictures drawn by the model as it still is
+    photos, dataset, held_out = load_data(args, sd, world.photos)
+    more = world.CLASS_PROMPTS if args.model == "tiny" else None
+    class_dataset, seconds = prior.load(args, sd, photos, dataset.prompts, more)
+
+    # 3. What is trained: everything, but of the token table the pseudo word's own rows only
     embedding, rates, ids = None, {"unet": args.lr}, sd.text.words[args.token]
-    if not args.freeze_text:
+    if args.freeze_text:  # a frozen encoder's output never changes
+        sd.text.cache_prompts([*dataset.prompts, *(class_dataset.prompts if class_dataset else [])])
+    else:
         vectors = textual_inversion.token_embedding(sd)[ids]
         embedding = textual_inversion.insert(sd, args.token, vectors)
         rates |= {"text": args.text_lr, "word": args.word_lr}
     trainable = dreambooth.trainable(sd, embedding)
     print(f"trains UNet{'' if args.freeze_text else ' and text encoder'}, {count(trainable)}")
 
-    # 3. The photos, and class pictures drawn by the model as it still is
-    photos, dataset, held_out = load_data(args, sd, world.photos)
-    class_dataset, seconds = None, 0.0
-    if args.class_images:
-        named = given.class_phrase or any(args.class_phrase in (p.caption or "") for p in photos)
-        if not (named or args.resume):
-            raise ValueError(
-                f'no caption contains "{args.class_phrase}", so what the subject is one of is not known; '
-                'name it: --class-phrase "a house"'
-            )
-        prompts = prior.prompts(dataset.prompts, args.token, args.class_phrase, more_prompts)
-        pictures, prompts, seconds = prior.pictures(
-            sd, prompts, args.class_images, args.resolution, args.seed
-        )
-        class_dataset = LatentDataset(sd.vae, pictures, prompts, args.flip, sd.device)
-    if args.freeze_text:  # a frozen encoder's output never changes
-        sd.text.cache_prompts([*dataset.prompts, *(class_dataset.prompts if class_dataset else [])])
-
     # 4. The run
     def save(path):
         save_model(path, sd, args.token, embedding, ids)
 
-    how = trainer_options(args, sd, dataset, held_out) | {"lr": rates}
-    how["config"]["class_pictures"] = class_dataset and class_dataset.hash  # compared on resume
+    how = trainer_options(args, sd, dataset, held_out, class_dataset) | {"lr": rates}
     trainer = Trainer(out, trainable, artefact="model", save=save, **how)
-    if distributed.RANK == 0 and not (out / "class.json").exists():  # a resumed run has drawn nothing itself
-        write_json(out / "class.json", {"pictures": args.class_images, "seconds": round(seconds, 3)})
+    prior.note(out, class_dataset, seconds)
 
     # 5. The method
     for batch in trainer:  # one micro-batch; goes on where a resumed run stopped
@@ -147,12 +116,12 @@ def main(argv=None):
         if class_dataset:  # and as many pictures of the class behind them, in one forward pass
             class_x0, class_prompts = class_dataset[batch.subset("class")]
             x0, prompts, batch = torch.cat([x0, class_x0]), prompts + class_prompts, batch.subset("", "class")
-        noise = batch.normal(x0.shape)  # (2B, 4, h, w)
-        t = batch.timesteps(sd.schedule.num_train_timesteps)  # (2B,)
+        noise = batch.normal(x0.shape)  # (B or 2B, 4, h, w)
+        t = batch.timesteps(sd.schedule.num_train_timesteps)  # (B or 2B,)
         x_t = sd.schedule.add_noise(x0, noise, t)
         with torch.set_grad_enabled(args.text_steps is None or batch.step < args.text_steps):
-            context = sd.text(prompts)  # (2B, 77, D)
-        pred = sd.unet(x_t, t, context)  # (2B, 4, h, w)
+            context = sd.text(prompts)  # (B or 2B, 77, D)
+        pred = sd.unet(x_t, t, context)  # (B or 2B, 4, h, w)
         loss = mse(pred, sd.schedule.target(x0, noise, t)) * min_snr_weight(sd.schedule, t, args.min_snr)
         own, class_loss = loss.chunk(2) if class_dataset else (loss, loss.new_zeros(1))
         trainer.backward(own.mean() + args.prior_weight * class_loss.mean())

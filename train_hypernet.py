@@ -2,6 +2,8 @@
 
     keys = to_k(x + f_K(x)),  values = to_v(x + f_V(x))      small residual networks f; the WebUI's layout
     L = || eps - eps_theta(x_t, t, prompt) ||^2              over the photos; only the f are trained
+        + w || eps' - eps_theta(x'_t', t', class prompt) ||^2
+                                                             with --class-images: prior preservation
 
     python train_hypernet.py                                          the embedded hanok, half a minute
     python train_hypernet.py --model MODEL --data PHOTOS --token sks  your photos on a real checkpoint
@@ -22,6 +24,7 @@ from hanokdiff.methods import hypernetwork
 from hanokdiff.methods.losses import min_snr_weight, mse
 from hanokdiff.seeding import seeded_generator
 from hanokdiff.tiny import world
+from hanokdiff.training import prior
 from hanokdiff.training.args import (
     check_resolution,
     check_training,
@@ -36,9 +39,9 @@ from hanokdiff.training.trainer import Trainer
 # the tiny UNet has cross-attention at one level only, so there self-attention is changed too
 DEFAULTS = {
     "tiny": dict(steps=350, batch_size=8, lr=4e-3, widths="all", layers=[1, 2, 1], activation="relu",
-                 min_snr=5.0, save_every=100, preview_every=175),
+                 class_images=0, min_snr=5.0, save_every=100, preview_every=175),
     "sd": dict(steps=3000, batch_size=4, lr=1e-5, widths="context", layers=[1, 2, 1], activation="relu",
-               min_snr=0.0, save_every=500, preview_every=500),
+               class_images=0, min_snr=0.0, save_every=500, preview_every=500),
 }  # fmt: skip
 
 
@@ -55,6 +58,7 @@ def options():
     )
     method("--dropout", "share of the inner layers that is left out at random", type=float, default=0.0)
     method("--layer-norm", "a LayerNorm after every layer", action="store_true")
+    prior.add_options(method)
     return parser
 
 
@@ -62,6 +66,7 @@ def options():
 def main(argv=None):
     args = options().parse(argv)
     check_training(args)
+    prior.check(args)
     if "softm" in args.activation:
         raise ValueError(
             f"--activation {args.activation} mixes the pictures of a batch; take another, such as relu"
@@ -80,15 +85,17 @@ def main(argv=None):
     sd.text.add_word(args.token)
     args.resolution = check_resolution(args.resolution, sd)
 
-    # 2. What is trained: a pair of networks per width, in front of to_k and to_v
+    # 2. The photos, encoded once, and class pictures drawn by the model as it still is
+    photos, dataset, held_out = load_data(args, sd, world.photos)
+    class_dataset, seconds = prior.load(args, sd, photos, dataset.prompts)
+    # a frozen encoder's output never changes
+    sd.text.cache_prompts([*dataset.prompts, *(class_dataset.prompts if class_dataset else [])])
+
+    # 3. What is trained: a pair of networks per width, in front of to_k and to_v
     hypernet = hypernetwork.Hypernetwork(config, hypernetwork.dims(sd)[args.widths]).init_weights(args.seed)
     hypernetwork.insert(sd, hypernet).eval()  # dropout in the loop only, not in previews
     trainable = hypernetwork.trainable(hypernet)
     print(f"trains networks for widths {', '.join(hypernet.pairs)}, {count(trainable)}")
-
-    # 3. The photos, encoded once
-    _, dataset, held_out = load_data(args, sd, world.photos)
-    sd.text.cache_prompts(dataset.prompts)  # a frozen encoder's output never changes
 
     # 4. The run
     def save(path):
@@ -101,23 +108,27 @@ def main(argv=None):
         hypernet_file.save_file(path, config, hypernet_file.state(hypernet), about)
 
     context = sd.text(dataset.prompts[:8])
-    how = trainer_options(args, sd, dataset, held_out) | {
-        "metrics": lambda: {"ratio": hypernet.ratio(context)}
-    }
+    how = trainer_options(args, sd, dataset, held_out, class_dataset)
+    how["metrics"] = lambda: {"ratio": hypernet.ratio(context)}
     trainer = Trainer(out, trainable, artefact="hypernet.pt", save=save, **how)
+    prior.note(out, class_dataset, seconds)
 
     # 5. The method
     for batch in trainer:  # one micro-batch; goes on where a resumed run stopped
-        x0, prompts = dataset[batch]  # (B, 4, h, w), [B]
+        x0, prompts = dataset[batch]  # (B, 4, h, w), [B]: photos of the subject
+        if class_dataset:  # and as many pictures of the class behind them, in one forward pass
+            class_x0, class_prompts = class_dataset[batch.subset("class")]
+            x0, prompts, batch = torch.cat([x0, class_x0]), prompts + class_prompts, batch.subset("", "class")
         dropout = seeded_generator(args.seed, batch.step, batch.indices.start, "dropout")
         torch.manual_seed(dropout.initial_seed())  # the networks' dropout draws from torch's own generator
         hypernet.train()
-        noise = batch.normal(x0.shape)  # (B, 4, h, w)
-        t = batch.timesteps(sd.schedule.num_train_timesteps)  # (B,)
+        noise = batch.normal(x0.shape)  # (B or 2B, 4, h, w)
+        t = batch.timesteps(sd.schedule.num_train_timesteps)  # (B or 2B,)
         x_t = sd.schedule.add_noise(x0, noise, t)
-        pred = sd.unet(x_t, t, sd.text(prompts))  # (B, 4, h, w)
-        loss = mse(pred, sd.schedule.target(x0, noise, t))  # (B,)
-        trainer.backward(loss * min_snr_weight(sd.schedule, t, args.min_snr))
+        pred = sd.unet(x_t, t, sd.text(prompts))  # (B or 2B, 4, h, w)
+        loss = mse(pred, sd.schedule.target(x0, noise, t)) * min_snr_weight(sd.schedule, t, args.min_snr)
+        own, class_loss = loss.chunk(2) if class_dataset else (loss, loss.new_zeros(1))
+        trainer.backward(own.mean() + args.prior_weight * class_loss.mean())
         hypernet.eval()
 
 

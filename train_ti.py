@@ -14,6 +14,7 @@ Read next: hanokdiff/methods/textual_inversion.py (vectors beyond the vocabulary
 (how a prompt comes to them).
 """
 
+import argparse
 import sys
 
 from hanokdiff.errors import report_errors
@@ -31,6 +32,7 @@ from hanokdiff.training.args import (
     trainer_options,
     training_parser,
 )
+from hanokdiff.training.prior import number_or_folder
 from hanokdiff.training.trainer import Trainer
 
 DEFAULTS = {
@@ -61,6 +63,7 @@ def options():
     method(
         "--hold-norm", "keep the vectors' length: one that grows drowns the other words", action="store_true"
     )
+    method("--class-images", argparse.SUPPRESS, type=number_or_folder)
     return parser
 
 
@@ -68,6 +71,11 @@ def options():
 def main(argv=None):
     args = options().parse(argv)
     check_training(args)
+    if args.class_images:
+        raise ValueError(
+            "--class-images: textual inversion trains the pseudo word's vectors only, and no class prompt "
+            "contains that word, so class pictures would change nothing; leave it out"
+        )
     out = run_folder(args, "ti", "embedding.safetensors")
 
     # 1. The base model, frozen

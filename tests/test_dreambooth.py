@@ -148,7 +148,7 @@ def first_step(made, photos, *more) -> SimpleNamespace:
 
     old_update = Trainer.backward
     with pytest.MonkeyPatch.context() as patch, pytest.raises(EnoughError):
-        for module in (args, train_dreambooth):  # the photos, then the class pictures
+        for module in (args, prior):  # the photos, then the class pictures
             patch.setattr(module, "LatentDataset", Shots)
         patch.setattr(Trainer, "backward", update)
         patch.setattr(Trainer, "_optimizer_step", finish)

@@ -380,6 +380,7 @@ OPTIONS = dict(
     rank=64,
     alpha=32,
     text_rank=0,
+    text_lr=5e-5,
     lr=1e-4,
     steps=30,
     batch_size=2,

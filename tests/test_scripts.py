@@ -126,7 +126,7 @@ def test_train_lora(sd1, photos, tmp_path, capsys):
         "model ",
         "UNet of",
         "device cpu (named), fp32",
-        "trains 128 LoRAs of rank 2",
+        "trains 146 LoRAs of rank 2",
         "'broken.png' cannot be read",
         "6 photos from",
         "2 with captions",
@@ -149,7 +149,9 @@ def test_train_lora(sd1, photos, tmp_path, capsys):
     row = json.loads((out / "log.jsonl").read_text())
     assert row["step"] == 3 and np.isfinite(row["loss"]) and row["skipped"] == 0
     tensors = load_file(out / "lora.safetensors")
-    assert len(tensors) == 3 * 128  # all have learnt but who asks whom, where a level has one position only
+    assert (
+        len(tensors) == 3 * 146
+    )  # 18 in the text encoder; all have learnt but who asks whom, where a level has one position only
     assert all(
         t.abs().max() > 0 for k, t in tensors.items() if "lora_up" in k and ("attn2" in k or "to_v" in k)
     )

@@ -14,6 +14,7 @@ from hanokdiff.models.tokens import MOST_VECTORS
 from hanokdiff.options import Options
 from hanokdiff.training import distributed
 from hanokdiff.training.dataset import LatentDataset, Photo, load_photos, photo_files, prepare_captions
+from hanokdiff.training.prior import number_or_folder
 from hanokdiff.training.state import differences
 from hanokdiff.training.validation import validation_loss
 
@@ -81,7 +82,7 @@ class Parser(Options):
     def check_types(self, known: dict, file: Path) -> None:
         """Whether options that were read from a file are of the types that the command line would have given
         them."""
-        kinds = {float: (int, float), Path: str, None: str}
+        kinds = {float: (int, float), Path: str, None: str, number_or_folder: (int, str)}
         for a in (a for a in self._actions if a.dest in known and (known[a.dest], a.default) != (None, None)):
             kind = bool if a.nargs == 0 else kinds.get(a.type, a.type)
             values = known[a.dest] if isinstance(a.nargs, str) else [known[a.dest]]
@@ -165,11 +166,13 @@ def check_training(args) -> None:
         if hasattr(args, key) and not getattr(args, key) > 0:
             raise ValueError(f"--{key.replace('_', '-')} is {getattr(args, key)}, but must be greater than 0")
     for key in NOT_NEGATIVE:
-        if getattr(args, key, None) is not None and getattr(args, key) < 0:
-            raise ValueError(f"--{key.replace('_', '-')} is {getattr(args, key)}, but must be 0 or more")
+        value = getattr(args, key, None)
+        if isinstance(value, int | float) and value < 0:
+            raise ValueError(f"--{key.replace('_', '-')} is {value}, but must be 0 or more")
     for key, most in MOST.items():
-        if (getattr(args, key, None) or 0) > most:
-            raise ValueError(f"--{key.replace('_', '-')} is {getattr(args, key)}, but must be at most {most}")
+        value = getattr(args, key, None)
+        if isinstance(value, int | float) and value > most:
+            raise ValueError(f"--{key.replace('_', '-')} is {value}, but must be at most {most}")
     if args.micro_batch > args.batch_size:
         raise ValueError(
             f"--micro-batch is {args.micro_batch}, but --batch-size only {args.batch_size}; lower it, or "
@@ -228,7 +231,11 @@ def count(trainable: dict) -> str:
 
 
 def trainer_options(
-    args: argparse.Namespace, sd, dataset: LatentDataset, validation_photos: list[Photo]
+    args: argparse.Namespace,
+    sd,
+    dataset: LatentDataset,
+    validation_photos: list[Photo],
+    class_dataset: LatentDataset | None = None,
 ) -> dict:
     """The Trainer's arguments that are the same for every method. Called last before it: --compile and
     --checkpointing take the model as it is then."""
@@ -247,17 +254,20 @@ def trainer_options(
     names = ("steps", "batch_size", "micro_batch", "lr", "seed", "save_every", "preview_every", "force")
     return {
         **{name: getattr(args, name) for name in names},
-        "config": config(args, dataset) | {"held_out_photos": [p.name for p in validation_photos]},
+        "config": config(args, dataset, validation_photos, class_dataset),
         "resume": args.resume is not None,
         "validate": validate,
         "preview": lambda: sd.preview(args.token, args.resolution),
     }
 
 
-def config(args: argparse.Namespace, dataset) -> dict:
-    """The options as they go into config.json, and a hash of the photos and captions."""
+def config(args: argparse.Namespace, dataset, validation_photos: list[Photo], class_dataset) -> dict:
+    """The options as they go into config.json, and hashes of the photos, captions and class pictures, which a
+    resumed run is compared with."""
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
-    return {**{k: v for k, v in plain.items() if k not in ("resume", "force", "out")}, "photos": dataset.hash}
+    options = {k: v for k, v in plain.items() if k not in ("resume", "force", "out")}
+    data = {"photos": dataset.hash, "held_out_photos": [p.name for p in validation_photos]}
+    return {**options, **data, "class_pictures": class_dataset and class_dataset.hash}
 
 
 def check_resolution(resolution: int | None, sd) -> int:

@@ -50,10 +50,16 @@ def read_caption(path: str | Path) -> tuple[str, str]:
 
 
 def load_photos(
-    source: str | Path | Callable, resolution: int, images: int | None, held_out: int = 0, log: Log = print
+    source: str | Path | Callable,
+    resolution: int,
+    images: int | None = None,
+    held_out: int = 0,
+    log: Log = print,
+    option: str = "--data",
 ) -> tuple[list[Photo], list[Photo]]:
     """The first `images` readable ones of a folder (None: all) in its fixed order, and its last `held_out`,
-    which are not among them. `source` may also be a function that draws them, such as tiny.world.photos."""
+    which are not among them. `source` may also be a function that draws them, such as tiny.world.photos.
+    `option`: what named the folder, for messages."""
     if images is not None and images < 1:
         raise ValueError(f"--images {images}: at least 1 is needed; leave it out to take them all")
     if callable(source):
@@ -62,7 +68,7 @@ def load_photos(
         )
         log(summary(photos, "drawn photos of a hanok") + held_out_note(validation_photos))
         return photos, validation_photos
-    files = photo_files(Path(source))
+    files = photo_files(Path(source), option)
     # those that cannot be read are reported below
     validation_photos, _ = read_until(held_out, files[::-1], resolution, lambda _: None)
     aside = {photo.name for photo in validation_photos}
@@ -109,7 +115,7 @@ def read_until(
     return photos, unreadable
 
 
-def photo_files(folder: Path) -> list[Path]:
+def photo_files(folder: Path, option: str = "--data") -> list[Path]:
     """The picture files in a folder, in a fixed, nested order: the first 5 are among the first 50.
 
     Sorted by a hash of the name: shuffled, yet the same however the folder is listed, and adding or removing
@@ -117,11 +123,11 @@ def photo_files(folder: Path) -> list[Path]:
     """
     if not os.path.isdir(folder):  # pathlib's own raises at a name that is too long
         what = "not a folder" if os.path.exists(folder) else "no such folder"
-        raise ValueError(f"--data {folder}: {what}; name one that holds photos")
+        raise ValueError(f"{option} {folder}: {what}; name one that holds photos")
     files = [f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
     if not files:
         kinds = " ".join(sorted(SUFFIXES))
-        raise ValueError(f"--data {folder}: no pictures in it ({kinds}); its subfolders are not searched")
+        raise ValueError(f"{option} {folder}: no pictures in it ({kinds}); its subfolders are not searched")
     return sorted(files, key=lambda f: name_hash(f.name))
 
 

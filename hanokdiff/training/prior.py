@@ -1,24 +1,98 @@
-"""Class pictures: what the untouched model draws when asked for the class, so that DreamBooth does not forget
-it.
+"""Class pictures: what the untouched model draws when asked for the class, so that it is not forgotten.
+
+    L = own loss + w * class loss      prior preservation, Ruiz et al. 2022, arXiv:2208.12242, equation 2
 
 Drawn once and kept in runs/class/MODEL, one PNG per prompt and seed: a run that is stopped loses none, and
-the next run finds them.  A few hundred cost minutes on a GPU; their time is reported apart from the
-training's.
+the next run finds them.  A few hundred cost minutes on a GPU; their time is reported apart from training's.
 """
 
+import argparse
 import hashlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
 from hanokdiff.errors import make_folder
-from hanokdiff.files import read_text
+from hanokdiff.files import read_text, write_json
 from hanokdiff.images import read_photo, write_png
 from hanokdiff.models.prompt import escape_prompt
 from hanokdiff.models.tokens import word_pattern
 from hanokdiff.training import distributed
+from hanokdiff.training.dataset import LatentDataset, Photo, load_photos
+
+
+def number_or_folder(text: str) -> int | Path:
+    """What --class-images takes."""
+    return int(text) if text.removeprefix("-").isdigit() else Path(text)
+
+
+def add_options(method: Callable) -> None:
+    """The options for class pictures, the same for all methods that have them."""
+    method("--class-phrase", "what the subject is one of, in the class prompts (default: --replace's)")
+    method(
+        "--class-images",
+        "how many pictures of the class the untouched model draws, 0 for none; or a folder of your own, with "
+        "captions",
+        type=number_or_folder,
+    )
+    method(
+        "--class-prompts",
+        "more prompts for class pictures, one a line: what must not be forgotten "
+        "(default: none, tiny hanokdiff/tiny/class_prompts.txt)",
+        type=Path,
+    )
+    method("--prior-weight", "w, the weight of the class's loss; 0 is without", type=float, default=1.0)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuse what does not fit together, before anything is loaded or written. A resumed run's options come
+    from its file, where a folder is a text."""
+    if isinstance(args.class_images, str):
+        args.class_images = Path(args.class_images)
+    own_folder = isinstance(args.class_images, Path)
+    if args.class_prompts and (own_folder or not args.class_images):
+        what = "a folder, which has its own captions" if own_folder else "0"
+        raise ValueError(
+            f"--class-prompts are for class pictures that are drawn, but --class-images is {what}; leave one "
+            "of them out"
+        )
+    if args.class_prompts:
+        read_prompts(Path(args.class_prompts), args.token)
+    if args.class_images and not (args.class_phrase or args.replace).strip():
+        raise ValueError('--class-phrase is empty; name what the subject is one of, such as "a house"')
+
+
+def load(
+    args: argparse.Namespace, sd, photos: list[Photo], photo_prompts: list[str], more: Path | None = None
+) -> tuple[LatentDataset | None, float]:
+    """The class pictures, encoded, and the seconds that it took to draw them; None without any. To be called
+    while the model is untouched. `more`: prompts besides the photos' own, if --class-prompts names none."""
+    if not (args.class_images and args.prior_weight):
+        return None, 0.0
+    phrase = args.class_phrase or args.replace
+    if isinstance(args.class_images, Path):
+        own, _ = load_photos(args.class_images, args.resolution, option="--class-images")
+        images, seconds = [p.image for p in own], 0.0
+        texts = prompts([p.caption or phrase for p in own], args.token, phrase)
+    else:
+        if not (args.class_phrase or args.resume or any(phrase in (p.caption or "") for p in photos)):
+            raise ValueError(
+                f'no caption contains "{phrase}", so what the subject is one of is not known; '
+                'name it: --class-phrase "a house"'
+            )
+        more = args.class_prompts or more
+        texts = prompts(photo_prompts, args.token, phrase, more and Path(more))
+        images, texts, seconds = pictures(sd, texts, args.class_images, args.resolution, args.seed)
+    return LatentDataset(sd.vae, images, texts, args.flip, sd.device), seconds
+
+
+def note(out: Path, dataset: LatentDataset | None, seconds: float) -> None:
+    """class.json: how many class pictures there are and what drawing them took. A resumed run draws none."""
+    if dataset and distributed.RANK == 0 and not (out / "class.json").exists():
+        write_json(out / "class.json", {"pictures": len(dataset), "seconds": round(seconds, 3)})
 
 
 def prompts(captions: list[str], token: str, phrase: str, more: Path | None = None) -> list[str]:

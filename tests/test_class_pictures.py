@@ -1,0 +1,183 @@
+"""Prior preservation in the three methods that have it: one equation, one set of options."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_dreambooth import by_hand
+from test_scripts import refused
+
+import train_dreambooth
+import train_hypernet
+import train_lora
+import train_ti
+from hanokdiff.models.pipeline import StableDiffusion
+from hanokdiff.training import args, prior
+from hanokdiff.training.dataset import LatentDataset
+from hanokdiff.training.noise import Batch
+from hanokdiff.training.trainer import Trainer
+
+SCRIPTS = {
+    train_lora: "--rank 2 --text-rank 2 --text-lr 1e-3".split(),
+    train_hypernet: "--widths all".split(),
+    train_dreambooth: "--text-lr 1e-3".split(),
+}
+ALL = pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory):
+    """Photos of the subject and, with captions but for one, pictures of its class."""
+    folder, draw = tmp_path_factory.mktemp("home"), StableDiffusion.draw
+    for name, captions in (
+        (
+            "photos",
+            ["a building with a roof in the snow", "a building with a roof", "A building with a roof"],
+        ),
+        ("class", ["a barn", "a castle at night", None]),
+    ):
+        (folder / name).mkdir()
+        for i, caption in enumerate(captions):
+            corner = (-2 + i + 0.1 * len(name), -1, 1, 1)
+            picture = Image.effect_mandelbrot((40, 40), corner, 99).convert("RGB")
+            picture.save(folder / name / f"{i}.png")
+            if caption:
+                (folder / name / f"{i}.txt").write_text(caption)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("warnings.showwarning", warnings.showwarning)
+        patch.setattr(StableDiffusion, "draw", lambda *args, **more: draw(*args, **{"steps": 2, **more}))
+        yield folder
+
+
+def arguments(script, made, out, *more) -> list[str]:
+    common = (
+        "--data photos --resolution 32 --steps 3 --batch-size 2 --lr 1e-3 --preview-every 0 --save-every 0"
+    )
+    argv = ["--model", made.folder, *common.split(), "--token", "sks", "--device", "cpu", "--out", out]
+    return [str(a) for a in [*argv, *SCRIPTS[script], *more]]
+
+
+class EnoughError(Exception):
+    pass
+
+
+def first_step(script, made, *more) -> SimpleNamespace:
+    """The loss of a run's first step and the photos and class pictures that it draws from."""
+    seen = SimpleNamespace(loss=0.0, dataset=[])
+
+    class Recorded(LatentDataset):
+        def __init__(self, *args, **more):
+            super().__init__(*args, **more)
+            seen.dataset.append(self)
+
+    def backward(run, loss):
+        seen.loss += loss.mean().item() * run.share
+        raise EnoughError
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(EnoughError):
+        for module in (args, prior):
+            patch.setattr(module, "LatentDataset", Recorded)
+        patch.setattr(Trainer, "backward", backward)
+        script.main(arguments(script, made, "never", *more))
+    shutil.rmtree("never")
+    return seen
+
+
+@ALL
+def test_own_loss_and_class_loss(sd1, script):
+    """own + w * class: each the mean of its half, at its own timesteps and noise, by diffusers' networks."""
+    seen = first_step(script, sd1, "--class-images", 3, "--prior-weight", 0.5, "--seed", 6, "--min-snr", 5)
+    photos, pictures = seen.dataset
+    batch = Batch(6, 0, range(2), 2)
+    one = by_hand(sd1.pipeline, photos, batch, 5)
+    two = by_hand(sd1.pipeline, pictures, batch.subset("class"), 5)
+    assert abs(one - two) > 1e-3
+    assert seen.loss == pytest.approx(one + 0.5 * two, rel=1e-5)
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    """All tensors that a run has left."""
+    found = {}
+    for file in sorted(out.rglob("*")):
+        if file.suffix == ".safetensors":
+            found |= {f"{file.name} {k}": t for k, t in load_file(file).items()}
+        elif file.name == "hypernet.pt":
+            pairs = {k: v for k, v in torch.load(file, weights_only=True).items() if isinstance(k, int)}
+            found |= {
+                f"{d} {side} {k}": t
+                for d, p in pairs.items()
+                for side, f in enumerate(p)
+                for k, t in f.items()
+            }
+    return found
+
+
+@ALL
+def test_weight_0_is_without_class_pictures(sd1, script, monkeypatch):
+    """To the bit, and none is drawn; weight 1 is another run."""
+    assert script.main(arguments(script, sd1, "with", "--class-images", 3)) == 0
+    monkeypatch.setattr(prior, "pictures", None)
+    assert script.main(arguments(script, sd1, "zero", "--class-images", 3, "--prior-weight", 0)) == 0
+    assert script.main(arguments(script, sd1, "none", "--class-images", 0)) == 0
+    one, zero, none = (weights(Path(out)) for out in ("with", "zero", "none"))
+    assert len(none) > 20 and none.keys() == zero.keys() == one.keys()
+    assert all(torch.equal(zero[k], t) for k, t in none.items())
+    assert not all(torch.equal(one[k], t) for k, t in none.items())
+    for out in ("with", "zero", "none"):
+        shutil.rmtree(out)
+
+
+@ALL
+def test_pictures_of_ones_own(sd1, script, monkeypatch):
+    """--class-images FOLDER: with their captions, else the class's phrase. config.json keeps the folder."""
+    monkeypatch.setattr(prior, "pictures", None)
+    seen = first_step(script, sd1, "--class-images", "class")
+    assert sorted(seen.dataset[1].prompts) == ["a barn", "a building with a roof", "a castle at night"]
+    assert script.main(arguments(script, sd1, "run", "--class-images", "class", "--steps", 1)) == 0
+    assert json.loads(Path("run/config.json").read_text())["class_images"] == "class"
+    shutil.rmtree("run")
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ("--class-images nowhere", "--class-images nowhere: no such folder"),
+        ("--class-images class --class-prompts photos/0.txt", "a folder, which has its own captions"),
+        ("--class-images 0 --class-prompts photos/0.txt", "--class-images is 0"),
+        ("--class-images -1", "--class-images is -1, but must be 0 or more"),
+        ("--class-images 3 --class-phrase sks", "contains the pseudo word"),
+        ("--class-images 3 --prior-weight -1", "--prior-weight is -1"),
+    ],
+)
+@ALL
+def test_mistakes(sd1, script, more, words, capsys):
+    refused(script, arguments(script, sd1, "never", *more.split()), (words,), capsys)
+    assert not Path("never").exists()
+
+
+def test_textual_inversion_has_none(sd1, capsys):
+    """Its class term would have no gradient."""
+    argv = ["--model", sd1.folder, "--data", "photos", "--class-images", "3", "--out", "never"]
+    refused(train_ti, argv, ("no class prompt contains that word", "leave it out"), capsys)
+
+
+def test_the_loras_of_the_text_encoder_have_a_rate_and_an_end(sd1):
+    """They go as far as --text-lr lets them, and after --text-steps no further."""
+
+    def change(out, *more) -> float:
+        assert train_lora.main(arguments(train_lora, sd1, out, *more)) == 0
+        ups = [t for k, t in load_file(Path(out, "lora.safetensors")).items() if "te_" in k and "up" in k]
+        return sum(t.square().sum().item() for t in ups) ** 0.5
+
+    one, tenth = change("one", "--text-lr", 1e-3), change("tenth", "--text-lr", 1e-4)
+    first, all_three = change("first", "--text-steps", 1), change("all", "--text-steps", 3)
+    assert tenth == pytest.approx(one / 10, rel=0.2) and all_three == one and 0 < first < one
+    for out in ("one", "tenth", "first", "all"):
+        shutil.rmtree(out)
