@@ -205,7 +205,8 @@ def apply_files(sd, args) -> None:
     for path, scale in map(parse_scale, args.hypernet):
         words.append(hypernet_file.pseudo_word(hypernet_file.apply_file(sd, path, scale)[1]))
     for word in [args.token] if args.token else sorted(filter(None, set(words))):
-        sd.text.add_word(word)
+        if word not in sd.text.words:  # a LoRA file may have brought its own vectors for it
+            sd.text.add_word(word)
     embedded = set()
     for path, word in map(parse_word, args.embedding):
         word = embedding_file.apply_file(sd, path, word)[0]

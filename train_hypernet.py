@@ -14,6 +14,7 @@ Read next: hanokdiff/methods/hypernetwork.py (the networks), hanokdiff/training/
 """
 
 import sys
+from pathlib import Path
 
 import torch
 
@@ -29,6 +30,7 @@ from hanokdiff.training.args import (
     check_resolution,
     check_training,
     count,
+    from_file,
     load_data,
     run_folder,
     trainer_options,
@@ -58,26 +60,37 @@ def options():
     )
     method("--dropout", "share of the inner layers that is left out at random", type=float, default=0.0)
     method("--layer-norm", "a LayerNorm after every layer", action="store_true")
+    method("--from", "go on from a hypernetwork, of ours or of another tool", type=Path, metavar="FILE")
     prior.add_options(method)
     return parser
 
 
-@report_errors
-def main(argv=None):
-    args = options().parse(argv)
-    check_training(args)
-    prior.check(args)
-    if "softm" in args.activation:
-        raise ValueError(
-            f"--activation {args.activation} mixes the pictures of a batch; take another, such as relu"
-        )
+def network_config(args) -> hypernetwork.HypernetConfig:
     if not 0 <= args.dropout < 1:
         raise ValueError(f"--dropout is {args.dropout:g}, but must be a number from 0 to below 1")
     if args.dropout and len(args.layers) == 2:
         raise ValueError("--dropout needs an inner layer to leave something out of, such as --layers 1 2 1")
-    out = run_folder(args, "hypernet", "hypernet.pt")
     dropout = (0.0, *[args.dropout] * (len(args.layers) - 2), 0.0) if args.dropout else ()
-    config = hypernetwork.HypernetConfig(tuple(args.layers), args.activation, args.layer_norm, dropout)
+    return hypernetwork.HypernetConfig(tuple(args.layers), args.activation, args.layer_norm, dropout)
+
+
+@report_errors
+def main(argv=None):
+    parser = options()
+    args, given = parser.parse(argv), parser.given(argv)
+    check_training(args)
+    prior.check(args)
+    start = from_file(args, given, ("widths", "layers", "activation", "layer_norm", "dropout"))
+    if start:
+        config, _, metadata = hypernet_file.read_file(start)
+        args.token = given.get("token") or hypernet_file.pseudo_word(metadata) or args.token
+    else:
+        config = network_config(args)
+    if "softm" in config.activation:
+        raise ValueError(
+            f"--activation {config.activation} mixes the pictures of a batch; take another, such as relu"
+        )
+    out = run_folder(args, "hypernet", "hypernet.pt")
 
     # 1. The base model, frozen
     sd = load_model(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)
@@ -92,8 +105,13 @@ def main(argv=None):
     sd.text.cache_prompts([*dataset.prompts, *(class_dataset.prompts if class_dataset else [])])
 
     # 3. What is trained: a pair of networks per width, in front of to_k and to_v
-    hypernet = hypernetwork.Hypernetwork(config, hypernetwork.dims(sd)[args.widths]).init_weights(args.seed)
-    hypernetwork.insert(sd, hypernet).eval()  # dropout in the loop only, not in previews
+    if start:
+        hypernet, _ = hypernet_file.apply_file(sd, start)
+        hypernet.requires_grad_(True)
+    else:
+        widths = hypernetwork.dims(sd)[args.widths]
+        hypernet = hypernetwork.insert(sd, hypernetwork.Hypernetwork(config, widths).init_weights(args.seed))
+    hypernet.eval()  # dropout in the loop only, not in previews
     trainable = hypernetwork.trainable(hypernet)
     print(f"trains networks for widths {', '.join(hypernet.pairs)}, {count(trainable)}")
 

@@ -15,13 +15,14 @@ Read next: hanokdiff/methods/lora.py (the layer), hanokdiff/training/trainer.py 
 """
 
 import sys
+from pathlib import Path
 
 import torch
 
 from hanokdiff.errors import report_errors
-from hanokdiff.formats import lora_file
+from hanokdiff.formats import embedding_file, lora_file
 from hanokdiff.formats.load import load_model
-from hanokdiff.methods import lora
+from hanokdiff.methods import lora, textual_inversion
 from hanokdiff.methods.losses import min_snr_weight, mse
 from hanokdiff.tiny import world
 from hanokdiff.training import prior
@@ -29,6 +30,7 @@ from hanokdiff.training.args import (
     check_resolution,
     check_training,
     count,
+    from_file,
     load_data,
     run_folder,
     trainer_options,
@@ -40,11 +42,11 @@ from hanokdiff.training.trainer import Trainer
 # SD: rates, text encoder and no class pictures as in kohya's docs/train_network.md; rank as in diffusers'
 DEFAULTS = {
     "tiny": dict(steps=350, batch_size=8, lr=2e-3, rank=16, alpha=None, targets="attention+ff+conv",
-                 text_rank=16, text_lr=2e-3, text_steps=None, class_images=0, min_snr=5.0,
-                 save_every=100, preview_every=175),
+                 text_lr=2e-3, text_steps=None, vectors=0, word_lr=1e-2,
+                 class_images=0, min_snr=5.0, save_every=100, preview_every=175),
     "sd": dict(steps=1500, batch_size=4, lr=1e-4, rank=8, alpha=None, targets="attention",
-               text_rank=8, text_lr=1e-5, text_steps=None, class_images=0, min_snr=0.0,
-               save_every=500, preview_every=500),
+               text_lr=1e-5, text_steps=None, vectors=0, word_lr=5e-4,
+               class_images=0, min_snr=0.0, save_every=500, preview_every=500),
 }  # fmt: skip
 
 
@@ -55,19 +57,46 @@ def options():
     method(
         "--targets", "what is changed in the UNet", choices=("attention", "attention+ff", "attention+ff+conv")
     )
-    method("--text-rank", "rank of the change of the text encoder, 0 for none", type=int)
+    method("--text-rank", "rank of the change of the text encoder, 0 for none (default: the rank)", type=int)
     method("--text-lr", "learning rate of the text encoder", type=float)
     method("--text-steps", "steps after which the text encoder stands still (default: never)", type=int)
+    method("--vectors", "also train the word's own vectors, this many (pivotal tuning); 0: none", type=int)
+    method("--init", "words that the vectors start as (default: --replace's)")
+    method("--word-lr", "learning rate of the vectors", type=float)
+    method("--from", "go on from a LoRA, of ours or of another tool", type=Path, metavar="FILE")
     prior.add_options(method)
     return parser
 
 
+def take_from(args, given: dict, start: Path) -> None:
+    """The ranks of a file, and its word unless another one is named."""
+    loras, metadata = lora_file.read_file(start)
+    words = lora_file.read_words(start)
+    args.token = given.get("token") or next(iter(words), None) or metadata.get("hanokdiff_token", args.token)
+    if args.token in words and "vectors" in given and not args.resume:
+        raise ValueError(f'--from {start} brings vectors for "{args.token}"; leave out --vectors')
+    unet = [t for name, t in loras.items() if "lora_unet" in name] or list(loras.values())
+    args.rank = max(len(t["down"]) for t in unet)
+    args.alpha = max(float(t.get("alpha", len(t["down"]))) for t in unet)
+    args.text_rank = max((len(t["down"]) for name, t in loras.items() if "lora_te" in name), default=0)
+
+
 @report_errors
 def main(argv=None):
-    args = options().parse(argv)
+    parser = options()
+    args, given = parser.parse(argv), parser.given(argv)
     args.alpha = args.rank if args.alpha is None else args.alpha
+    args.text_rank = args.rank if args.text_rank is None else args.text_rank
     check_training(args)
     prior.check(args)
+    start = from_file(args, given, ("rank", "alpha", "targets", "text_rank"))
+    if start:
+        take_from(args, given, start)
+    if args.vectors and "." in args.token:
+        raise ValueError(
+            f'--token "{args.token}": the WebUI reads the word in a LoRA file up to its first dot; choose a '
+            "word without one, or leave out --vectors"
+        )
     out = run_folder(args, "lora", "lora.safetensors")
 
     # 1. The base model, frozen
@@ -80,18 +109,30 @@ def main(argv=None):
     photos, dataset, held_out = load_data(args, sd, world.photos)
     class_dataset, seconds = prior.load(args, sd, photos, dataset.prompts)
 
-    # 3. What is trained: a low-rank change beside each layer
-    loras = lora.insert(sd, args.rank, args.alpha, args.targets, args.text_rank, args.seed)
-    trainable, rates = lora.trainable(loras), {"lora_unet": args.lr}
-    if args.text_rank:
-        rates |= {"lora_te": args.text_lr}
-    else:  # a frozen encoder's output never changes
+    # 3. What is trained: a low-rank change beside each layer, and with --vectors the word's own vectors
+    if start:
+        loras, _ = lora_file.apply_file(sd, start)
+    else:
+        loras = lora.insert(sd, args.rank, args.alpha, args.targets, args.text_rank, args.seed)
+    if args.vectors:
+        vectors = textual_inversion.initial_vectors(sd, args.init or args.replace, args.vectors)
+        textual_inversion.insert(sd, args.token, vectors)
+    embedding = textual_inversion.find(sd, args.token)  # a file may have brought one
+    trainable = lora.trainable(loras) | ({"word": embedding.vectors} if embedding else {})
+    rates = {"lora_unet": args.lr, "lora_te": args.text_lr, "word": args.word_lr}
+    rates = {part: rate for part, rate in rates.items() if any(name.startswith(part) for name in trainable)}
+    if rates.keys() == {"lora_unet"}:  # a frozen encoder's output never changes
         sd.text.cache_prompts([*dataset.prompts, *(class_dataset.prompts if class_dataset else [])])
     print(f"trains {len(loras)} LoRAs of rank {args.rank}, {count(trainable)}")
 
     # 4. The run
     def save(path):
-        lora_file.save_file(path, loras, lora_file.metadata(sd, name=path.stem, **vars(args)))
+        words = {args.token: embedding.vectors} if embedding else {}
+        metadata = lora_file.metadata(sd, name=path.stem, **vars(args))
+        lora_file.save_file(path, loras, metadata, words=words)
+        for word, vectors in words.items():  # once more on its own, for tools that do not look into a LoRA
+            beside = path.with_name(path.name.replace("lora", "embedding", 1))
+            embedding_file.save_file(beside, word, vectors, {"step": trainer.step, "model": sd.name})
 
     how = trainer_options(args, sd, dataset, held_out, class_dataset) | {"lr": rates}
     trainer = Trainer(out, trainable, artefact="lora.safetensors", save=save, **how)

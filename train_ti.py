@@ -16,6 +16,7 @@ Read next: hanokdiff/methods/textual_inversion.py (vectors beyond the vocabulary
 
 import argparse
 import sys
+from pathlib import Path
 
 from hanokdiff.errors import report_errors
 from hanokdiff.formats import embedding_file
@@ -27,6 +28,7 @@ from hanokdiff.training.args import (
     check_resolution,
     check_training,
     count,
+    from_file,
     load_data,
     run_folder,
     trainer_options,
@@ -60,6 +62,7 @@ def options():
     parser, method = training_parser(__doc__, DEFAULTS)
     method("--vectors", "how many vectors the word is made of", type=int)
     method("--init", "words that name the kind of thing; the vectors start as theirs")
+    method("--from", "go on from an embedding, of ours or of another tool", type=Path, metavar="FILE")
     method(
         "--hold-norm", "keep the vectors' length: one that grows drowns the other words", action="store_true"
     )
@@ -69,14 +72,21 @@ def options():
 
 @report_errors
 def main(argv=None):
-    args = options().parse(argv)
+    parser = options()
+    args, given = parser.parse(argv), parser.given(argv)
     check_training(args)
     if args.class_images:
         raise ValueError(
             "--class-images: textual inversion trains the pseudo word's vectors only, and no class prompt "
             "contains that word, so class pictures would change nothing; leave it out"
         )
+    start = from_file(args, given, ("vectors", "init"))
+    if start:
+        word, vectors, _ = embedding_file.read_file(start)
+        args.vectors, args.token = len(vectors), given.get("token", word)
     out = run_folder(args, "ti", "embedding.safetensors")
+    if not args.vectors > 0:
+        raise ValueError(f"--vectors is {args.vectors}, but must be greater than 0")
 
     # 1. The base model, frozen
     sd = load_model(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)
@@ -84,11 +94,15 @@ def main(argv=None):
     args.resolution = check_resolution(args.resolution, sd)
 
     # 2. What is trained: the pseudo word's own vectors
-    vectors = textual_inversion.initial_vectors(sd, args.init, args.vectors)  # (n, D)
-    embedding = textual_inversion.insert(sd, args.token, vectors)
+    if start:
+        embedding = embedding_file.apply(sd, start, args.token, vectors)
+    else:
+        vectors = textual_inversion.initial_vectors(sd, args.init, args.vectors)  # (n, D)
+        embedding = textual_inversion.insert(sd, args.token, vectors)
     embedding.hold_norm = args.hold_norm
     trainable = textual_inversion.trainable(embedding)
-    print(f'trains {args.vectors} vector{"s" * (args.vectors > 1)} of "{args.init}", {count(trainable)}')
+    begin = start or f'"{args.init}"'
+    print(f"trains {args.vectors} vector{'s' * (args.vectors > 1)} of {begin}, {count(trainable)}")
 
     # 3. The photos, encoded once
     _, dataset, held_out = load_data(args, sd, world.photos)

@@ -113,6 +113,7 @@ def convert_model(args, keys: list) -> tuple[str, int]:
 
 def convert_lora(args, keys: list) -> tuple[str, int]:
     loras, metadata = lora_file.read_file(args.input)
+    keys = [k for k in keys if not k.startswith("bundle_emb.")]
     kohya = keys[0].startswith("lora_")
     to = args.to or ("diffusers" if kohya else "kohya")
     unchanged = (
@@ -123,9 +124,16 @@ def convert_lora(args, keys: list) -> tuple[str, int]:
     if args.dtype is None and (to == "kohya") == kohya and unchanged:
         raise same(args, f"a LoRA in the {to} layout")
     dtype = precision(args, (t[side] for t in loras.values() for side in ("down", "up")))
+    words = lora_file.read_words(args.input)
     if to == "kohya":
-        lora_file.save_file(args.output, loras, {**kohya_metadata(loras), **metadata}, dtype)
+        lora_file.save_file(args.output, loras, {**kohya_metadata(loras), **metadata}, dtype, words)
     else:
+        for word, vectors in words.items():  # diffusers reads it with load_textual_inversion
+            beside = args.output.with_name(f"{args.output.stem}-embedding.safetensors")
+            if beside.exists() and not args.overwrite:
+                raise ValueError(f"{beside} is there already; name another OUT, or add --overwrite")
+            embedding_file.save_file(beside, word, vectors)
+            print(f'note: the word "{word}" that was in {args.input} is now in {beside}', file=sys.stderr)
         lora_file.save_diffusers_file(args.output, loras, metadata, dtype)
     text = sum(name.startswith(lora_names.TEXT) for name in loras)
     layout = "kohya" if kohya else "diffusers"

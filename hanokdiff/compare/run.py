@@ -138,6 +138,8 @@ def applied(context: plan.Context, cell: dict, run: Path):
         before = lora.merge(sd, lora_file.apply_file(sd, file, log=None)[0])
         yield sd
         lora.unmerge(sd, before)
+        if embedding := textual_inversion.find(sd, context.token):  # that was trained beside it
+            textual_inversion.remove(sd, context.token, embedding)
     elif cell["method"] == "hypernet":
         net, _ = hypernet_file.apply_file(sd, file, log=None)
         yield sd

@@ -49,6 +49,12 @@ def read_file(path: Path) -> tuple[str, Tensor, dict]:
         with torch.serialization.safe_globals([nn.ParameterDict]):
             content = read_pt(path, "embedding")
     word, vectors = find_vectors(content, path)
+    return word, check_vectors({word: vectors}, word, path), metadata
+
+
+def check_vectors(tensors: dict[str, Tensor], word: str, path: Path) -> Tensor:
+    """The vectors (n, D) float32 of a word, from the one tensor in its file or in its part of a file."""
+    vectors = find_vectors(tensors, path)[1]
     if vectors.dim() == 1:
         vectors = vectors[None]
     if vectors.dim() != 2 or not (
@@ -60,7 +66,7 @@ def read_file(path: Path) -> tuple[str, Tensor, dict]:
         )
     if not all_finite(vectors):
         raise ValueError(f"{path} has a value that is not finite; take an earlier file of that training")
-    return word, vectors.detach().float(), metadata
+    return vectors.detach().float()
 
 
 def find_vectors(content, path: Path) -> tuple[str, Tensor]:
@@ -92,16 +98,22 @@ def apply_file(
 ) -> tuple[str, textual_inversion.ExtendedEmbedding]:
     """Add a file's word to the model, by the name in it or another."""
     own, vectors, _ = read_file(path)
+    word = word or own
+    embedding = apply(sd, path, word, vectors)
+    if log:
+        log(f'embedding {path}: "{word}", {len(vectors)} vector{"s" * (len(vectors) > 1)}')
+    return word, embedding
+
+
+def apply(sd, path: Path, word: str, vectors: Tensor) -> textual_inversion.ExtendedEmbedding:
+    """Add a word with these vectors, which a file holds, to the model."""
     width = textual_inversion.token_embedding(sd).shape[1]
     if vectors.shape[1] != width:
         made = {768: "SD 1.x", 1024: "SD 2.x"}.get(vectors.shape[1], "another architecture")
         raise ValueError(
             f"{path}: vectors of width {vectors.shape[1]} ({made}), but {sd.name}'s words have {width}"
         )
-    word = word or own
-    if log:
-        log(f'embedding {path}: "{word}", {len(vectors)} vector{"s" * (len(vectors) > 1)}')
     try:
-        return word, textual_inversion.insert(sd, word, vectors)
+        return textual_inversion.insert(sd, word, vectors)
     except ValueError as e:  # a word that cannot be: no token, control characters
         raise ValueError(f"{path}: {e}") from None

@@ -13,7 +13,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hanokdiff.files import parse_json, read_json
-from hanokdiff.formats import lora_names
+from hanokdiff.formats import embedding_file, lora_names
 from hanokdiff.formats.tensors import read_pt, read_safetensors, write_tensors
 from hanokdiff.formats.validate import all_finite
 from hanokdiff.methods import lora
@@ -22,18 +22,27 @@ from hanokdiff.methods.inject import base_layer
 REFUSED = {  # what in a tensor's name gives another kind of file away, as a regular expression
     "hada_": "LoHa", "lokr_": "LoKr", "dora_scale|lora_magnitude_vector": "DoRA", "oft_": "OFT",
     "lora_mid": "a Tucker-decomposed LoCon", r"\.diff(_b)?$": "full weight differences",
-    r"\.lora_B(\.default)?\.bias$": "a LoRA with biases", "bundle_emb": "a LoRA with bundled embeddings",
+    r"\.lora_B(\.default)?\.bias$": "a LoRA with biases",
     r"^(unet|text_encoder):\d+:": "a LoRA in cloneofsimo's layout, which counts its layers instead of "
     "naming them",
 }  # fmt: skip
+BUNDLED = "bundle_emb.{}.string_to_param.*"  # the WebUI's name for a word's vectors in a LoRA file
 # metadata that a rewritten file outdates
 STALE_METADATA = ("lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash")
 
 
-def save_file(path: Path, loras: dict, metadata: dict[str, str], dtype: torch.dtype = torch.float32) -> None:
+def save_file(
+    path: Path,
+    loras: dict,
+    metadata: dict[str, str],
+    dtype: torch.dtype = torch.float32,
+    words: dict[str, Tensor] | None = None,
+) -> None:
     """kohya's layout: NAME.lora_down.weight, NAME.lora_up.weight, NAME.alpha (0-d), with ss_* metadata.
-    `loras` maps kohya names to LoRAs, or is what `read` gives."""
-    tensors = {}
+    `loras` maps kohya names to LoRAs, or is what `read_file` gives. `words`: the vectors (n, D) of words that
+    were trained beside them, bundled as the WebUI does."""
+    tensors = {BUNDLED.format(word): vectors for word, vectors in (words or {}).items()}
+    tensors = {k: v.detach().cpu().to(dtype).contiguous() for k, v in tensors.items()}
     for name, layer in loras.items():
         down, up, alpha = _numbers(layer)
         tensors[f"{name}.lora_down.weight"] = down.cpu().to(dtype).contiguous()
@@ -130,6 +139,8 @@ def read_file(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]
     metadata. A module without "alpha" has alpha = rank. Other kinds of file are named and refused."""
     path = Path(path)
     tensors, metadata = _open(path)
+    # those that read_words reads are left out
+    tensors = {key: t for key, t in tensors.items() if not key.startswith("bundle_emb.")}
     first, settings = next(iter(tensors), ""), _peft_settings(path, tensors, metadata)
     out: dict[str, dict[str, Tensor]] = {}
     dotted: dict[str, str] = {}
@@ -181,6 +192,17 @@ def read_file(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]
         if settings != {} and dotted[name] and "alpha" not in t:
             t["alpha"] = _peft_alpha(path, settings, name, dotted[name], len(down))
     return out, metadata
+
+
+def read_words(path: Path) -> dict[str, Tensor]:
+    """The words bundled in a LoRA file and their vectors (n, D), as the WebUI and OneTrainer write them:
+    bundle_emb.WORD.KEY, with the keys of an embedding's own file."""
+    content: dict[str, dict] = {}
+    for key, tensor in _open(Path(path))[0].items():
+        if key.startswith("bundle_emb."):
+            word, _, inner = key.removeprefix("bundle_emb.").partition(".")
+            content.setdefault(word, {})[inner.removeprefix("string_to_param.")] = tensor
+    return {word: embedding_file.check_vectors(tensors, word, path) for word, tensors in content.items()}
 
 
 def _open(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -236,8 +258,9 @@ def apply_file(
     sd, path: Path, strength: float = 1.0, log=print
 ) -> tuple[dict[str, lora.LoRA], dict[str, str]]:
     """Apply a file to the model: all of it, or none with an error. Returns the LoRAs, for `remove`, and
-    metadata."""
+    metadata. Words that are bundled in it become the model's."""
     wanted, metadata = read_file(path)
+    words = read_words(path)
     places = lora.layers(sd)
     lost = [n for n in wanted if n not in places]
     if lost:
@@ -254,6 +277,8 @@ def apply_file(
                 f"{path}: {name} goes {made}, but in {sd.name} that layer goes {w[0].numel()} -> "
                 f"{w.shape[0]}; the LoRA was made for another architecture"
             )
+    for word, vectors in words.items():
+        embedding_file.apply(sd, path, word, vectors)
     out = {}
     for name, t in wanted.items():
         rank = t["down"].shape[0]  # a missing alpha means alpha = rank, in every reader
@@ -264,5 +289,6 @@ def apply_file(
             layer.up.copy_(t["up"].reshape(layer.up.shape))
         layer.requires_grad_(False)
     if log:
-        log(f"LoRA {path}: all {len(out)} modules matched, strength {strength:g}")
+        bundled = f', and "{", ".join(words)}"' if words else ""
+        log(f"LoRA {path}: all {len(out)} modules matched{bundled}, strength {strength:g}")
     return out, metadata

@@ -61,7 +61,12 @@ class LoRA(nn.Module):
 
 def trainable(loras: dict[str, LoRA]) -> dict[str, nn.Parameter]:
     """The parameters that are trained, by name."""
-    return {f"{name}.{part}": getattr(lora, part) for name, lora in loras.items() for part in ("down", "up")}
+    params = {
+        f"{name}.{part}": getattr(lora, part) for name, lora in loras.items() for part in ("down", "up")
+    }
+    for p in params.values():
+        p.requires_grad_(True)
+    return params
 
 
 def layers(sd) -> dict[str, tuple[nn.Module, str]]:

@@ -76,6 +76,14 @@ def remove(sd, word: str, embedding: ExtendedEmbedding) -> None:
     sd.text._cache.clear()
 
 
+def find(sd, word: str) -> ExtendedEmbedding | None:
+    """The embedding that holds a word's vectors, if it has any of its own."""
+    embedding, first_id = sd.text.encoder.embeddings.token_embedding, sd.text.words.get(word, [-1])[0]
+    while isinstance(embedding, ExtendedEmbedding) and embedding.first_id != first_id:
+        embedding = embedding.base
+    return embedding if isinstance(embedding, ExtendedEmbedding) else None
+
+
 @contextlib.contextmanager
 def folded_into_table(sd, embedding: ExtendedEmbedding, ids: list[int]):
     """Inside, the token table is a plain one that holds the vectors at `ids`: to save as a plain model."""

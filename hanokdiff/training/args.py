@@ -140,10 +140,10 @@ def training_parser(doc: str, defaults: dict[str, dict]) -> tuple[Parser, Callab
     return p, group("the method")
 
 
-POSITIVE = ("steps", "batch_size", "lr", "rank", "alpha", "vectors", "text_lr", "word_lr")
+POSITIVE = ("steps", "batch_size", "lr", "rank", "alpha", "text_lr", "word_lr")
 NOT_NEGATIVE = (
     "held_out", "save_every", "preview_every", "micro_batch", "min_snr", "text_rank", "class_images",
-    "prior_weight", "text_steps",
+    "prior_weight", "text_steps", "vectors",
 )  # fmt: skip
 # a slip of the finger; ranks: the widest layer's width
 MOST = {
@@ -178,6 +178,10 @@ def check_training(args) -> None:
             f"--micro-batch is {args.micro_batch}, but --batch-size only {args.batch_size}; lower it, or "
             "leave it out to take the whole batch at once"
         )
+    if getattr(args, "init", None) and Path(args.init).is_file():
+        raise ValueError(
+            f"--init {args.init} is a file, but must be words; to go on from a file: --from {args.init}"
+        )
     distributed.shard(args.batch_size)  # refuses fewer photos than processes
     if not args.token.strip():
         raise ValueError('--token is empty; name the pseudo word, such as "*" or "sks"')
@@ -187,6 +191,20 @@ def check_training(args) -> None:
         )
     if args.data is not None:
         photo_files(Path(args.data))  # no folder of photos is refused before a model is opened
+
+
+def from_file(args: argparse.Namespace, given: dict, decided: tuple[str, ...]) -> Path | None:
+    """--from FILE: the file to go on from. What it decides itself may not be given as well."""
+    if vars(args)["from"] is None:
+        return None
+    file = Path(vars(args)["from"])
+    if wrong := [f"--{key.replace('_', '-')}" for key in decided if key in given and not args.resume]:
+        raise ValueError(f"--from {file} brings its own; leave out {', '.join(wrong)}")
+    if not file.is_file():
+        raise ValueError(
+            f"--from {file}: {'a folder' if file.is_dir() else 'no such file'}; name a file that is there"
+        )
+    return file
 
 
 def run_folder(args: argparse.Namespace, method: str, artefact: str) -> Path:
