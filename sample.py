@@ -25,7 +25,7 @@ from tqdm import tqdm
 from hanokdiff import alert
 from hanokdiff.errors import check_folder, make_folder, report_errors
 from hanokdiff.files import free_folder
-from hanokdiff.formats import embedding_file, hypernet_file, lora_file
+from hanokdiff.formats import delta_file, embedding_file, hypernet_file, lora_file
 from hanokdiff.formats.load import load_model
 from hanokdiff.images import grid, read_photo, webui_parameters, write_png
 from hanokdiff.methods import lora
@@ -89,6 +89,9 @@ def options():
     what.add_argument("--embedding", action="append", default=[], metavar="FILE[:WORD]", help="repeatable")
     what.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="repeatable")
     what.add_argument("--hypernet", action="append", default=[], metavar="FILE[:SCALE]", help="repeatable")
+    what.add_argument(
+        "--delta", action="append", default=[], type=Path, metavar="FILE", help="Custom Diffusion or SVDiff"
+    )
     what.add_argument("--token", help="the pseudo word (default: the one stored with the artefact)")
     what.add_argument("--literal-tokens", action="store_true", help="leave the pseudo word to the tokenizer")
     what.add_argument("--tokenizer", help="of a single-file model: a folder or hub id")
@@ -173,6 +176,8 @@ def check(args) -> None:
     for kind, parse in (("lora", parse_scale), ("embedding", parse_word), ("hypernet", parse_scale)):
         for path, named in ((parse(given)[0], given) for given in getattr(args, kind)):
             check_file(path, f"--{kind} {named}")
+    for path in args.delta:
+        check_file(path, f"--delta {path}")
     if args.init_image:
         check_file(args.init_image, f"--init-image {args.init_image}")
     if args.strength is not None and not args.init_image:
@@ -198,6 +203,8 @@ def check_file(path: Path, option: str) -> None:
 def apply_files(sd, args) -> None:
     """Every artefact into the model, and the pseudo words that came with them."""
     words = list(sd.text.words)
+    for path in args.delta:
+        delta_file.apply_file(sd, path)
     for path, scale in map(parse_scale, args.lora):
         loras, metadata = lora_file.apply_file(sd, path, scale)
         lora.merge(sd, loras)  # into the weights: no step costs more than without it
@@ -245,6 +252,7 @@ def parameters(prompt: str, seed: int, size: tuple[int, int], args) -> str:
         more.append(("Embedding", path.name + (f":{word}" if word else "")))
     for kind, files in (("LoRA", args.lora), ("Hypernet", args.hypernet)):
         more += [(kind, f"{path.name}:{scale:g}") for path, scale in map(parse_scale, files)]
+    more += [("Delta", path.name) for path in args.delta]
     how = (args.steps, args.sampler, args.cfg, seed, size, args.model)
     return webui_parameters(prompt, *how, negative=args.negative, more=more)
 

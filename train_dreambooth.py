@@ -4,12 +4,13 @@
         + w || eps' - eps_theta(x'_t', t', class prompt) ||^2
                                                              over pictures of its class that the untouched
                                                              model drew: prior preservation
-    Ruiz et al. 2022, arXiv:2208.12242, equation 2; UNet and text encoder are trained
+    Ruiz et al. 2022, arXiv:2208.12242, equation 2; UNet and text encoder are trained, or with --train less
 
     python train_dreambooth.py                                          the embedded hanok, a minute
     python train_dreambooth.py --model MODEL --data PHOTOS --token sks  your photos on a real checkpoint
 
-Writes runs/dreambooth/model/ (a whole model in the diffusers layout), log.jsonl and previews/.
+Writes runs/dreambooth/model/ (a whole model in the diffusers layout), log.jsonl and previews/; with --train
+cross-attention (Custom Diffusion) or singular-values (SVDiff) a small file and the word's embedding as well.
 Then:  python sample.py "*, fire" "* in the fire" --model runs/dreambooth/model
 Read next: hanokdiff/training/prior.py (class pictures), hanokdiff/training/trainer.py (around the loop).
 """
@@ -23,9 +24,10 @@ import torch
 
 from hanokdiff.errors import report_errors
 from hanokdiff.files import write_json
+from hanokdiff.formats import delta_file, embedding_file
 from hanokdiff.formats.folder import save_folder
 from hanokdiff.formats.load import load_model
-from hanokdiff.methods import dreambooth, textual_inversion
+from hanokdiff.methods import dreambooth, spectral, textual_inversion
 from hanokdiff.methods.losses import min_snr_weight, mse
 from hanokdiff.tiny import world
 from hanokdiff.training import prior
@@ -41,10 +43,13 @@ from hanokdiff.training.args import (
 from hanokdiff.training.trainer import Trainer
 
 # the tiny world's class pictures show campfires, smoke and floods too, but no fire
+# SD: rates of the papers; DreamBooth's are diffusers', Custom Diffusion's for 8 pictures, class ones included
 DEFAULTS = {
-    "tiny": dict(steps=300, batch_size=8, lr=1e-3, text_lr=1e-3, word_lr=2e-2, text_steps=None,
+    "tiny": dict(steps=300, batch_size=8, text_lr=1e-3, word_lr=2e-2, text_steps=None,
+                 lr={"all": 1e-3, "cross-attention": 4e-3, "singular-values": 5e-2},
                  class_images=64, min_snr=5.0, save_every=100, preview_every=150),
-    "sd": dict(steps=800, batch_size=4, lr=2e-6, text_lr=1e-6, word_lr=1e-4, text_steps=None,
+    "sd": dict(steps=800, batch_size=4, text_lr=1e-6, word_lr=1e-4, text_steps=None,
+               lr={"all": 2e-6, "cross-attention": 8e-5, "singular-values": 1e-3},
                class_images=200, min_snr=0.0, save_every=400, preview_every=200),
 }  # fmt: skip
 
@@ -52,6 +57,7 @@ DEFAULTS = {
 def options():
     parser, method = training_parser(__doc__, DEFAULTS)
     prior.add_options(method)
+    method("--train", "what is trained", choices=dreambooth.TRAIN, default="all")
     method("--freeze-text", "train the UNet only", action="store_true")
     method("--text-lr", "learning rate of the text encoder", type=float)
     method(
@@ -99,15 +105,24 @@ def main(argv=None):
         vectors = textual_inversion.token_embedding(sd)[ids]
         embedding = textual_inversion.insert(sd, args.token, vectors)
         rates |= {"text": args.text_lr, "word": args.word_lr}
-    trainable = dreambooth.trainable(sd, embedding)
-    print(f"trains UNet{'' if args.freeze_text else ' and text encoder'}, {count(trainable)}")
+    trained = dreambooth.prepare(sd, embedding, args.train)
+    rates = {
+        part: rate for part, rate in rates.items() if any(n.startswith(part) for n in trained.parameters)
+    }
+    print(f"trains {trained.described()}, {count(trained.parameters)}")
 
     # 4. The run
     def save(path):
-        save_model(path, sd, args.token, embedding, ids)
+        if args.train != "all":
+            save_small_files(path, sd, args, trained.parameters, embedding)
+        with (
+            spectral.folded(sd.unet, trained.unet_shifts),
+            spectral.folded(sd.text.encoder, trained.text_shifts),
+        ):
+            save_model(path, sd, args.token, embedding, ids)
 
     how = trainer_options(args, sd, dataset, held_out, class_dataset) | {"lr": rates}
-    trainer = Trainer(out, trainable, artefact="model", save=save, **how)
+    trainer = Trainer(out, trained.parameters, artefact="model", save=save, **how)
     prior.note(out, class_dataset, seconds)
 
     # 5. The method
@@ -125,6 +140,16 @@ def main(argv=None):
         loss = mse(pred, sd.schedule.target(x0, noise, t)) * min_snr_weight(sd.schedule, t, args.min_snr)
         own, class_loss = loss.chunk(2) if class_dataset else (loss, loss.new_zeros(1))
         trainer.backward(own.mean() + args.prior_weight * class_loss.mean())
+
+
+def save_small_files(path: Path, sd, args, parameters: dict, embedding) -> None:
+    """What --train has changed, and the word's vectors, beside the model folder: model-000100 has its own."""
+    about, step = {"model": sd.name, "hanokdiff_token": args.token}, path.name.removeprefix("model")
+    file = path.with_name(delta_file.FILES[args.train])
+    delta_file.save_file(file.with_stem(file.stem + step), args.train, parameters, about)
+    if embedding:
+        beside = path.with_name(f"embedding{step}.safetensors")
+        embedding_file.save_file(beside, args.token, embedding.current(), about)
 
 
 def save_model(path: Path, sd, token: str, embedding, ids: list[int]) -> None:

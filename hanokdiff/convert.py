@@ -8,6 +8,7 @@
     embedding (.pt, .bin, .safetensors)      NAME.pt            for the WebUI
                                              NAME.safetensors   for diffusers
     hypernetwork (.pt), however old          NAME.pt            as the WebUI writes it today
+    Custom Diffusion, SVDiff, with --model   NAME               the whole model that they change
 
 What IN is, its content says. Nothing is written unless every tensor has found its place.
 """
@@ -25,15 +26,18 @@ from torch import Tensor
 from hanokdiff.device import DTYPES
 from hanokdiff.errors import make_folder, report_errors
 from hanokdiff.files import read_json
-from hanokdiff.formats import embedding_file, hypernet_file, lora_file, lora_names, single_file
+from hanokdiff.formats import delta_file, embedding_file, hypernet_file, lora_file, lora_names, single_file
 from hanokdiff.formats.folder import find_model, save_folder
-from hanokdiff.formats.load import TINY_MODEL, open_file, open_folder
+from hanokdiff.formats.load import TINY_MODEL, load_model, open_file, open_folder
 from hanokdiff.formats.tensors import read_pt, read_safetensors
 from hanokdiff.options import Options
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 ENDINGS = {"LoRA": (".safetensors",), "embedding": (".safetensors", ".pt"), "hypernetwork": (".pt",)}
-OPTIONS = {"model": {"dtype", "prediction", "tokenizer"}, "LoRA": {"dtype", "to"}}
+OPTIONS = {
+    "model": {"dtype", "prediction", "tokenizer"}, "LoRA": {"dtype", "to"},
+    "delta": {"dtype", "prediction", "tokenizer", "model"},
+}  # fmt: skip
 
 
 def names(path: Path) -> list:
@@ -50,6 +54,8 @@ def recognise(path: Path, keys: list) -> str:
         return "hypernetwork"
     if any(k.startswith(single_file.UNET) for k in keys):
         return "model"
+    if delta_file.kind(keys):
+        return "delta"
     if len(keys) == 1 or {"string_to_param", "emb_params", "clip_l", "clip_g"} & set(keys):
         return "embedding"
     if any("lora" in k for k in keys):
@@ -109,6 +115,22 @@ def convert_model(args, keys: list) -> tuple[str, int]:
                 file=sys.stderr,
             )
     return f"model {'folder' if source.is_dir() else 'file'}, {schedule.prediction_type}", len(tensors)
+
+
+def convert_delta(args, keys: list) -> tuple[str, int]:
+    if args.model is None:
+        raise ValueError(f"{args.input} holds what changed in a model; name the model: --model BASE")
+    how = dict(tokenizer=args.tokenizer, prediction=args.prediction, masters=True, log=None)
+    sd = load_model(args.model, "cpu", "fp32", **how)
+    delta_file.apply_file(sd, args.input, log=None)
+    dtype = DTYPES.get(args.dtype, torch.float16)
+    if is_folder(args.output):
+        parts = (sd.unet, sd.vae, sd.text.encoder, sd.text.tokenizer, sd.schedule)
+        save_folder(args.output, *parts, dtype)
+    else:
+        single_file.write(args.output, sd.unet, sd.vae, sd.text.encoder, sd.schedule, dtype)
+    print("note: the word's own vectors are in the embedding file beside it: --embedding", file=sys.stderr)
+    return f"what changed in {args.model}", len(keys)
 
 
 def convert_lora(args, keys: list) -> tuple[str, int]:
@@ -184,6 +206,7 @@ CONVERT = {
     "LoRA": convert_lora,
     "embedding": convert_embedding,
     "hypernetwork": convert_hypernetwork,
+    "delta": convert_delta,
 }
 
 
@@ -195,6 +218,7 @@ def options() -> Options:
     p.add_argument("--to", choices=["kohya", "diffusers"], help="names in a LoRA (default: the other ones)")
     p.add_argument("--prediction", choices=["epsilon", "v_prediction"], help="what a model's UNet predicts")
     p.add_argument("--tokenizer", help="folder or hub id, for a single file that has none beside it")
+    p.add_argument("--model", help="the base model of a Custom Diffusion or SVDiff file")
     p.add_argument("--overwrite", action="store_true", help="replace OUT if it is there")
     return p
 
@@ -208,10 +232,10 @@ def main(argv=None) -> None:
         kind = recognise(source, keys)
     elif source.suffix in (".safetensors", *PICKLES) and not source.exists():
         raise ValueError(f"no file at {source}")
-    for name in ("dtype", "to", "prediction", "tokenizer"):
+    for name in ("dtype", "to", "prediction", "tokenizer", "model"):
         if getattr(args, name) is not None and name not in OPTIONS.get(kind, ()):
             raise ValueError(f"--{name} means nothing for {source}, a file of kind {kind}; leave it out")
-    folder = kind == "model" and is_folder(out)
+    folder = kind in ("model", "delta") and is_folder(out)
     endings = ENDINGS.get(kind, (".safetensors",))
     if not folder and out.suffix not in endings:
         raise ValueError(

@@ -31,10 +31,7 @@ class Parser(Options):
         if "(default" in help:  # in the text already
             pass
         elif key in self.columns["tiny"]:
-            tiny, sd = (
-                " ".join(map(str, v)) if isinstance(v, list) else v
-                for v in (self.columns[c][key] for c in ("tiny", "sd"))
-            )
+            tiny, sd = (default_text(self.columns[column][key]) for column in ("tiny", "sd"))
             help += f" (default: {tiny})" if tiny == sd else f" (default: tiny {tiny}, SD {sd})"
         elif kwargs.get("default") is not None and kwargs["default"] is not False:
             help += f" (default: {kwargs['default']})"
@@ -68,7 +65,7 @@ class Parser(Options):
         column = self.columns["tiny" if args.model == "tiny" else "sd"]
         for key, value in column.items():
             if getattr(args, key) is None:
-                setattr(args, key, value)
+                setattr(args, key, value[args.train] if isinstance(value, dict) else value)
         return args
 
     def given(self, argv) -> dict:
@@ -94,6 +91,13 @@ class Parser(Options):
                 raise ValueError(
                     f"{file}: --{option} is {str(known[a.dest])[:60]}, which cannot be; start a new run"
                 )
+
+
+def default_text(value) -> str:
+    """A default in --help: of a list its items, of a table by --train all its lines."""
+    if isinstance(value, dict):
+        return ", ".join(f"{v} for {k}" for k, v in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def training_parser(doc: str, defaults: dict[str, dict]) -> tuple[Parser, Callable]:
