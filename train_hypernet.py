@@ -100,7 +100,8 @@ def main(argv=None):
 
     # 2. The photos, encoded once, and class pictures drawn by the model as it still is
     photos, dataset, held_out = load_data(args, sd, world.photos)
-    class_dataset, seconds = prior.load(args, sd, photos, dataset.prompts)
+    more = world.CLASS_PROMPTS if args.model == "tiny" else None
+    class_dataset, seconds = prior.load(args, sd, photos, dataset.prompts, more)
     # a frozen encoder's output never changes
     sd.text.cache_prompts([*dataset.prompts, *(class_dataset.prompts if class_dataset else [])])
 

@@ -93,7 +93,11 @@ def main(argv=None):
     sd.text.literal_tokens = args.literal_tokens
     args.resolution = check_resolution(args.resolution, sd)
 
-    # 2. What is trained: the pseudo word's own vectors
+    # 2. The photos, encoded once
+    _, dataset, held_out = load_data(args, sd, world.photos)
+    templates = TEMPLATES["tiny" if args.model == "tiny" else "sd"]
+
+    # 3. What is trained: the pseudo word's own vectors
     if start:
         embedding = embedding_file.apply(sd, start, args.token, vectors)
     else:
@@ -103,10 +107,6 @@ def main(argv=None):
     trainable = textual_inversion.trainable(embedding)
     begin = start or f'"{args.init}"'
     print(f"trains {args.vectors} vector{'s' * (args.vectors > 1)} of {begin}, {count(trainable)}")
-
-    # 3. The photos, encoded once
-    _, dataset, held_out = load_data(args, sd, world.photos)
-    templates = TEMPLATES["tiny" if args.model == "tiny" else "sd"]
 
     # 4. The run
     def save(path):

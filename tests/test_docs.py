@@ -191,7 +191,7 @@ def reader(tmp_path, monkeypatch):
     for method in plan.METHODS:
         for column in importlib.import_module(f"train_{method}").DEFAULTS.values():
             for option, value in SHORT.items():
-                if (key := option[2:].replace("-", "_")) in column:
+                if column.get(key := option[2:].replace("-", "_")):
                     monkeypatch.setitem(column, key, int(value))
 
 

@@ -113,6 +113,7 @@ def training_parser(doc: str, defaults: dict[str, dict]) -> tuple[Parser, Callab
     data("--prediction", "if the model is silent or wrong about it", choices=("epsilon", "v_prediction"))
     data("--data", "photos, captions beside as NAME.txt (default with tiny: the drawn hanok)", type=Path)
     data("--images", "the first N photos of one fixed, nested order", type=int)
+    data("--photo-set", "which of the drawn hanok's sets of photos, 0, 1, 2, ...", type=int, default=0)
     data("--token", "the pseudo word", default="*")
     data("--replace", "becomes the pseudo word in captions, any case", default="a building with a roof")
     data("--caption", "caption of photos without one", default="a photo of {token}")
@@ -147,7 +148,7 @@ def training_parser(doc: str, defaults: dict[str, dict]) -> tuple[Parser, Callab
 POSITIVE = ("steps", "batch_size", "lr", "rank", "alpha", "text_lr", "word_lr")
 NOT_NEGATIVE = (
     "held_out", "save_every", "preview_every", "micro_batch", "min_snr", "text_rank", "class_images",
-    "prior_weight", "text_steps", "vectors",
+    "prior_weight", "text_steps", "vectors", "photo_set",
 )  # fmt: skip
 # a slip of the finger; ranks: the widest layer's width
 MOST = {
@@ -192,6 +193,10 @@ def check_training(args) -> None:
     if args.model != "tiny" and args.data is None:
         raise ValueError(
             f"--model {args.model} needs --data FOLDER: the drawn hanok are 64x64, for the tiny model"
+        )
+    if args.data is not None and getattr(args, "photo_set", 0):
+        raise ValueError(
+            f"--photo-set {args.photo_set} is of the drawn hanok, but --data names photos; leave it out"
         )
     if args.data is not None:
         photo_files(Path(args.data))  # no folder of photos is refused before a model is opened
@@ -242,6 +247,7 @@ def run_folder(args: argparse.Namespace, method: str, artefact: str) -> Path:
 def load_data(args: argparse.Namespace, sd, draw: Callable) -> tuple[list[Photo], LatentDataset, list[Photo]]:
     """The photos to train on, the same encoded with their prompts, and the held-out photos. Without --data,
     `draw` draws them."""
+    draw = functools.partial(draw, photo_set=args.photo_set) if args.photo_set else draw
     photos, held_out = load_photos(args.data or draw, args.resolution, args.images, args.held_out)
     args.images = len(photos)
     prompts = prepare_captions(photos, args.token, args.replace, args.caption)

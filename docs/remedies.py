@@ -1,0 +1,168 @@
+"""Which remedies bring the condition back? Recipes x sets of photos, development prompts (LOG, section 15).
+
+    python docs/remedies.py                             every recipe, sets 1 to 4; goes on where it stopped
+    python docs/remedies.py --recipes lora "lora + text"     some of them
+    python docs/remedies.py --test --sets 1 2 3 4 5     prompts A, B, C, once, of the recipes that were chosen
+
+A set is 50 photos of its own and a seed of its own for all that is random (`--photo-set N --seed N`). Each
+training runs on one core, as many at once as there are cores. Counted are pictures in which the embedded CLIP
+recognises a hanok, the condition that was asked for, and both.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+DEVELOPMENT = {
+    "* in the snow": "snow",
+    "* at night": "night",
+    "smoke rising from *": "smoke",
+    "* beside a campfire": "campfire",
+    "a flood around *": "flood",
+}
+TEST = {"*, fire": "fire", "* in the fire": "fire", "A fire broke out in *": "fire"}
+NEUTRAL = "--class-prompts docs/neutral_prompts.txt"
+ATTRIBUTES = '--init "a wide house with a grey curved roof and white walls"'
+RECIPES = {  # name -> (method, options of its script, strength of the artefact when drawing)
+    "lora": ("lora", "--text-rank 0", 1),
+    "lora at 0.5": ("lora", "--text-rank 0", 0.5),
+    "lora + text": ("lora", "", 1),
+    "lora + class": ("lora", "--text-rank 0 --class-images 64", 1),
+    "lora + text + class": ("lora", "--class-images 64", 1),
+    "lora + text + neutral class": ("lora", f"--class-images 64 {NEUTRAL}", 1),
+    "lora + word": ("lora", "--text-rank 0 --vectors 4", 1),
+    "lora + word + class": ("lora", "--text-rank 0 --vectors 4 --class-images 64", 1),
+    "lora + text + word + class": ("lora", "--vectors 4 --class-images 64", 1),
+    "hypernet": ("hypernet", "", 1),
+    "hypernet + class": ("hypernet", "--class-images 64", 1),
+    "hypernet + class at 0.5": ("hypernet", "--class-images 64", 0.5),
+    "dreambooth": ("dreambooth", "", 1),
+    "dreambooth, neutral class": ("dreambooth", NEUTRAL, 1),
+    "dreambooth, no class": ("dreambooth", "--class-images 0", 1),
+    "custom diffusion": ("dreambooth", "--train cross-attention", 1),
+    "svdiff": ("dreambooth", "--train singular-values", 1),
+    "ti": ("ti", "", 1),
+    "ti of a house": ("ti", "--init house", 1),
+}
+ARTEFACT = {
+    "lora": "lora.safetensors", "hypernet": "hypernet.pt", "ti": "embedding.safetensors",
+    "dreambooth": "model",
+}  # fmt: skip
+PICTURES = 32  # per prompt
+
+
+def train(method: str, options: str, number: int, run: Path) -> None:
+    """One training, in its folder; what is there is not done again."""
+    if (run / ARTEFACT[method]).exists():
+        return
+    shutil.rmtree(run, ignore_errors=True)  # half a minute: begun again, not resumed
+    common = (
+        f"--photo-set {number} --seed {number} --preview-every 0 --save-every 0 --device cpu --out".split()
+    )
+    argv = [sys.executable, ROOT / f"train_{method}.py", *common, run, *shlex.split(options)]
+    subprocess.run(argv, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+
+
+def count(method: str, run: Path, strength: float, prompts: dict[str, str], number: int) -> dict:
+    """Pictures per prompt in which a hanok, the condition and both are recognised."""
+    from hanokdiff.formats import embedding_file, hypernet_file, lora_file
+    from hanokdiff.formats.load import load_model
+    from hanokdiff.scoring.clip import Clip
+    from hanokdiff.tiny import build
+
+    file = run / ARTEFACT[method]
+    sd = load_model(str(file) if method == "dreambooth" else "tiny", "cpu", log=None)
+    sd.text.add_word("*")
+    if method == "lora":
+        lora_file.apply_file(sd, file, strength, log=None)
+    elif method == "hypernet":
+        hypernet_file.apply_file(sd, file, strength, log=None)
+    elif method == "ti":
+        embedding_file.apply_file(sd, file, log=None)
+    judge, out = Clip(), {}
+    for place, (prompt, condition) in enumerate([("*", "none"), *prompts.items()]):
+        seeds = range(1_000_000 * number + 1000 * place, 1_000_000 * number + 1000 * place + PICTURES)
+        drawn = sd.draw([prompt] * PICTURES, list(seeds), cfg=4.0)
+        kinds, conditions = build.recognise(judge, drawn)
+        hanok, right = np.array(kinds) == "hanok", np.array(conditions) == condition
+        counts = {"hanok": hanok.sum(), "condition": right.sum(), "both": (hanok & right).sum()}
+        out[prompt] = {"of": PICTURES, **{what: int(n) for what, n in counts.items()}}
+    return out
+
+
+def cells(names: list[str], number: int, home: Path, test: bool) -> None:
+    """The recipes of one training, which differ in the strength of the drawing alone."""
+    for name in names:
+        method, options, strength = RECIPES[name]
+        run = (home / f"{method} {options}".strip().replace("/", "_") / str(number)).resolve()
+        result = result_file(home, name, number, test)
+        if result.exists():
+            continue
+        train(method, options, number, run)
+        found = count(method, run, strength, TEST if test else DEVELOPMENT, number)
+        log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        seconds = next(row["seconds"] for row in reversed(log) if "seconds" in row)
+        result.parent.mkdir(parents=True, exist_ok=True)
+        result.write_text(json.dumps({"recipe": name, "set": number, "seconds": seconds, "prompts": found}))
+
+
+def result_file(home: Path, name: str, number: int, test: bool) -> Path:
+    return home / "results" / f"{name} {number}{' test' if test else ''}.json"
+
+
+def table(names: list[str], sets: list[int], home: Path, test: bool) -> None:
+    """One line a recipe: the mean over sets, and behind it each set."""
+    print("recipe | `*` is a hanok | subject | condition | both | both, each set | s of training")
+    for name in names:
+        files = [result_file(home, name, n, test) for n in sets]
+        rows = [json.loads(f.read_text()) for f in files if f.exists()]
+        if not rows:
+            continue
+
+        def share(row: dict, what: str) -> float:
+            found = [p for prompt, p in row["prompts"].items() if prompt != "*"]
+            return sum(p[what] for p in found) / sum(p["of"] for p in found)
+
+        word = [row["prompts"]["*"]["hanok"] / PICTURES for row in rows]
+        means = [np.mean([share(row, what) for row in rows]) for what in ("hanok", "condition", "both")]
+        each = " ".join(f"{share(row, 'both'):.2f}" for row in rows)
+        shares = " | ".join(f"{m:.2f}" for m in (np.mean(word), *means))
+        print(f"{name} | {shares} | {each} | {np.mean([row['seconds'] for row in rows]):.0f}")
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--recipes", nargs="+", default=list(RECIPES), choices=RECIPES)
+    p.add_argument("--sets", nargs="+", type=int, default=[1, 2, 3, 4])
+    p.add_argument("--test", action="store_true", help="draw A, B, C instead of the development prompts")
+    p.add_argument("--out", type=Path, default=Path("runs/remedies"))
+    p.add_argument("--jobs", type=int, default=os.cpu_count())
+    p.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    args = p.parse_args()
+    if args.one:
+        return cells(args.recipes, args.sets[0], args.out, args.test)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    trainings: dict[tuple, list[str]] = {}
+    for name in args.recipes:
+        trainings.setdefault(RECIPES[name][:2], []).append(name)
+
+    def work(job: tuple[int, list[str]]) -> None:
+        argv = ["--recipes", *job[1], "--sets", str(job[0]), "--out", str(args.out), "--one"]
+        subprocess.run([sys.executable, __file__, *argv, *["--test"] * args.test], env=env, check=False)
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(work, [(number, names) for number in args.sets for names in trainings.values()]))
+    table(args.recipes, args.sets, args.out, args.test)
+
+
+if __name__ == "__main__":
+    main()
