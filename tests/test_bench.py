@@ -30,7 +30,7 @@ def test_both_sides_have_the_same_weights():
         ).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("method", setup.TRAINED)
+@pytest.mark.parametrize("method", (*setup.TRAINED, *setup.RECIPES))
 def test_ours_trains(method, tmp_path):
     """Every step of the benchmark is a step of training: only what the method trains changes."""
     sd = setup.build("overhead", "cpu", torch.float32)
@@ -39,7 +39,7 @@ def test_ours_trains(method, tmp_path):
     for _ in range(3):
         next(steps)
     changed = [k for k, p in sd.unet.state_dict().items() if k in before and not torch.equal(p, before[k])]
-    assert bool(changed) == (method == "dreambooth")
+    assert bool(changed) == (method in ("dreambooth", "custom-diffusion"))
     trainable = [p for n in (sd.unet, sd.text.encoder) for p in n.parameters() if p.requires_grad]
     assert trainable and method != "lora" or sum(p.numel() for p in trainable) < 60_000
 
@@ -54,7 +54,7 @@ def test_the_baseline_trains(method, kind):
     for _ in range(3):
         next(steps)
     changed = [k for k, p in pipe.unet.named_parameters() if k in before and not torch.equal(p, before[k])]
-    assert bool(changed) == (method == "dreambooth")
+    assert bool(changed) == (method in ("dreambooth", "custom-diffusion"))
     trained = pipe.text_encoder.get_input_embeddings().weight
     if method == "ti":  # row 717: the first beyond the tokenizer's vocabulary
         assert (trained != table).any(1).nonzero().flatten().tolist() == [717]
@@ -134,7 +134,7 @@ def test_memory_is_of_a_process_of_its_own(capsys):
 
 
 @pytest.mark.parametrize(("argv", "message"), [
-    (["walk"], "walk is nothing to measure; choose of ti, dreambooth, lora, hypernet, hypernet-all, sample"),
+    (["walk"], "walk is nothing to measure; choose of ti, dreambooth, lora"),
     (["lora", "--rounds", "0"], "--rounds is 0, but must be from 1 to 4096"),
     (["lora", "--batch-size", "1000000"], "--batch-size is 1000000, but must be from 1 to 4096"),
     (["lora", "--cap", "-3"], "--cap is -3, but must be a number of GiB greater than 0"),

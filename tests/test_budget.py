@@ -35,7 +35,7 @@ from hanokdiff.training.noise import Batch
 BUDGET = {
     "dreambooth": (2.513, 0, 0.8059, 1.6118),
     "dreambooth --freeze-text": (2.470, 0, 0.7774, None),
-    "lora --rank 4": (1.777, 0, 0.5276, 1.0536),
+    "lora --rank 4 --text-rank 0": (1.777, 0, 0.5276, 1.0536),
     "lora --rank 4 --text-rank 4": (1.807, 0, 0.5576, None),
     "ti": (1.749, 0, 0.4854, 0.9707),
     "hypernet": (1.751, 0, 0.4706, None),  # there 16 layers transform the context, here one: 1.724
@@ -162,7 +162,7 @@ def test_a_step_costs_what_it_must(sd15, tmp_path, script):
         assert two.saved == pytest.approx(saved, rel=0.005)
 
 
-@pytest.mark.parametrize("script", ["lora --rank 4", "ti", "hypernet --widths all"])
+@pytest.mark.parametrize("script", ["lora --rank 4 --text-rank 0", "ti", "hypernet --widths all"])
 def test_a_base_that_is_not_frozen_is_noticed(sd15, tmp_path, script):
     count = step(sd15, tmp_path / "out", script, disturb=lambda sd: sd.unet.requires_grad_(True))
     assert count.operations > 1.25e12 * BUDGET[script][0]
@@ -180,9 +180,11 @@ def test_photos_encoded_in_the_step_are_noticed(sd15, tmp_path, monkeypatch):
 
         monkeypatch.setattr(LatentDataset, "__getitem__", encode_and_get)
 
-    count = step(sd15, tmp_path / "out", "lora --rank 4", disturb=disturb)
+    count = step(sd15, tmp_path / "out", "lora --rank 4 --text-rank 0", disturb=disturb)
     encoding = 1.117
-    assert count.operations / 1e12 == pytest.approx(BUDGET["lora --rank 4"][0] + encoding, rel=0.01)
+    assert count.operations / 1e12 == pytest.approx(
+        BUDGET["lora --rank 4 --text-rank 0"][0] + encoding, rel=0.01
+    )
 
 
 def autocast(sd, patch) -> None:
@@ -298,8 +300,17 @@ def test_limits(monkeypatch, capsys):
         assert f"--limit is {number}, but must be a number of GiB greater than 0" in capsys.readouterr().err
 
 
-def test_the_bench_trains_as_the_script_does(sd15, tmp_path):
+@pytest.mark.parametrize(
+    ("work", "script"),
+    [
+        ("lora", "lora --rank 4 --text-rank 0"),
+        ("lora-text", "lora --rank 4"),
+        ("pivotal", "lora --rank 4 --vectors 4"),
+        ("custom-diffusion", "dreambooth --train cross-attention --class-images 0"),
+    ],
+)
+def test_the_bench_trains_as_the_script_does(sd15, tmp_path, work, script):
     """setup.prepare, which bench and budget run, costs what the script's own step costs."""
-    script = step(sd15, tmp_path / "out", "lora --rank 4").operations
-    assert budget.step("lora")[0] == pytest.approx(script, rel=1e-3)
+    operations = step(sd15, tmp_path / "out", script).operations
+    assert budget.step(work)[0] == pytest.approx(operations, rel=1e-3)
     assert set(setup.TRAINED) == {"ti", "dreambooth", "lora", "hypernet", "hypernet-all"}

@@ -85,7 +85,7 @@ def time_work(args: Namespace, work: str) -> dict[str, list[float]]:
 def rows(args: Namespace, work: str) -> list[dict]:
     """One row of the table for each side, with the JSON's names."""
     times, out, operations = time_work(args, work), [], None
-    if args.share and work in setup.TRAINED:
+    if args.share and work in (*setup.TRAINED, *setup.RECIPES):
         operations = budget.step(work, args.size, args.batch, args.checkpointing)[0]
     for name, seconds in times.items():
         low, median = min(seconds), statistics.median(seconds)
@@ -155,7 +155,7 @@ def main(argv=None):
         "checkpointing": args.checkpointing,
         "rows": [],
     }
-    for work in args.works or setup.WORKS[:-1]:
+    for work in args.works or (*setup.TRAINED, "sample"):
         for row in rows(args, work):
             print(line(row), flush=True)
             content["rows"].append(row)

@@ -162,7 +162,7 @@ def main(argv=None):
     sizes = "1 photo | 4 | 8 | 32 | largest | with --checkpointing: 32 | largest"
     print(f"| | operations a photo | resident | {sizes} |")
     print("|---" * 10 + "|")
-    for method in setup.TRAINED:
+    for method in (*setup.TRAINED, *setup.RECIPES):
         costs = [step(method, batch=n) for n in (1, 4, 8, 32)]
         operations, _, resident = costs[0]
         checkpointed = step(method, batch=32, checkpointing=True)[1]

@@ -90,7 +90,7 @@ def build_sides(
             memory.compile(sd.unet)
         if args.checkpointing:
             memory.checkpoint(sd.unet)
-    if args.vs and not work.startswith("hypernet"):  # diffusers has no hypernetworks
+    if args.vs and not work.startswith("hypernet") and work not in setup.RECIPES:  # no such script there
         baseline = import_baseline()
         for kind in baseline.KINDS[work == "sample"]:
             if only in (None, kind):

@@ -22,7 +22,8 @@ from hanokdiff.training.dataset import LatentDataset
 from hanokdiff.training.noise import Batch
 
 TRAINED = ("ti", "dreambooth", "lora", "hypernet", "hypernet-all")
-WORKS = (*TRAINED, "sample", "start")
+RECIPES = ("lora-text", "pivotal", "custom-diffusion", "svdiff")  # ours alone, beside no peer
+WORKS = (*TRAINED, *RECIPES, "sample", "start")
 STEPS = 20  # sampling steps of one picture
 
 
@@ -83,13 +84,21 @@ def trained(sd: StableDiffusion, method: str) -> dict:
     script."""
     if method == "lora":
         return lora.trainable(lora.insert(sd, 4, 4))
+    if method == "lora-text":
+        return lora.trainable(lora.insert(sd, 4, 4, text_rank=4))
+    if method == "pivotal":
+        word = textual_inversion.insert(sd, "*", textual_inversion.token_embedding(sd)[[400] * 4])
+        return lora.trainable(lora.insert(sd, 4, 4, text_rank=4)) | textual_inversion.trainable(word)
     if method.startswith("hypernet"):
         dims = hypernetwork.dims(sd)["all" if method == "hypernet-all" else "context"]
         hypernet = hypernetwork.Hypernetwork(hypernetwork.HypernetConfig(), dims)
         return hypernetwork.trainable(hypernetwork.insert(sd, hypernet))
     ids = [400] if method == "ti" else sd.text.words["*"]
     embedding = textual_inversion.insert(sd, "*", textual_inversion.token_embedding(sd)[ids])
-    return textual_inversion.trainable(embedding) if method == "ti" else dreambooth.trainable(sd, embedding)
+    if method == "ti":
+        return textual_inversion.trainable(embedding)
+    train = {"custom-diffusion": "cross-attention", "svdiff": "singular-values"}.get(method, "all")
+    return dreambooth.trainable(sd, embedding, train)
 
 
 def prepare(sd: StableDiffusion, method: str, side: int) -> tuple[dict, Callable[[Batch], Tensor]]:
@@ -100,7 +109,7 @@ def prepare(sd: StableDiffusion, method: str, side: int) -> tuple[dict, Callable
     for p in trainable.values():
         p.requires_grad_(True)
     dataset = LatentDataset(sd.vae, images, captions, device=sd.device)
-    if method not in ("ti", "dreambooth"):
+    if method in ("lora", "hypernet", "hypernet-all"):
         sd.text.cache_prompts(captions)
 
     def losses(batch: Batch) -> Tensor:
