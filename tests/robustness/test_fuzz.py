@@ -1,5 +1,4 @@
-"""Files made to attack, one by one, and some hundred random ones; thousands by: python tests/fuzz.py --files
-20000"""
+"""Files made to attack, one by one, and some hundred random ones; thousands by fuzz.py."""
 
 import json
 import os

@@ -1,9 +1,8 @@
 """Kill (SIGKILL) the four trainers and the comparison at random moments, let them go on, and compare what
 they leave.
 
-    python tests/kills.py --kills 100                 all five, a quarter of an hour on one core; prints a
-                                                      table
-    python tests/kills.py --kills 5 --only lora ti
+    python tests/robustness/kills.py --kills 100     all five, a quarter of an hour, prints a table
+    python tests/robustness/kills.py --kills 5 --only LoRA "textual inversion"
 
 A run is killed up to six times, then finishes and must equal one that was left in peace: the artefact and the
 numbered files in every tensor, the previews to the byte, the log times aside, and not a file more or less.
@@ -28,7 +27,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # as a script it sees its own folder only
 
 from hanokdiff.compare import plan, report, run  # noqa: E402

@@ -1,8 +1,8 @@
 """Two processes against one: loss, gradients, weights, and who writes what.
 
-This file is also what the processes run (`torchrun --nproc_per_node=2 tests/test_several.py FOLDER`): the
-four scripts through their main([...]), then the chores on test_run's toy. Each leaves what it saw in FOLDER,
-as NAME-RANK.pt.
+This file is also what the processes run (`torchrun --nproc_per_node=2 tests/test_distributed.py FOLDER`): the
+four scripts through their main([...]), then the chores on the toy of test_trainer. Each leaves what it saw in
+FOLDER, as NAME-RANK.pt.
 """
 
 import importlib
@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from test_run import apart, half_loss, rows, squares, toy
+from test_trainer import apart, half_loss, rows, squares, toy
 
 import train_lora
 from hanokdiff import device

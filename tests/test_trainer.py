@@ -943,8 +943,7 @@ def test_denoising_loss_by_hand(prediction, gamma):
 
 @pytest.mark.parametrize("name", [n for n in kills.RUNS if n != "comparison"])
 def test_killed_and_resumed_writes_the_very_tensors(tmp_path, name):
-    """At KILLS random moments (HANOKDIFF_KILLS=10 for more); python tests/kills.py --kills 100 does it
-    thoroughly."""
+    """At KILLS random moments (HANOKDIFF_KILLS=10 for more); robustness/kills.py does it thoroughly."""
     options = [
         "--steps",
         "6",

@@ -1,4 +1,6 @@
-"""Damaged and hostile files, by the thousand, into every reader:   python tests/fuzz.py --files 20000
+"""Damaged and hostile files, by the thousand, into every reader.
+
+    python tests/robustness/fuzz.py --files 20000
 
 A case is a number: it chooses a reader, a good file, and what happens to it, so that `--first N --files 1`
 repeats case N alone.  Whatever the file holds, the reader opens it or raises a ValueError or OSError that
@@ -26,7 +28,7 @@ from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import numpy as np
 import torch
