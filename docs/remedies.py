@@ -57,7 +57,7 @@ ARTEFACT = {
     "lora": "lora.safetensors", "hypernet": "hypernet.pt", "ti": "embedding.safetensors",
     "dreambooth": "model",
 }  # fmt: skip
-PICTURES = 32  # per prompt
+PICTURES = {False: 16, True: 32}  # per prompt, in development and in the test
 
 
 def train(method: str, options: str, number: int, run: Path) -> None:
@@ -72,7 +72,7 @@ def train(method: str, options: str, number: int, run: Path) -> None:
     subprocess.run(argv, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
-def count(method: str, run: Path, strength: float, prompts: dict[str, str], number: int) -> dict:
+def count(method: str, run: Path, strength: float, test: bool, number: int) -> dict:
     """Pictures per prompt in which a hanok, the condition and both are recognised."""
     from hanokdiff.formats import embedding_file, hypernet_file, lora_file
     from hanokdiff.formats.load import load_model
@@ -88,14 +88,14 @@ def count(method: str, run: Path, strength: float, prompts: dict[str, str], numb
         hypernet_file.apply_file(sd, file, strength, log=None)
     elif method == "ti":
         embedding_file.apply_file(sd, file, log=None)
-    judge, out = Clip(), {}
-    for place, (prompt, condition) in enumerate([("*", "none"), *prompts.items()]):
-        seeds = range(1_000_000 * number + 1000 * place, 1_000_000 * number + 1000 * place + PICTURES)
-        drawn = sd.draw([prompt] * PICTURES, list(seeds), cfg=4.0)
+    judge, n, out = Clip(), PICTURES[test], {}
+    for place, (prompt, condition) in enumerate([("*", "none"), *(TEST if test else DEVELOPMENT).items()]):
+        first = 1_000_000 * number + 1000 * place + 500_000 * test  # noise that no other cell's prompt has
+        drawn = sd.draw([prompt] * n, list(range(first, first + n)), cfg=4.0)
         kinds, conditions = build.recognise(judge, drawn)
         hanok, right = np.array(kinds) == "hanok", np.array(conditions) == condition
         counts = {"hanok": hanok.sum(), "condition": right.sum(), "both": (hanok & right).sum()}
-        out[prompt] = {"of": PICTURES, **{what: int(n) for what, n in counts.items()}}
+        out[prompt] = {"of": n, **{what: int(n) for what, n in counts.items()}}
     return out
 
 
@@ -108,7 +108,7 @@ def cells(names: list[str], number: int, home: Path, test: bool) -> None:
         if result.exists():
             continue
         train(method, options, number, run)
-        found = count(method, run, strength, TEST if test else DEVELOPMENT, number)
+        found = count(method, run, strength, test, number)
         log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
         seconds = next(row["seconds"] for row in reversed(log) if "seconds" in row)
         result.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ def table(names: list[str], sets: list[int], home: Path, test: bool) -> None:
             found = [p for prompt, p in row["prompts"].items() if prompt != "*"]
             return sum(p[what] for p in found) / sum(p["of"] for p in found)
 
-        word = [row["prompts"]["*"]["hanok"] / PICTURES for row in rows]
+        word = [row["prompts"]["*"]["hanok"] / row["prompts"]["*"]["of"] for row in rows]
         means = [np.mean([share(row, what) for row in rows]) for what in ("hanok", "condition", "both")]
         each = " ".join(f"{share(row, 'both'):.2f}" for row in rows)
         shares = " | ".join(f"{m:.2f}" for m in (np.mean(word), *means))

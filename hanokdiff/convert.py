@@ -96,7 +96,7 @@ def convert_model(args, keys: list) -> tuple[str, int]:
     if not (changed or args.dtype or args.prediction):
         raise same(args, "a model folder" if to_folder else "a single file")
     if source.is_file() and not to_folder:
-        unet, vae, encoder, schedule = single_file.read(source, args.prediction, print)
+        unet, vae, encoder, schedule = single_file.read_file(source, args.prediction, print)
     else:
         opened = open_file if source.is_file() else open_folder
         unet, vae, encoder, words, schedule = opened(source, args.tokenizer, args.prediction, print)
@@ -107,7 +107,7 @@ def convert_model(args, keys: list) -> tuple[str, int]:
         if token.is_file():
             shutil.copy(token, out)
     else:
-        single_file.write(out, unet, vae, encoder, schedule, dtype)
+        single_file.save_file(out, unet, vae, encoder, schedule, dtype)
         if token.is_file():
             word = read_json(token).get("token")
             print(
@@ -128,7 +128,7 @@ def convert_delta(args, keys: list) -> tuple[str, int]:
         parts = (sd.unet, sd.vae, sd.text.encoder, sd.text.tokenizer, sd.schedule)
         save_folder(args.output, *parts, dtype)
     else:
-        single_file.write(args.output, sd.unet, sd.vae, sd.text.encoder, sd.schedule, dtype)
+        single_file.save_file(args.output, sd.unet, sd.vae, sd.text.encoder, sd.schedule, dtype)
     print("note: the word's own vectors are in the embedding file beside it: --embedding", file=sys.stderr)
     return f"what changed in {args.model}", len(keys)
 

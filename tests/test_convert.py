@@ -448,7 +448,7 @@ def test_precision_and_the_pseudo_word(run, sd1, tmp_path):
     assert (tmp_path / "full" / "hanokdiff.json").read_text() == '{"token": "sks"}'
     assert load_file("full/unet/diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype == torch.float32
     assert run("half", "a.safetensors", "--overwrite", "--prediction", "v_prediction")[0] == 0
-    assert single_file.read("a.safetensors")[-1].prediction_type == "v_prediction"
+    assert single_file.read_file("a.safetensors")[-1].prediction_type == "v_prediction"
 
 
 def test_ckpt_to_safetensors(run, sd1, load, monkeypatch):
@@ -461,7 +461,7 @@ def test_ckpt_to_safetensors(run, sd1, load, monkeypatch):
         m.setattr(single_file, "read", lambda path, prediction, log: parts)
         code, said = run("a.ckpt", "b.safetensors")
     assert code == 0 and "a.ckpt: model file, epsilon; all 980 tensors matched; wrote b.safetensors" in said
-    assert {p.dtype for part in single_file.read("b.safetensors")[:3] for p in part.parameters()} == {
+    assert {p.dtype for part in single_file.read_file("b.safetensors")[:3] for p in part.parameters()} == {
         torch.float32
     }
 

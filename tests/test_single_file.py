@@ -108,7 +108,7 @@ def same(a, b) -> None:
         assert tensor.dtype == b[name].dtype and torch.equal(tensor, b[name]), name
 
 
-def refused(path, *words: str, read=single_file.read) -> None:
+def refused(path, *words: str, read=single_file.read_file) -> None:
     """Reading must fail in one sentence that holds these words."""
     with pytest.raises(ValueError) as caught:
         read(path)
@@ -242,7 +242,7 @@ def write_once(load, tmp_path_factory):
         sd = load(reference)
         if reference.flavour not in made:
             path = tmp_path_factory.mktemp("single") / f"{reference.flavour}.safetensors"
-            single_file.write(path, sd.unet, sd.vae, sd.text.encoder, sd.schedule)
+            single_file.save_file(path, sd.unet, sd.vae, sd.text.encoder, sd.schedule)
             made[reference.flavour] = path
         return sd, made[reference.flavour]
 
@@ -258,7 +258,7 @@ def written(reference, write_once):
 def test_folder_to_file_to_folder(reference, written, tmp_path):
     """Not a bit changes, nor a number in the configs, though these sizes cannot be read off the shapes."""
     sd, path = written
-    *parts, schedule = single_file.read(path)
+    *parts, schedule = single_file.read_file(path)
     save_folder(tmp_path / "again", *parts, sd.text.tokenizer, schedule)
     assert schedule == sd.schedule
     for part, stem in PARTS.items():
@@ -295,11 +295,11 @@ def test_what_the_file_holds(reference, written):
 
 def test_file_in_half_precision(sd1, load, tmp_path):
     sd, path = load(sd1), tmp_path / "new" / "half.safetensors"
-    single_file.write(path, sd.unet, sd.vae, sd.text.encoder, sd.schedule, torch.float16)
-    unet, *_ = single_file.read(path)
+    single_file.save_file(path, sd.unet, sd.vae, sd.text.encoder, sd.schedule, torch.float16)
+    unet, *_ = single_file.read_file(path)
     same(unet, {k: t.half() for k, t in sd.unet.state_dict().items()})
     with pytest.raises(ValueError, match="ends in .safetensors"):
-        single_file.write(tmp_path / "a.ckpt", sd.unet, sd.vae, sd.text.encoder, sd.schedule)
+        single_file.save_file(tmp_path / "a.ckpt", sd.unet, sd.vae, sd.text.encoder, sd.schedule)
     assert not (tmp_path / "a.ckpt").exists()
 
 
@@ -310,7 +310,7 @@ def test_numbers_that_are_none_are_not_written(sd1, load, tmp_path, value):
     unet.load_state_dict(sd.unet.state_dict())
     unet.conv_out.bias.data[1] = value
     with pytest.raises(ValueError, match=r"model.diffusion_model.out.2.bias has a value that is not finite"):
-        single_file.write(tmp_path / "a.safetensors", unet, sd.vae, sd.text.encoder, sd.schedule)
+        single_file.save_file(tmp_path / "a.safetensors", unet, sd.vae, sd.text.encoder, sd.schedule)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -335,7 +335,9 @@ def test_other_numbers_of_levels_and_layers(small, file, sd2):
     parts, tensors = small[sd2]
     noise = {k: torch.zeros(shape) for k, shape in NOISE.items() if not (sd2 and k.startswith(CLIP))}
     lines = []
-    *found, schedule = single_file.read(file(tensors | noise), "v_prediction" if sd2 else None, lines.append)
+    *found, schedule = single_file.read_file(
+        file(tensors | noise), "v_prediction" if sd2 else None, lines.append
+    )
     for a, b, config in zip(found, parts, SMALL[sd2], strict=True):
         assert a.config == config
         same(a, b)
@@ -346,7 +348,7 @@ def test_names_without_text_model(small, file):
     parts, tensors = small[False]
     bare = {k.replace("transformer.text_model.", "transformer."): t for k, t in tensors.items()}
     assert bare.keys() != tensors.keys()
-    same(single_file.read(file(bare))[2], parts[2])
+    same(single_file.read_file(file(bare))[2], parts[2])
 
 
 def test_autoencoder_with_linear_attention(small, file):
@@ -354,14 +356,14 @@ def test_autoencoder_with_linear_attention(small, file):
     parts, tensors = small[False]
     flat = {k: t[:, :, 0, 0].clone() if ".attn_1." in k and t.dim() == 4 else t for k, t in tensors.items()}
     assert flat[VAE_ + "encoder.mid.attn_1.q.weight"].dim() == 2
-    same(single_file.read(file(flat))[1], parts[1])
+    same(single_file.read_file(file(flat))[1], parts[1])
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="Linux tells what is mapped")
 @pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
 def test_weights_are_mapped_not_read(small, file, name):
     path = file(small[True][1], name)
-    opened = single_file.read(path)
+    opened = single_file.read_file(path)
     with open("/proc/self/maps") as f:
         assert str(path) in f.read()
     same(opened[0], small[True][0][0])
@@ -376,7 +378,7 @@ def test_ckpt(small, tmp_path, form):
     more = {"global_step": 470_000, "epoch": 3, "optimizer_states": [], "note": None}
     content = {**tensors, **more} if form == "flat" else {"state_dict": {**tensors, "step": 7}, **more}
     torch.save(content, tmp_path / "a.ckpt", _use_new_zipfile_serialization=form != "legacy")
-    for a, b in zip(single_file.read(tmp_path / "a.ckpt"), parts):  # the schedule is left out
+    for a, b in zip(single_file.read_file(tmp_path / "a.ckpt"), parts):  # the schedule is left out
         same(a, b)
 
 
@@ -467,16 +469,16 @@ def test_prediction_reaches_schedule_and_sizes(small, file):
     for std, kind, size in ((0.2, "v_prediction", 96), (0.02, "epsilon", 64)):
         lines = []
         path = file(tensors | {last: bias(std)[:64].clone()}, "b.ckpt", global_step=5)
-        unet, *_, schedule = single_file.read(path, log=lines.append)
+        unet, *_, schedule = single_file.read_file(path, log=lines.append)
         assert (schedule.prediction_type, unet.config.sample_size) == (kind, size)
         assert len(lines) == 1 and kind in lines[0] and "guessed" in lines[0]
     path = file(tensors | {last: bias(0.2)[:64].clone()}, "b.ckpt", global_step=875_000)
-    assert single_file.read(path)[3].prediction_type == "epsilon"
+    assert single_file.read_file(path)[3].prediction_type == "epsilon"
     path = file(tensors, metadata={"modelspec.prediction_type": "v"})
-    assert single_file.read(path)[3].prediction_type == "v_prediction"
+    assert single_file.read_file(path)[3].prediction_type == "v_prediction"
     path = file(tensors, metadata={"modelspec.prediction_type": "rf"})
     with pytest.raises(ValueError, match='"rf" is not known; known: epsilon, v_prediction'):
-        single_file.read(path)
+        single_file.read_file(path)
 
 
 # ------------------------------------------------------------------------------------------------- refusals

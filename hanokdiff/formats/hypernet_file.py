@@ -124,7 +124,7 @@ def pseudo_word(metadata: dict) -> str | None:
 
 
 def state(hypernet: hypernetwork.Hypernetwork) -> dict[int, tuple[dict, dict]]:
-    """Its tensors as `write` takes them."""
+    """Its tensors as `save_file` takes them."""
     return {int(d): tuple(f.state_dict() for f in pair) for d, pair in hypernet.pairs.items()}
 
 

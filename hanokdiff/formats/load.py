@@ -92,7 +92,7 @@ def open_folder(folder: Path, tokenizer: str | None, prediction: str | None, log
 
 def open_file(path: Path, tokenizer: str | None, prediction: str | None, log) -> tuple:
     """The same five of a single file; the tokenizer is found elsewhere."""
-    unet, vae, encoder, schedule = single_file.read(path, prediction, log)
+    unet, vae, encoder, schedule = single_file.read_file(path, prediction, log)
     return unet, vae, encoder, tokenizer_of(encoder.config, tokenizer, path.parent), schedule
 
 

@@ -7,8 +7,8 @@
 
 `unet_places`, `vae_places` and `open_clip_places` say once where each of our modules (named as in diffusers)
 lies; reading and writing both go through `namer`.  A module that is not in the table has one name in both
-worlds. Such a file has no config: the sizes are read off the tensors' shapes, unless `write` left them in the
-metadata.
+worlds. Such a file has no config: the sizes are read off the tensors' shapes, unless `save_file` left them
+in the metadata.
 
 The names are those of CompVis/latent-diffusion and Stability-AI/stablediffusion.  L is layers_per_block.
 """
@@ -315,7 +315,7 @@ def recognise(tensors: dict[str, Tensor], path: Path) -> bool:
     return not has(CLIP)
 
 
-def read(
+def read_file(
     path: Path | str, prediction: str | None = None, log=None
 ) -> tuple[UNet, VAE, TextEncoder, Schedule]:
     """Open a single file; the networks are frozen and in the precision of the file, their weights mapped from
@@ -378,7 +378,7 @@ def fill_networks(networks: tuple[nn.Module, ...], tensors: dict[str, Tensor], p
         fill(network, found, path, "the rest of the file")
 
 
-def write(
+def save_file(
     path: Path | str,
     unet: UNet,
     vae: VAE,
@@ -387,7 +387,7 @@ def write(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a .safetensors file that the other tools read; the metadata tell them what the UNet predicts, and
-    tell `read` the sizes, so that a model of any shape comes back."""
+    tell `read_file` the sizes, so that a model of any shape comes back."""
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f'{path} ends in "{path.suffix}"; give a name that ends in .safetensors')

@@ -143,7 +143,7 @@ def good_files(home: Path) -> None:
     pictures(home / "pictures")
     sd = load_model(str(home / "model"), "cpu", log=None)
     small_files(home / "files", sd)
-    single_file.write(home / "single" / "a.safetensors", *networks, schedule)
+    single_file.save_file(home / "single" / "a.safetensors", *networks, schedule)
     tensors = read_tensors(home / "single" / "a.safetensors")
     write_tensors(tensors, home / "single" / "bare.safetensors")
     torch.save({"state_dict": dict(tensors), "global_step": 5}, home / "single" / "a.ckpt")
@@ -206,7 +206,7 @@ class Readers:
         self.known(hypernet_file.pseudo_word(metadata))
 
     def single(self, file):
-        single_file.read(file)
+        single_file.read_file(file)
 
     def folder(self, file):
         with self.beside(file, self.home / "model") as folder:

@@ -59,7 +59,7 @@ WRITERS = {
     "LoRA": ("a.safetensors", lambda sd, p, v: lora_file.save_file(p, low_rank(v), {})),
     "diffusers LoRA": ("a.safetensors", lambda sd, p, v: lora_file.save_diffusers_file(p, low_rank(v), {})),
     "hypernetwork": ("a.pt", lambda sd, p, v: hypernet_file.save_file(p, *net(v))),
-    "single file": ("a.safetensors", lambda sd, p, v: single_file.write(
+    "single file": ("a.safetensors", lambda sd, p, v: single_file.save_file(
         p, sd.unet, sd.vae, sd.text.encoder, sd.schedule, torch.float32 if v else torch.float16)),
     "caption": ("a.txt", lambda sd, p, v: caption.write(p, f"{v} " * 5000)),
     "scores": ("a.csv", lambda sd, p, v: write_text(p, clipscore.as_csv([{"a": v}] * 5000))),

@@ -86,7 +86,7 @@ def test_the_judge_notices(tmp_path):
 # ---------------------------------------------------------------------------------------------------- pickles
 
 READ = {
-    "model": lambda path, sd: single_file.read(path.rename(path.with_suffix(".ckpt"))),
+    "model": lambda path, sd: single_file.read_file(path.rename(path.with_suffix(".ckpt"))),
     "LoRA": lambda path, sd: lora_file.apply_file(sd, path),
     "embedding": lambda path, sd: embedding_file.apply_file(sd, path),
     "hypernetwork": lambda path, sd: hypernet_file.apply_file(sd, path),
@@ -140,7 +140,7 @@ def test_headers_that_promise_terabytes(tmp_path, sd):
     header = json.dumps({"a": entry}).encode()
     for raw in (struct.pack("<Q", 2**40) + b"{}", struct.pack("<Q", len(header)) + header + b"\0" * 8):
         (tmp_path / "a.safetensors").write_bytes(raw)
-        for read in (lora_file.read_file, embedding_file.read_file, single_file.read):
+        for read in (lora_file.read_file, embedding_file.read_file, single_file.read_file):
             refused(
                 lambda read=read: read(tmp_path / "a.safetensors"),
                 tmp_path / "a.safetensors",

@@ -575,7 +575,7 @@ def write_models(root: Path) -> None:
     hypernet_file.save_file(
         root / "hyper-sd1.pt", spec, {768: [hypernetwork.ResidualMLP(768, spec).state_dict()] * 2}
     )
-    single_file.write(
+    single_file.save_file(
         root / "model.safetensors", sd.unet, sd.vae, sd.text.encoder, sd.schedule, torch.float16
     )
     save_file(
