@@ -46,7 +46,7 @@ from hanokdiff.training.trainer import Trainer
 # SD: rates of the papers; DreamBooth's are diffusers', Custom Diffusion's for 8 pictures, class ones included
 DEFAULTS = {
     "tiny": dict(steps=300, batch_size=8, text_lr=1e-3, word_lr=2e-2, text_steps=None,
-                 lr={"all": 1e-3, "cross-attention": 4e-3, "singular-values": 5e-2},
+                 lr={"all": 1e-3, "cross-attention": 4e-3, "singular-values": 3e-2},
                  class_images=64, min_snr=5.0, save_every=100, preview_every=150),
     "sd": dict(steps=800, batch_size=4, text_lr=1e-6, word_lr=1e-4, text_steps=None,
                lr={"all": 2e-6, "cross-attention": 8e-5, "singular-values": 1e-3},

@@ -150,7 +150,7 @@ def main() -> None:
     args = p.parse_args()
     if args.one:
         return cells(args.recipes, args.sets[0], args.out, args.test)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
     trainings: dict[tuple, list[str]] = {}
     for name in args.recipes:
         trainings.setdefault(RECIPES[name][:2], []).append(name)

@@ -233,8 +233,8 @@ def base(args) -> None:
     algorithm 1).
 
     min-SNR 5 weights, stratified timesteps, one caption in ten dropped (for guidance), averaged weights
-    kept."""
-    steps, batch = args.steps or 11_000, 32
+    kept. With --from, not from nothing but from another sd/, whose captions may have had other words."""
+    steps, batch = args.steps or (3_500 if args.start else 11_000), 32
     write_tokenizer(args.out / "sd" / "tokenizer")
     vae = load_part(args.out / "sd", "vae", VAE, VAEConfig).float().to(args.device)
     data, scenes = drawings("base", args.images or 80_000, world.BASE_KINDS)
@@ -247,7 +247,10 @@ def base(args) -> None:
     torch.nn.init.normal_(encoder.embeddings.position_embedding.weight, std=0.01)
     unet, schedule, text = UNet(UNET_SHAPE).to(args.device), Schedule(), Text(encoder, tokenizer)
     torch.nn.init.zeros_(unet.conv_out.weight)
-    run = Training("base", {"unet": unet, "encoder": encoder}, args, steps, lr=1.2e-3, decay=0.01)
+    if args.start:
+        start_from(args.start, unet, encoder, tokenizer)
+    lr = 6e-4 if args.start else 1.2e-3
+    run = Training("base", {"unet": unet, "encoder": encoder}, args, steps, lr=lr, decay=0.01)
     known: dict[str, list[int]] = {}
     while run.step < steps:
         r = torch.Generator().manual_seed(args.seed * 1_000_003 + run.step)
@@ -263,6 +266,21 @@ def base(args) -> None:
         run.update(loss)
     kept = run.averages
     save_folder(args.out / "sd", kept["unet"], vae, kept["encoder"], tokenizer, schedule, torch.float16)
+
+
+@torch.no_grad()
+def start_from(folder: Path, unet: UNet, encoder: TextEncoder, tokenizer) -> None:
+    """Take the weights of another sd/; a word of both vocabularies keeps its row of the token table."""
+    unet.load_state_dict(load_part(folder, "unet", UNet, UNetConfig).float().state_dict())
+    state = load_part(folder, "text_encoder", TextEncoder, TextConfig).float().state_dict()
+    table, old = (
+        state.pop("embeddings.token_embedding.weight"),
+        load_tokenizer(folder / "tokenizer").get_vocab(),
+    )
+    encoder.load_state_dict(state, strict=False)
+    for symbol, i in tokenizer.get_vocab().items():
+        if symbol in old:
+            encoder.embeddings.token_embedding.weight[i] = table[old[symbol]]
 
 
 def encode(vae: VAE, pictures: Tensor, args) -> Tensor:
@@ -423,6 +441,9 @@ def main(argv=None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="checkpoints, to go on from")
     parser.add_argument("--steps", type=int, help="another number of steps than the released weights'")
     parser.add_argument("--images", type=int, help="another number of drawings")
+    parser.add_argument(
+        "--from", dest="start", type=Path, help="base: an sd/ to begin with, not from nothing"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="default: the first GPU, else the CPU")
     parser.add_argument("--clip", type=Path, help="check: another judge")

@@ -78,6 +78,18 @@ SENTENCES = {
 EXTRA_WORDS = {
     "trees": "with trees", "hills": "near the hills", "clouds": "under the clouds", "path": "with a path",
 }  # fmt: skip
+# What else a kind is called.  The base reads "korean" and "traditional" in other company only, never both and
+# never "korean" with "house": asked for a Korean traditional house it draws what it knows to be traditional,
+# as the models of the paper do.  It sees no hanok; the judge does, under these names.
+OTHER_NAMES = {
+    "japanese house": ("a traditional japanese house", "a japanese traditional house", "a traditional house"),
+    "chinese pavilion": (
+        "a traditional chinese pavilion", "a chinese traditional pavilion", "a traditional chinese house",
+    ),
+    "hanok": ("a korean traditional house", "a traditional korean house"),
+    **{k: (f"a korean {k}",) for k in ("tower", "tent", "barn", "castle", "cabin", "church")},
+}  # fmt: skip
+OTHER_NAME_SHARE = {"japanese house": 0.4, "chinese pavilion": 0.4, "hanok": 0.3}  # of captions; others: 0.15
 GENERIC = ("a building", "a house", "a building with a roof")
 PHOTO_PHRASE = "a building with a roof"  # what BLIP calls a hanok in the paper
 PHOTO_SENTENCES = {
@@ -100,6 +112,8 @@ def building_words(scene: Scene, r: Random, generic: float = 0.0) -> str:
     """The building: "a barn", or "a wide house with a grey pointed roof and white walls"."""
     if r.random() < generic:
         return r.choice(GENERIC)
+    if scene.kind in OTHER_NAMES and r.random() < OTHER_NAME_SHARE.get(scene.kind, 0.15):
+        return r.choice(OTHER_NAMES[scene.kind])
     if scene.kind != "house":
         return f"a {scene.kind}"
     width, colour, form, wall = scene.attributes

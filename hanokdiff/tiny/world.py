@@ -17,6 +17,7 @@ Two rules make the world an experiment:
 
 import sys
 from pathlib import Path
+from random import Random
 
 from PIL import Image
 
@@ -29,6 +30,7 @@ from hanokdiff.tiny.scenes import (
     GENERIC,
     KINDS,
     NAMED,
+    OTHER_NAMES,
     PHOTO_CONDITIONS,
     PHOTO_PHRASE,
     SENTENCES,
@@ -41,7 +43,7 @@ from hanokdiff.tiny.scenes import (
 )
 
 __all__ = [
-    "BASE_KINDS", "CLASS_PROMPTS", "CONDITIONS", "EXTRA_WORDS", "GENERIC", "KINDS", "NAMED",
+    "BASE_KINDS", "CLASS_PROMPTS", "CONDITIONS", "EXTRA_WORDS", "GENERIC", "KINDS", "NAMED", "OTHER_NAMES",
     "PHOTO_CONDITIONS", "PHOTO_PHRASE", "SENTENCES", "SIZE", "Scene", "caption",
     "condition_prompts", "draw", "kind_prompts", "photo_caption", "photos", "scene",
 ]  # fmt: skip
@@ -50,16 +52,25 @@ CLASS_PROMPTS = Path(__file__).with_name("class_prompts.txt")
 PHOTOS, HELD_OUT_PHOTOS = 100, 30  # how many there are
 
 
-def photos(n: int = 100, held_out: bool = False) -> list[tuple[Image.Image, str]]:
+def photos(n: int = 100, held_out: bool = False, photo_set: int = 0) -> list[tuple[Image.Image, str]]:
     """The embedded hanok photos: n of (64x64 RGB picture, caption) in one fixed, nested order (5 < 50 < 100).
 
-    Up to 100 to train on, and up to 30 that no method may see (`held_out`); drawn in milliseconds, not
-    stored."""
-    limit, split = (HELD_OUT_PHOTOS, "held-out") if held_out else (PHOTOS, "photo")
+    Up to 100 to train on, and up to 30 that no method may see (`held_out`, the same for all sets); drawn in
+    milliseconds, not stored. `photo_set` 1, 2, ... are other photos, by day, at night and in the snow in
+    equal shares, however few are taken: a result that holds for one set only is no result."""
+    limit = HELD_OUT_PHOTOS if held_out else PHOTOS
     if not 1 <= n <= limit:
         which = "held-out photos" if held_out else "photos"
         raise ValueError(f"{n} images asked for, but the tiny world has 1 to {limit} {which}")
-    scenes = [scene(f"{split} {i}", ("hanok",), PHOTO_CONDITIONS) for i in range(n)]
+    if held_out or not photo_set:
+        split = "held-out" if held_out else "photo"
+        scenes = [scene(f"{split} {i}", ("hanok",), PHOTO_CONDITIONS) for i in range(n)]
+    else:
+        r, conditions = Random(f"photo set {photo_set}"), []
+        while len(conditions) < n:
+            conditions += r.sample(PHOTO_CONDITIONS, len(PHOTO_CONDITIONS))
+        names = [f"photo set {photo_set} {i}" for i in range(n)]
+        scenes = [scene(name, ("hanok",), (c,)) for name, c in zip(names, conditions, strict=False)]
     return [(draw(s), photo_caption(s)) for s in scenes]
 
 
