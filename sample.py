@@ -5,6 +5,7 @@
 
     python sample.py "a castle in the snow" "a barn, (fire:1.3)" --n 4
     python sample.py "*, fire" "* in the fire" --lora runs/lora/lora.safetensors --grid
+    python sample.py "[a barn:a castle:0.3] in the snow" "a barn AND a fire :0.7" "* at night <lora:lora:0.8>"
     python sample.py "* on fire" --lora runs/lora/lora.safetensors --init-image house.png --strength 0.6
     python sample.py --alert "[행정안전부] 14:20 전주 한옥마을 화재 발생" --lora runs/lora/lora.safetensors
 
@@ -13,8 +14,11 @@ Writes runs/samples/00000-0.png ... (number, seed), each with the WebUI's "param
 Read next: hanokdiff/models/samplers.py (the steps), hanokdiff/models/unet.py (the network).
 """
 
+import contextlib
+import functools
 import math
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -27,11 +31,13 @@ from hanokdiff.errors import check_folder, make_folder, report_errors
 from hanokdiff.files import free_folder
 from hanokdiff.formats import delta_file, embedding_file, hypernet_file, lora_file
 from hanokdiff.formats.load import load_model
+from hanokdiff.formats.lookup import find_artefact
 from hanokdiff.images import grid, read_photo, webui_parameters, write_png
-from hanokdiff.methods import lora
+from hanokdiff.methods import hypernetwork, lora
 from hanokdiff.models import memory, samplers
 from hanokdiff.models.memory import given_kv, project_kv
 from hanokdiff.models.pipeline import latent_size
+from hanokdiff.models.prompt_schedule import not_understood, take_tags
 from hanokdiff.models.tokens import same_word
 from hanokdiff.options import Options
 
@@ -49,24 +55,25 @@ def sample(
     bar: tqdm,
 ) -> list[Image.Image]:
     """One picture per prompt and seed: the sampling loop, B pictures at once."""
-    guided = args.cfg != 1
-    negative = args.negative if guided else None
-    context = sd.encode(prompts, negative)  # (2B, 77, D): B times the negative prompt, then the prompts
-    kv = project_kv(sd.unet, context)  # cross-attention keys and values, the same at every step
     noise = sd.noise(seeds, size)  # noise(): (B, 4, h, w), a function of each picture's own seed
     step, steps, start = samplers.plan(args.sampler, sd.schedule, args.steps, args.strength)
-    x, previous = noise() * start, None
+    # of each step ((1 + K) B, 77, D): B times the negative prompt, then each of the prompts' K parts; K is 1
+    contexts, weights = sd.contexts(prompts, args.negative, len(steps), args.cfg)
+    x, previous, last = noise() * start, None, None
     if init_latents is not None:
         x = init_latents + x
 
-    for sigma, after, t in steps:  # from much noise to none
+    for (sigma, after, t), context in zip(steps, contexts, strict=True):  # from much noise to none
+        if context is not last:  # at the first step, and where a prompt changes
+            kv, last = project_kv(sd.unet, context), context  # keys and values of cross-attention
         x_t = x * (sigma**2 + 1) ** -0.5  # scaled as the UNet was trained
-        t = torch.full((1,), t, device=x.device)
+        t, rows = torch.full((1,), t, device=x.device), len(context) // len(x)
         with given_kv(kv):
-            pred = sd.unet(torch.cat([x_t, x_t]) if guided else x_t, t, context)
-        if guided:
-            uncond, cond = pred.chunk(2)
-            pred = uncond + args.cfg * (cond - uncond)  # classifier-free guidance
+            pred = sd.unet(x_t.repeat(rows, 1, 1, 1), t, context)
+        if rows > 1:
+            uncond, *conds = pred.chunk(rows)
+            toward = sum(w * (cond - uncond) for w, cond in zip(weights, conds, strict=True))
+            pred = uncond + args.cfg * toward  # classifier-free guidance; of AND's parts, their weighted sum
         x0 = sd.schedule.predict_x0(x, pred, sigma)  # the clean picture that this noise implies
         x = step(x, x0, sigma, after, previous, noise)
         previous = x0, sigma
@@ -77,7 +84,10 @@ def sample(
 def options():
     p = Options(description=__doc__)
     p.add_argument(
-        "prompt", nargs="*", help="(word:1.2) (word) [word] weigh, \\( is a bracket, BREAK starts a chunk"
+        "prompt",
+        nargs="*",
+        help="(word:1.2) (word) [word] weigh, \\( is a bracket, BREAK starts a chunk; [from:to:when], [a|b], "
+        "a AND b :0.7, <lora:NAME:0.8>",
     )
     p.add_argument(
         "--alert", metavar="TEXT", help="instead: a Korean disaster alert, which becomes the prompt"
@@ -91,6 +101,13 @@ def options():
     what.add_argument("--hypernet", action="append", default=[], metavar="FILE[:SCALE]", help="repeatable")
     what.add_argument(
         "--delta", action="append", default=[], type=Path, metavar="FILE", help="Custom Diffusion or SVDiff"
+    )
+    what.add_argument(
+        "--lora-dir",
+        type=Path,
+        default=Path("runs"),
+        metavar="FOLDER",
+        help="where <lora:NAME> is (default: runs)",
     )
     what.add_argument("--token", help="the pseudo word (default: the one stored with the artefact)")
     what.add_argument("--literal-tokens", action="store_true", help="leave the pseudo word to the tokenizer")
@@ -222,6 +239,39 @@ def apply_files(sd, args) -> None:
         embedded.add(same_word(word))
 
 
+def read_tags(args) -> dict[str, tuple[str, tuple]]:
+    """Each prompt as it is drawn, and its artefacts (kind, file, scale); notes what becomes plain text."""
+    out = {}
+    for prompt in args.prompt:
+        text, tags = take_tags(prompt)
+        files = {kind: [parse_scale(f)[0] for f in getattr(args, kind)] for kind in ("lora", "hypernet")}
+        found = tuple((k, find_artefact(k, name, args.lora_dir, files[k]), scale) for k, name, scale in tags)
+        out[prompt] = text, found
+        if strange := not_understood(prompt):
+            warnings.warn(f"drawn as plain text: {', '.join(strange)}; see --help", stacklevel=2)
+    return out
+
+
+@contextlib.contextmanager
+def with_tags(sd, tags: tuple):
+    """The model with the artefacts that a prompt names, and afterwards without them."""
+    undo = []
+    for kind, file, scale in tags:
+        if kind == "lora":
+            loras, metadata = lora_file.apply_file(sd, file, scale)
+            undo.append(functools.partial(lora.unmerge, sd, lora.merge(sd, loras)))
+            word = metadata.get("hanokdiff_token")
+        else:
+            net, metadata = hypernet_file.apply_file(sd, file, scale)
+            undo.append(functools.partial(hypernetwork.remove, sd, net))
+            word = hypernet_file.pseudo_word(metadata)
+        if word and word not in sd.text.words:
+            sd.text.add_word(word)
+    yield
+    for take_out in reversed(undo):
+        take_out()
+
+
 def from_alert(args, sd, reading: alert.Reading) -> str:
     """The alert becomes the prompt; returns how it was understood, as one line."""
     if len(sd.text.words) > 1 and not args.token:
@@ -262,6 +312,7 @@ def main(argv=None):
     args = options().parse_args(argv)
     check(args)
     reading = None if args.alert is None else alert.drawable(args.alert)
+    tagged = read_tags(args)
     size = parse_size(args.size)
     sd = load_model(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)
     init, size = initial_picture(args, sd, size)
@@ -277,28 +328,32 @@ def main(argv=None):
     understood = reading and from_alert(args, sd, reading)
     if understood:
         print(understood)
-    sd.text.warn_without_word(args.prompt)
+        tagged = {prompt: (prompt, ()) for prompt in args.prompt}
     init_latents = None if init is None else sd.latents(init)
 
     out = make_folder(args.out or free_folder(Path("runs") / "samples"))
     number = 1 + max((int(p.name[:5]) for p in out.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")), default=-1)
     jobs = [(prompt, args.seed + i) for prompt in args.prompt for i in range(args.n)]
-    at_once = args.batch_size or (32 if sd.resolution <= 64 else 4)
     pictures = {}
-    for part in sd.batches([prompt for prompt, _ in jobs], at_once):
-        prompts, seeds = map(list, zip(*(jobs[i] for i in part), strict=True))
-        with tqdm(
-            total=len(plan.steps), desc=f"{len(pictures) + len(part)} of {len(jobs)}", unit="step"
-        ) as bar:
-            drawn = sample(sd, prompts, seeds, args, size, init_latents, bar)
-        for i, picture in zip(part, drawn, strict=True):
-            pictures[i], (prompt, seed) = picture, jobs[i]
-            info = {"parameters": parameters(prompt, seed, size, args)}
-            write_png(
-                out / f"{number + i:05d}-{seed}.png",
-                picture,
-                info | ({"alert": understood} if understood else {}),
-            )
+    for tags in dict.fromkeys(tags for _, tags in tagged.values()):
+        places = [i for i, (prompt, _) in enumerate(jobs) if tagged[prompt][1] == tags]
+        with with_tags(sd, tags):
+            texts = [tagged[jobs[i][0]][0] for i in places]
+            sd.text.warn_without_word(list(dict.fromkeys(texts)))
+            for part in sd.batches(
+                texts, args.batch_size or (32 if sd.resolution <= 64 else 4), len(plan.steps)
+            ):
+                some = [places[i] for i in part]
+                with tqdm(
+                    total=len(plan.steps), desc=f"{len(pictures) + len(part)} of {len(jobs)}", unit="step"
+                ) as bar:
+                    seeds = [jobs[i][1] for i in some]
+                    drawn = sample(sd, [texts[i] for i in part], seeds, args, size, init_latents, bar)
+                for i, picture in zip(some, drawn, strict=True):
+                    pictures[i], (prompt, seed) = picture, jobs[i]
+                    info = {"parameters": parameters(prompt, seed, size, args)}
+                    info |= {"alert": understood} if understood else {}
+                    write_png(out / f"{number + i:05d}-{seed}.png", picture, info)
     print(f"wrote {len(pictures)} pictures to {out}")
     if args.grid:
         sheet = grid([pictures[i] for i in range(len(jobs))], args.n, zoom=max(1, 128 // size[0]))

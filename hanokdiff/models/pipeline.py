@@ -5,6 +5,7 @@ for x in sd.sample(["a castle in the snow"], seeds=[0]): ...
 sd.pictures(x)[0].save("castle.png")
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from hanokdiff.images import grid
 from hanokdiff.models import samplers
 from hanokdiff.models.memory import given_kv, project_kv, to_device
+from hanokdiff.models.prompt_schedule import at_steps, resolve
 from hanokdiff.models.schedule import Schedule
 from hanokdiff.models.tokens import Text
 from hanokdiff.models.unet import UNet
@@ -44,13 +46,24 @@ class StableDiffusion:
         """Pixels per side that the model was trained at."""
         return self.unet.config.sample_size * self.vae.config.factor
 
-    def encode(self, prompts: list[str], negative: str | None) -> Tensor:
-        """The context of prompts (B, 77 k, D); with a negative prompt, of both (2B, 77 k, D), its rows
-        first."""
-        if negative is None:
-            return self.text.prompts(prompts)
-        both = self.text.prompts([*prompts, negative])
-        return torch.cat([both[-1:].expand_as(both[:-1]), both[:-1]])
+    def contexts(self, prompts: list[str], negative: str, steps: int, cfg: float) -> tuple[list, Tensor]:
+        """The contexts of each step, for B prompts of K parts (1 without AND): each ((1 + K) B, 77 k, D), B
+        rows of the negative prompt and B of each part, equal ones the same tensor; and the weights
+        (K, B, 1, 1, 1). Without guidance (cfg 1, one part) the rows are the prompts' alone."""
+        readings = [at_steps(p, steps) for p in prompts]
+        weights = torch.tensor([[w for _, w in reading[0]] for reading in readings]).T
+        guided = cfg != 1 or bool((weights != 1).any()) or len(weights) > 1
+        out, known = [], {}
+        for i in range(steps):
+            rows = [reading[i][k][0] for k in range(len(weights)) for reading in readings]
+            if guided:
+                rows = [resolve(negative, i + 1, steps)] * len(prompts) + rows
+            if tuple(rows) not in known:
+                distinct = list(dict.fromkeys(rows))  # read once
+                z = self.text.prompts(distinct)
+                known[tuple(rows)] = z[to_device(torch.tensor([distinct.index(r) for r in rows]), z.device)]
+            out.append(known[tuple(rows)])
+        return out, to_device(weights[..., None, None, None], self.device)
 
     def noise(self, seeds: list[int], size: tuple[int, int]) -> samplers.Noise:
         """A function that returns new noise (B, 4, h, w) at each call, row i from a generator of seeds[i]
@@ -63,18 +76,21 @@ class StableDiffusion:
             torch.stack([torch.randn(shape, generator=g) for g in generators]), self.device
         )
 
-    def guided(self, x: Tensor, sigma: float, t: float, context: Tensor, cfg: float) -> Tensor:
+    def guided(
+        self, x: Tensor, sigma: float, t: float, context: Tensor, cfg: float, weights: Tensor | float = 1.0
+    ) -> Tensor:
         """The UNet's prediction (B, 4, h, w) for samplers' x at noise level sigma, timestep t.
 
-        Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598, equation 6): context holds the rows of
-        the negative prompt, then those of the prompts; both go through the network at once. cfg 1 is none: B
-        rows."""
-        x_t = x * (sigma**2 + 1) ** -0.5
-        t = torch.full((1,), t, device=x.device)
-        if cfg == 1:
-            return self.unet(x_t, t, context)
-        uncond, cond = self.unet(torch.cat([x_t, x_t]), t, context).chunk(2)
-        return uncond + cfg * (cond - uncond)
+        Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598, equation 6), of several parts the sum
+        (Liu et al. 2022, arXiv:2206.01714, equation 11): context and weights are `contexts`'; all rows go
+        through the network at once."""
+        rows = len(context) // len(x)
+        x_t = (x * (sigma**2 + 1) ** -0.5).repeat(rows, 1, 1, 1)
+        pred = self.unet(x_t, torch.full((1,), t, device=x.device), context)
+        if rows == 1:
+            return pred
+        uncond, *conds = pred.chunk(rows)
+        return uncond + cfg * (weights * (torch.stack(conds) - uncond)).sum(0)
 
     def sample(
         self,
@@ -102,12 +118,17 @@ class StableDiffusion:
         noise = self.noise(seeds, size or (self.resolution, self.resolution))
         plan = samplers.plan(sampler, self.schedule, steps, None if init_latents is None else strength)
         with torch.inference_mode():
-            context = self.encode(prompts, None if cfg == 1 else negative)
-            kv = project_kv(self.unet, context)
+            contexts, weights = self.contexts(prompts, negative, len(plan.steps), cfg)
+        told = iter(contexts)
+        context, kv = None, []
 
         def denoise(x: Tensor, sigma: float, t: float) -> Tensor:
+            nonlocal context, kv
+            before, context = context, next(told)
+            if context is not before:  # at the first step, and where the prompt changes
+                kv = project_kv(self.unet, context)
             with given_kv(kv):
-                pred = self.guided(x, sigma, t, context, cfg)
+                pred = self.guided(x, sigma, t, context, cfg, weights)
             return self.schedule.predict_x0(x, pred, sigma)
 
         walk = samplers.sample(plan, denoise, noise, init_latents)
@@ -123,16 +144,17 @@ class StableDiffusion:
     ) -> list[Image.Image]:
         """One finished picture per prompt and seed; `options` are those of `sample`."""
         out = {}
-        for part in self.batches(prompts, batch_size):
+        for part in self.batches(prompts, batch_size, options.get("steps", 20)):
             for x in self.sample([prompts[i] for i in part], [seeds[i] for i in part], **options):
                 pass
             out |= zip(part, self.pictures(x), strict=True)
         return [out[i] for i in range(len(prompts))]
 
-    def batches(self, prompts: list[str], size: int) -> Iterator[list[int]]:
-        """Places of prompts in batches of one length in chunks: filled up, a prompt would draw another
-        picture."""
-        lengths = [len(self.text.chunks(p)) for p in prompts]
+    def batches(self, prompts: list[str], size: int, steps: int = 20) -> Iterator[list[int]]:
+        """Places of prompts in batches of one length in chunks, at every step and in every part: filled up, a
+        prompt would draw another picture."""
+        chunks = functools.cache(lambda text: len(self.text.chunks(text)))
+        lengths = [tuple(tuple(chunks(t) for t, _ in parts) for parts in at_steps(p, steps)) for p in prompts]
         for length in sorted(set(lengths)):
             places = [i for i, n in enumerate(lengths) if n == length]
             yield from (places[k : k + size] for k in range(0, len(places), size))

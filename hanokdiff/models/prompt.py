@@ -68,8 +68,9 @@ def join(pieces: list) -> list:
 
 
 def escape_prompt(text: str) -> str:
-    """The same text as a prompt in which brackets are only brackets, and BREAK is a word."""
-    return re.sub(r"\bBREAK\b", r"B\\REAK", re.sub(r"([()\[\]\\])", r"\\\1", text))
+    """The same text as a prompt in which brackets are only brackets, BREAK and AND are words."""
+    text = re.sub(r"([()\[\]\\])", r"\\\1", text)
+    return re.sub(r"\bAND\b", r"A\\ND", re.sub(r"\bBREAK\b", r"B\\REAK", text))
 
 
 def split_chunks(
