@@ -458,7 +458,7 @@ def test_ckpt_to_safetensors(run, sd1, load, monkeypatch):
     torch.save({"state_dict": {}}, "a.ckpt")
     parts = (sd_.unet, sd_.vae, sd_.text.encoder, sd_.schedule)
     with monkeypatch.context() as m:
-        m.setattr(single_file, "read", lambda path, prediction, log: parts)
+        m.setattr(single_file, "read_file", lambda path, prediction, log: parts)
         code, said = run("a.ckpt", "b.safetensors")
     assert code == 0 and "a.ckpt: model file, epsilon; all 980 tensors matched; wrote b.safetensors" in said
     assert {p.dtype for part in single_file.read_file("b.safetensors")[:3] for p in part.parameters()} == {

@@ -507,7 +507,7 @@ def test_other_architectures(small, file):
     other = {k: t for k, t in small[True][1].items() if k.startswith(OPEN)}
     other[OPEN + "token_embedding.weight"] = torch.zeros(50, 80)
     rest = {k: t for k, t in tensors.items() if not k.startswith(CLIP)}
-    refused(file(rest | other), "80 wide", "listens to 64")
+    refused(file(rest | other), "80 wide", "takes 64")
     refused(file({"lora_unet_mid_block.lora_down.weight": torch.zeros(2)}), "one is lora_unet_mid_block")
 
 

@@ -7,14 +7,12 @@ import json
 import math
 import multiprocessing
 import os
-import random
 import signal
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import kills
 import pytest
 import torch
 from PIL import Image
@@ -33,9 +31,6 @@ from hanokdiff.training.dataset import LatentDataset
 from hanokdiff.training.noise import Batch
 from hanokdiff.training.trainer import Trainer
 from hanokdiff.training.validation import validation_loss
-
-KILLS = int(os.environ.get("HANOKDIFF_KILLS", "1"))
-
 
 # -------------------------------------------------------------------------------------- randomness of a batch
 
@@ -941,26 +936,6 @@ def test_denoising_loss_by_hand(prediction, gamma):
 # ----------------------------------------------------------------------------- killed at random, and for long
 
 
-@pytest.mark.parametrize("name", [n for n in kills.RUNS if n != "comparison"])
-def test_killed_and_resumed_writes_the_very_tensors(tmp_path, name):
-    """At KILLS random moments (HANOKDIFF_KILLS=10 for more); robustness/kills.py does it thoroughly."""
-    options = [
-        "--steps",
-        "6",
-        "--images",
-        "2",
-        "--held-out",
-        "0",
-        "--save-every",
-        "2",
-        "--preview-every",
-        "0",
-    ]
-    options += ["--class-images", "2"] * (name == "DreamBooth")
-    tally = kills.killed(name, KILLS, tmp_path, seed=random.randrange(10**6), options=options)
-    assert tally.kills == KILLS and not tally.lost + tally.different, tally
-
-
 def usage() -> tuple[int, int]:
     """Resident bytes and open files of this process."""
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
@@ -1023,6 +998,8 @@ def long_lora(out: Path, tell) -> None:
 def test_a_long_run_keeps_its_size(tmp_path, work):
     """1,000 steps with saves and previews: resident size flat within 5 %, no file left open."""
     hear, tell = multiprocessing.Pipe(duplex=False)
+    import kills  # on the path in pytest, and not in what test_distributed starts
+
     child = kills.server().Process(target=work, args=(tmp_path / "run", tell))
     child.start()
     tell.close()

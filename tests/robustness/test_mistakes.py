@@ -241,7 +241,7 @@ train_ti --resume photos
 [full disk] train_lora --out empty
     empty/config.json cannot be written (No space left on device); what was there before is unchanged
 [full disk] train_dreambooth --class-images 1
-    runs/class/e1767c1eaa19/ab2fc9e4c032223e.png cannot be ... what was there before is unchanged
+    runs/class/ ... cannot be written (No space left on device); what was there before is unchanged
 [no GPU memory] train_lora
     out of memory (CUDA out of memory. Tried to allocate 2.00 ... lower --batch-size or a lower --resolution
 [no GPU memory] train_dreambooth --class-images 1 --out new
