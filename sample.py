@@ -35,10 +35,11 @@ from hanokdiff.formats.lookup import find_artefact
 from hanokdiff.images import grid, read_photo, webui_parameters, write_png
 from hanokdiff.methods import hypernetwork, lora
 from hanokdiff.models import memory, samplers
+from hanokdiff.models.attend import SCALE, Attend
 from hanokdiff.models.memory import given_kv, project_kv
 from hanokdiff.models.pipeline import latent_size
-from hanokdiff.models.prompt_schedule import not_understood, take_tags
-from hanokdiff.models.tokens import same_word
+from hanokdiff.models.prompt_schedule import AND, not_understood, take_tags
+from hanokdiff.models.tokens import contains_word, same_word
 from hanokdiff.options import Options
 
 MOST = 10_000  # pictures of a prompt in one go
@@ -59,11 +60,16 @@ def sample(
     step, steps, start = samplers.plan(args.sampler, sd.schedule, args.steps, args.strength)
     # of each step ((1 + K) B, 77, D): B times the negative prompt, then each of the prompts' K parts; K is 1
     contexts, weights = sd.contexts(prompts, args.negative, len(steps), args.cfg)
+    attend = Attend(sd, prompts, args.attend, len(steps), args.attend_scale) if args.attend else None
     x, previous, last = noise() * start, None, None
     if init_latents is not None:
         x = init_latents + x
 
-    for (sigma, after, t), context in zip(steps, contexts, strict=True):  # from much noise to none
+    for i, ((sigma, after, t), context) in enumerate(
+        zip(steps, contexts, strict=True)
+    ):  # from much noise to none
+        if attend:
+            x = attend(x, sigma, t, context[-len(x) :], i)
         if context is not last:  # at the first step, and where a prompt changes
             kv, last = project_kv(sd.unet, context), context  # keys and values of cross-attention
         x_t = x * (sigma**2 + 1) ** -0.5  # scaled as the UNet was trained
@@ -133,6 +139,13 @@ def options():
     how.add_argument(
         "--clip-skip", type=int, default=1, help="2 leaves the text encoder's last layer out (default: 1)"
     )
+    how.add_argument(
+        "--attend",
+        nargs="+",
+        metavar="WORD",
+        help="Attend-and-Excite: see to it that these words are attended to",
+    )
+    how.add_argument("--attend-scale", type=float, default=SCALE, help="how strongly (default: %(default)g)")
     how.add_argument("--init-image", type=Path, metavar="FILE", help="a picture to begin with")
     how.add_argument("--strength", type=float, help="how far from it to go, up to 1 (default: 0.75)")
     how.add_argument(
@@ -187,7 +200,7 @@ def check(args) -> None:
         for kind in ("lora", "hypernet")
         for p, s in map(parse_scale, getattr(args, kind))
     ]
-    for name, value in [("--cfg", args.cfg or 0.0), *scales]:
+    for name, value in [("--cfg", args.cfg or 0.0), ("--attend-scale", args.attend_scale), *scales]:
         if not math.isfinite(value):
             raise ValueError(f"{name} is {value}, but must be a finite number")
     for kind, parse in (("lora", parse_scale), ("embedding", parse_word), ("hypernet", parse_scale)):
@@ -237,6 +250,14 @@ def apply_files(sd, args) -> None:
         if same_word(word) in embedded:
             raise ValueError(f'two embeddings for "{word}"; give one another word: --embedding {path}:WORD')
         embedded.add(same_word(word))
+
+
+def check_attend(args) -> None:
+    for word in args.attend or ():
+        if not any(contains_word(prompt, word) for prompt in args.prompt):
+            raise ValueError(f'--attend "{word}": no prompt has it; name words as the prompts write them')
+    if args.attend and any(AND.search(prompt) for prompt in args.prompt):
+        raise ValueError("--attend and AND do not go together: each part is guided already; leave one out")
 
 
 def read_tags(args) -> dict[str, tuple[str, tuple]]:
@@ -303,6 +324,7 @@ def parameters(prompt: str, seed: int, size: tuple[int, int], args) -> str:
     for kind, files in (("LoRA", args.lora), ("Hypernet", args.hypernet)):
         more += [(kind, f"{path.name}:{scale:g}") for path, scale in map(parse_scale, files)]
     more += [("Delta", path.name) for path in args.delta]
+    more += [("Attend", f"{' '.join(args.attend)}:{args.attend_scale:g}")] if args.attend else []
     how = (args.steps, args.sampler, args.cfg, seed, size, args.model)
     return webui_parameters(prompt, *how, negative=args.negative, more=more)
 
@@ -313,6 +335,7 @@ def main(argv=None):
     check(args)
     reading = None if args.alert is None else alert.drawable(args.alert)
     tagged = read_tags(args)
+    check_attend(args)
     size = parse_size(args.size)
     sd = load_model(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)
     init, size = initial_picture(args, sd, size)
