@@ -72,12 +72,10 @@ def train(method: str, options: str, number: int, run: Path) -> None:
     subprocess.run(argv, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
-def count(method: str, run: Path, strength: float, test: bool, number: int) -> dict:
-    """Pictures per prompt in which a hanok, the condition and both are recognised."""
+def trained_model(method: str, run: Path, strength: float):
+    """The embedded model with a run's artefact in it."""
     from hanokdiff.formats import embedding_file, hypernet_file, lora_file
     from hanokdiff.formats.load import load_model
-    from hanokdiff.scoring.clip import Clip
-    from hanokdiff.tiny import build
 
     file = run / ARTEFACT[method]
     sd = load_model(str(file) if method == "dreambooth" else "tiny", "cpu", log=None)
@@ -88,22 +86,55 @@ def count(method: str, run: Path, strength: float, test: bool, number: int) -> d
         hypernet_file.apply_file(sd, file, strength, log=None)
     elif method == "ti":
         embedding_file.apply_file(sd, file, log=None)
-    judge, n, out = Clip(), PICTURES[test], {}
+    return sd
+
+
+def seeds(number: int, place: int, test: bool) -> list[int]:
+    """Noise that no other set's or prompt's pictures have; the same for every recipe."""
+    first = 1_000_000 * number + 1000 * place + 500_000 * test
+    return list(range(first, first + PICTURES[test]))
+
+
+def recognised(judge, build, pictures: list, condition: str) -> dict:
+    """How many pictures show a hanok, the condition, and both."""
+    kinds, conditions = build.recognise(judge, pictures)
+    hanok, right = np.array(kinds) == "hanok", np.array(conditions) == condition
+    counts = {"hanok": hanok.sum(), "condition": right.sum(), "both": (hanok & right).sum()}
+    return {"of": len(pictures), **{what: int(n) for what, n in counts.items()}}
+
+
+def count(method: str, run: Path, strength: float, test: bool, number: int) -> dict:
+    """The counts of each prompt, and of the word alone."""
+    from hanokdiff.scoring.clip import Clip
+    from hanokdiff.tiny import build
+
+    sd, judge, out = trained_model(method, run, strength), Clip(), {}
     for place, (prompt, condition) in enumerate([("*", "none"), *(TEST if test else DEVELOPMENT).items()]):
-        first = 1_000_000 * number + 1000 * place + 500_000 * test  # noise that no other cell's prompt has
-        drawn = sd.draw([prompt] * n, list(range(first, first + n)), cfg=4.0)
-        kinds, conditions = build.recognise(judge, drawn)
-        hanok, right = np.array(kinds) == "hanok", np.array(conditions) == condition
-        counts = {"hanok": hanok.sum(), "condition": right.sum(), "both": (hanok & right).sum()}
-        out[prompt] = {"of": n, **{what: int(n) for what, n in counts.items()}}
+        noise = seeds(number, place, test)
+        drawn = sd.draw([prompt] * len(noise), noise, cfg=4.0)
+        out[prompt] = recognised(judge, build, drawn, condition)
     return out
+
+
+def run_folder(home: Path, method: str, options: str, number: int) -> Path:
+    return (home / f"{method} {options}".strip().replace("/", "_") / str(number)).resolve()
+
+
+def share(prompts: dict, what: str) -> float:
+    """Of all pictures of the prompts, but those of the word alone."""
+    found = [p for prompt, p in prompts.items() if prompt != "*"]
+    return sum(p[what] for p in found) / sum(p["of"] for p in found)
+
+
+def environment() -> dict:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
 
 
 def cells(names: list[str], number: int, home: Path, test: bool) -> None:
     """The recipes of one training, which differ in the strength of the drawing alone."""
     for name in names:
         method, options, strength = RECIPES[name]
-        run = (home / f"{method} {options}".strip().replace("/", "_") / str(number)).resolve()
+        run = run_folder(home, method, options, number)
         result = result_file(home, name, number, test)
         if result.exists():
             continue
@@ -128,13 +159,11 @@ def table(names: list[str], sets: list[int], home: Path, test: bool) -> None:
         if not rows:
             continue
 
-        def share(row: dict, what: str) -> float:
-            found = [p for prompt, p in row["prompts"].items() if prompt != "*"]
-            return sum(p[what] for p in found) / sum(p["of"] for p in found)
-
         word = [row["prompts"]["*"]["hanok"] / row["prompts"]["*"]["of"] for row in rows]
-        means = [np.mean([share(row, what) for row in rows]) for what in ("hanok", "condition", "both")]
-        each = " ".join(f"{share(row, 'both'):.2f}" for row in rows)
+        means = [
+            np.mean([share(row["prompts"], what) for row in rows]) for what in ("hanok", "condition", "both")
+        ]
+        each = " ".join(f"{share(row['prompts'], 'both'):.2f}" for row in rows)
         shares = " | ".join(f"{m:.2f}" for m in (np.mean(word), *means))
         print(f"{name} | {shares} | {each} | {np.mean([row['seconds'] for row in rows]):.0f}")
 
@@ -150,14 +179,15 @@ def main() -> None:
     args = p.parse_args()
     if args.one:
         return cells(args.recipes, args.sets[0], args.out, args.test)
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "PYTHONPATH": str(ROOT)}
     trainings: dict[tuple, list[str]] = {}
     for name in args.recipes:
         trainings.setdefault(RECIPES[name][:2], []).append(name)
 
     def work(job: tuple[int, list[str]]) -> None:
         argv = ["--recipes", *job[1], "--sets", str(job[0]), "--out", str(args.out), "--one"]
-        subprocess.run([sys.executable, __file__, *argv, *["--test"] * args.test], env=env, check=False)
+        subprocess.run(
+            [sys.executable, __file__, *argv, *["--test"] * args.test], env=environment(), check=False
+        )
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(work, [(number, names) for number in args.sets for names in trainings.values()]))
