@@ -44,18 +44,6 @@ WAYS = {  # name -> (what becomes of a prompt, strength of the artefact, Attend-
 }
 
 
-def draw(sd, prompt: str, seeds: list[int], words: list[str], scale: float) -> list:
-    """Pictures by sample.py's own loop."""
-    import sample
-    from hanokdiff.models import samplers
-
-    args = sample.options().parse_args([prompt, "--attend", *words, "--attend-scale", str(scale)])
-    args.cfg, args.attend = 4.0, args.attend if scale else None
-    bar = argparse.Namespace(update=lambda: None)
-    assert args.sampler == samplers.DEFAULT
-    return sample.sample(sd, [prompt] * len(seeds), seeds, args, (64, 64), None, bar)
-
-
 def cell(name: str, way: str, number: int, home: Path, test: bool) -> None:
     result = result_file(home, name, way, number, test)
     if result.exists():
@@ -73,7 +61,8 @@ def cell(name: str, way: str, number: int, home: Path, test: bool) -> None:
     for place, (prompt, condition) in enumerate((remedies.TEST if test else remedies.DEVELOPMENT).items()):
         word = condition if condition in prompt else "fire"
         seeds = remedies.seeds(number, place + 1, test)
-        drawn = draw(sd, change(prompt, word), seeds, ["*", word], scale)
+        how = dict(cfg=4.0, attend=("*", word) if scale else (), attend_scale=scale)
+        drawn = sd.draw([change(prompt, word)] * len(seeds), seeds, **how)
         out[prompt] = remedies.recognised(judge, build, drawn, condition)
     result.parent.mkdir(parents=True, exist_ok=True)
     result.write_text(json.dumps({"recipe": name, "way": way, "set": number, "prompts": out}))

@@ -40,6 +40,12 @@ def test_scale_0_is_none(sd):
     assert draw(sd, prompts, "--attend", "barn", "fire")[0] != draw(sd, prompts)[0]
 
 
+def test_the_library_draws_what_the_script_draws(sd):
+    how = dict(steps=6, cfg=4.0, attend=("barn", "fire"))
+    (picture,) = sd.draw(["a barn on fire"], [0], **how)
+    assert picture.tobytes() == draw(sd, ["a barn on fire"], "--attend", "barn", "fire")[0]
+
+
 def test_where_words_stand(sd):
     sd.text.add_word("*")
     places = attend.word_places(sd.text, "a barn in the fire, a barn", ["barn", "fire", "castle", "in the"])

@@ -152,6 +152,17 @@ def test_without_diffusers(monkeypatch, capsys):
     assert "--vs diffusers needs both sides: pip install -r requirements-dev.txt" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("work", setup.SAMPLED)
+def test_ways_of_sampling(work, tmp_path):
+    """A step is a whole picture by its own prompt; attention is moved only where it is asked for."""
+    sd = setup.build("tiny", "cpu", torch.float32)
+    next(measure.sample(sd, 64, 1, *setup.SAMPLED[work]))
+    assert (
+        bench.main([work, "--rounds", "1", "--turn", "1", "--batch-size", "1", "--json", str(tmp_path / "a")])
+        == 0
+    )
+
+
 def test_nothing_else_imports_the_baseline():
     code = (
         "import sys, hanokdiff.bench, hanokdiff.bench.budget, hanokdiff.compare, sample, train_lora\n"

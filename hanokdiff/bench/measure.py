@@ -49,11 +49,13 @@ def train(sd: StableDiffusion, method: str, side: int, batch: int, folder: Path)
         part = next(batches)
 
 
-def sample(sd: StableDiffusion, side: int, batch: int) -> Iterator[None]:
+def sample(
+    sd: StableDiffusion, side: int, batch: int, prompt: str = "a house in the snow", attend: tuple = ()
+) -> Iterator[None]:
     """Our sampler, from the prompt to the latents: `batch` pictures of STEPS steps at every next()."""
-    prompts, seeds = ["a house in the snow"] * batch, list(range(batch))
+    how = dict(sampler="ddim", steps=setup.STEPS, cfg=7.5, size=(side, side), attend=attend)
     while True:
-        for _ in sd.sample(prompts, seeds, sampler="ddim", steps=setup.STEPS, cfg=7.5, size=(side, side)):
+        for _ in sd.sample([prompt] * batch, list(range(batch)), **how):
             pass
         yield
 
@@ -82,15 +84,17 @@ def build_sides(
 
     if only in (None, "ours"):
         sd = build()
-        if work == "sample":
-            sides["ours"] = sample(sd, args.side, args.batch)
+        if work.startswith("sample"):
+            sides["ours"] = sample(sd, args.side, args.batch, *setup.SAMPLED.get(work, ()))
         else:
             sides["ours"] = train(sd, work, args.side, args.batch, folder)
         if args.compile:
             memory.compile(sd.unet)
         if args.checkpointing:
             memory.checkpoint(sd.unet)
-    if args.vs and not work.startswith("hypernet") and work not in setup.RECIPES:  # no such script there
+    if (
+        args.vs and not work.startswith("hypernet") and work not in (*setup.RECIPES, *setup.SAMPLED)
+    ):  # no such script there
         baseline = import_baseline()
         for kind in baseline.KINDS[work == "sample"]:
             if only in (None, kind):

@@ -23,7 +23,13 @@ from hanokdiff.training.noise import Batch
 
 TRAINED = ("ti", "dreambooth", "lora", "hypernet", "hypernet-all")
 RECIPES = ("lora-text", "pivotal", "custom-diffusion", "svdiff")  # ours alone, beside no peer
-WORKS = (*TRAINED, *RECIPES, "sample", "start")
+SAMPLED = {  # ours alone: a prompt, and the words of Attend-and-Excite
+    "sample-edit": ("[a house:a barn:0.3] in the snow", ()),
+    "sample-alternate": ("[a house|a barn] in the snow", ()),
+    "sample-and": ("a house AND snow :0.7", ()),
+    "sample-attend": ("a house in the snow", ("house", "snow")),
+}
+WORKS = (*TRAINED, *RECIPES, "sample", *SAMPLED, "start")
 STEPS = 20  # sampling steps of one picture
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hanokdiff.images import grid
 from hanokdiff.models import samplers
+from hanokdiff.models.attend import SCALE, Attend
 from hanokdiff.models.memory import given_kv, project_kv, to_device
 from hanokdiff.models.prompt_schedule import at_steps, resolve
 from hanokdiff.models.schedule import Schedule
@@ -103,13 +104,15 @@ class StableDiffusion:
         size: tuple[int, int] | None = None,
         init_latents: Tensor | None = None,
         strength: float = 1.0,
+        attend: tuple[str, ...] = (),
+        attend_scale: float = SCALE,
     ) -> Iterator[Tensor]:
         """Yield the latents (B, 4, h, w) after every step: sample.py's loop, for previews, class pictures and
         compare.
 
         `size` is (width, height) in pixels, both divisible by 8 (4 in the tiny world); default the model's
         own. `init_latents` (1, 4, h, w), from `latents`, are a picture's: the smaller `strength`, the more of
-        it stays."""
+        it stays. `attend`: words for Attend-and-Excite."""
         if len(prompts) != len(seeds):
             raise ValueError(
                 f"{len(prompts)} prompts for {len(seeds)} seeds: give as many of one as of the other"
@@ -131,7 +134,12 @@ class StableDiffusion:
                 pred = self.guided(x, sigma, t, context, cfg, weights)
             return self.schedule.predict_x0(x, pred, sigma)
 
-        walk = samplers.sample(plan, denoise, noise, init_latents)
+        excite = Attend(self, prompts, list(attend), len(plan.steps), attend_scale) if attend else None
+
+        def move(x: Tensor, sigma: float, t: float, i: int) -> Tensor:
+            return excite(x, sigma, t, contexts[i][-len(x) :], i)
+
+        walk = samplers.sample(plan, denoise, noise, init_latents, move if excite else None)
         while True:  # inference mode for our steps, not for the caller's code between them
             with torch.inference_mode():
                 x = next(walk, None)

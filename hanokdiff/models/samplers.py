@@ -150,16 +150,22 @@ def plan(name: str, schedule: Schedule, steps: int, strength: float | None = Non
 
 
 def sample(
-    plan: Plan, denoise: Callable, noise: Noise, init_latents: Tensor | None = None
+    plan: Plan,
+    denoise: Callable,
+    noise: Noise,
+    init_latents: Tensor | None = None,
+    move: Callable | None = None,
 ) -> Iterator[Tensor]:
     """Yield the latents (B, 4, h, w) after each step of a plan; the last are the result.
 
-    `denoise(x, sigma, t)` guesses x0; `init_latents` (B, 4, h, w) are those of a picture to begin with.
+    `denoise(x, sigma, t)` guesses x0; `init_latents` (B, 4, h, w) are those of a picture to begin with;
+    `move(x, sigma, t, step)` gives another x before each step (attend.py).
     What is yielded is scaled as the UNet takes it (variance about 1 throughout)."""
     x, previous = noise() * plan.start, None
     if init_latents is not None:
         x = init_latents + x
-    for sigma, after, t in plan.steps:
+    for i, (sigma, after, t) in enumerate(plan.steps):
+        x = move(x, sigma, t, i) if move else x
         x0 = denoise(x, sigma, t)
         x = plan.step(x, x0, sigma, after, previous, noise)
         previous = x0, sigma
