@@ -37,20 +37,7 @@ METHODS = {  # few pictures, uneven where a process has several micro-batches
              "3"],
     "hypernet": ["--batch-size", "4", "--held-out", "2"],
 }  # fmt: skip
-COMMON = [
-    "--steps",
-    "5",
-    "--images",
-    "5",
-    "--lr",
-    "1",
-    "--preview-every",
-    "0",
-    "--save-every",
-    "0",
-    "--device",
-    "cpu",
-]
+COMMON = "--steps 5 --images 5 --lr 1 --preview-every 0 --save-every 0 --device cpu".split()
 
 
 # -------------------------------------------------------------------------------------- what the processes do

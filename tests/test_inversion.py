@@ -515,3 +515,18 @@ def test_diffusers_reads_it_and_draws_the_same(sd1, sd, tmp_path, n, ending):
     with torch.inference_mode():
         assert difference(sd.text.prompts(prompts), pipeline.text_encoder(ids).last_hidden_state) <= 1e-5
         assert (sd.text.prompts(prompts) - contexts).abs().amax((1, 2)).min() > 0.1
+
+
+def test_no_gradient_adds_up_in_the_order_of_threads(sd1):
+    """That of an index does (two runs of 30 steps on two threads: 6e-7 apart): there is none in the graph of
+    the context, for a word that stands twice in prompts that are there twice."""
+    sd = load_model(str(sd1.folder), "cpu", log=None)
+    textual_inversion.insert(sd, "*", torch.randn(3, sd.text.encoder.config.hidden_size))
+    seen, todo = set(), [sd.text(["* beside *", "* at night", "* beside *"]).grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [n for n, _ in node.next_functions]
+    names = {type(node).__name__ for node in seen}
+    assert "AccumulateGrad" in names and not [n for n in names if "Index" in n], names

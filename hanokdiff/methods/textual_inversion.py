@@ -36,10 +36,12 @@ class ExtendedEmbedding(nn.Module):
         return self.vectors * (self.norms / self.vectors.norm(dim=1, keepdim=True))
 
     def forward(self, ids: Tensor) -> Tensor:
-        own = (ids >= self.first_id) & (ids < self.first_id + len(self.vectors))
+        # a product, not an index: the gradient of an index adds up in the order in which threads come
+        rows = torch.arange(self.first_id, self.first_id + len(self.vectors), device=ids.device)
+        chosen = ids[..., None] == rows  # (B, T, n)
+        own = chosen.any(-1)
         x = self.base(ids.masked_fill(own, 0))  # (B, T, D)
-        new = self.current().to(x.dtype)[(ids - self.first_id).clamp(0, len(self.vectors) - 1)]
-        return torch.where(own[..., None], new, x)
+        return torch.where(own[..., None], chosen.to(x.dtype) @ self.current().to(x.dtype), x)
 
 
 def token_embedding(sd) -> Tensor:

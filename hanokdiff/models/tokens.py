@@ -162,7 +162,8 @@ class Text:
             return torch.stack([self._cache[p] for p in texts])
         distinct = list(dict.fromkeys(texts))  # what a batch says twice is read once
         z = self._encode([self.ids(p) for p in distinct])
-        return z[memory.to_device(torch.tensor([distinct.index(p) for p in texts]), z.device)]
+        # row by row: the gradient of one index adds up in the order in which threads come
+        return torch.stack([z[distinct.index(p)] for p in texts])
 
     def _encode(self, ids: list[list[int]]) -> Tensor:
         device = self.encoder.final_layer_norm.weight.device
