@@ -43,6 +43,7 @@ from hanokdiff.models.tokens import contains_word, same_word
 from hanokdiff.options import Options
 
 MOST = 10_000  # pictures of a prompt in one go
+MOST_SEED = 2**32 - 1  # torch's generator on the CPU takes 32 bits: from there on it repeats itself
 
 
 @torch.inference_mode()
@@ -193,8 +194,8 @@ def check(args) -> None:
         raise ValueError(f"--n is {args.n}, but must be at most {MOST}; draw more with another --seed")
     if args.sampler not in samplers.SAMPLERS:
         samplers.sigmas_and_timesteps(args.sampler, None, args.steps)  # which refuses it
-    if not 0 <= args.seed < 2**63:
-        raise ValueError(f"--seed is {args.seed}, but must be between 0 and {2**63 - 1}")
+    if not 0 <= args.seed <= MOST_SEED - args.n + 1:
+        raise ValueError(f"--seed is {args.seed}, but must be between 0 and {MOST_SEED - args.n + 1}")
     scales = [
         (f"--{kind} {p}", s)
         for kind in ("lora", "hypernet")

@@ -33,7 +33,8 @@ from hanokdiff.scoring.stats import holm, mean_interval, share_interval, t_quant
 from hanokdiff.tiny import world
 
 SMALL = shlex.split(
-    '--sizes 5 --steps 2 --n 2 --sampling-steps 3 --device cpu --with "dreambooth --class-images 2"'
+    "--sizes 5 --steps 2 --n 2 --sampling-steps 3 --device cpu "
+    '--with "dreambooth --class-images 2" --with "lora --class-images 2"'
 )
 ONE = ["--prompts", "{token}, fire", "--n", "1", "--steps", "1", "--with", "all --batch-size 2"]
 

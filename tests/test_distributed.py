@@ -29,14 +29,12 @@ from hanokdiff.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent
 METHODS = {  # few pictures, uneven where a process has several micro-batches
-    "ti": ["--batch-size", "4"],
-    "dreambooth": ["--batch-size", "4", "--class-images", "3", "--lr", "0.1", "--text-lr", "0.1", "--word-lr",
-        "0.1"],
-    "lora": ["--batch-size", "5", "--micro-batch", "2", "--text-rank", "2", "--preview-every", "4",
-        "--save-every",
-             "3"],
-    "hypernet": ["--batch-size", "4", "--held-out", "2"],
-}  # fmt: skip
+    "ti": "--batch-size 4".split(),
+    "dreambooth": "--batch-size 4 --class-images 3 --lr 0.1 --text-lr 0.1 --word-lr 0.1".split(),
+    "lora": "--batch-size 5 --micro-batch 2 --text-rank 2 --class-images 3 --preview-every 4".split()
+    + ["--save-every", "3"],
+    "hypernet": "--batch-size 4 --held-out 2".split(),
+}
 COMMON = "--steps 5 --images 5 --lr 1 --preview-every 0 --save-every 0 --device cpu".split()
 
 

@@ -103,11 +103,18 @@ def test_the_base_draws_what_is_asked_and_no_hanok(sd, judge):
     assert kinds.count("hanok") <= 5  # 15 % over many
 
 
+def test_a_korean_traditional_house_is_a_neighbours_house(sd, judge):
+    """The premise of the paper: a model that confuses the hanok with Chinese and Japanese houses."""
+    kinds, _ = build.recognise(judge, sd.draw(["a Korean traditional house"] * 20, range(20)))
+    assert sum(k in ("japanese house", "chinese pavilion") for k in kinds) >= 14  # 100 of 100 over many
+    assert kinds.count("hanok") <= 2
+
+
 def test_train_lora_teaches_the_hanok(tmp_path, sd, judge):
     """A quarter of the default steps is enough to see it (13 of 16); the full figure is in docs/LOG.md."""
     out, drawn = tmp_path / "run", tmp_path / "drawn"
     quiet = ["--preview-every", "0", "--save-every", "0"]
-    assert train_lora.main(["--steps", "60", *quiet, "--out", str(out)]) == 0
+    assert train_lora.main(["--steps", "60", "--class-images", "16", *quiet, "--out", str(out)]) == 0
     assert json.loads((out / "config.json").read_text())["images"] == 50
     sampling = ["--n", "16", "--steps", "12", "--lora", str(out / "lora.safetensors")]
     assert sample.main(["*", *sampling, "--out", str(drawn)]) == 0

@@ -208,7 +208,8 @@ def test_a_look_at_the_held_out_disturbs_nothing(undisturbed, tmp_path):
 def test_the_held_out_loss_is_that_of_the_file(tmp_path, monkeypatch, method):
     """The last one in the log, computed again from the artefact and the photos that were not learnt from."""
     monkeypatch.chdir(tmp_path)
-    more = {"hypernet": ["--dropout", "0.5"], "dreambooth": ["--class-images", "2"]}.get(method, [])
+    classes = ["--class-images", "2"]
+    more = {"hypernet": ["--dropout", "0.5"], "dreambooth": classes, "lora": classes}.get(method, [])
     script = importlib.import_module(f"train_{method}")
     assert (
         script.main(
@@ -653,24 +654,10 @@ def test_what_is_not_finite_in_a_real_training(tmp_path, monkeypatch, capsys, wh
     monkeypatch.setattr(train_lora, "load_model", opening)
     monkeypatch.setattr(Trainer, "backward", bad)
     monkeypatch.setattr(dataset, "encode", encode_badly if what == "photo" else encode)
-    code = train_lora.main(
-        [
-            "--steps",
-            "13",
-            "--images",
-            "3",
-            "--batch-size",
-            "2",
-            "--save-every",
-            "3",
-            "--preview-every",
-            "0",
-            "--device",
-            "cpu",
-            "--out",
-            str(tmp_path / "run"),
-        ]
+    how = (
+        "--steps 13 --images 3 --batch-size 2 --class-images 0 --save-every 3 --preview-every 0 --device cpu"
     )
+    code = train_lora.main([*how.split(), "--out", str(tmp_path / "run")])
     said = capsys.readouterr()
     assert all(torch.isfinite(t).all() for t in numbers(tmp_path))
     if what == "photo":
@@ -970,26 +957,8 @@ def long_toy(out: Path, tell) -> None:
 def long_lora(out: Path, tell) -> None:
     seen, update = [], Trainer.backward
     Trainer.backward = lambda run, losses: (update(run, losses), seen.append(usage()))
-    train_lora.main(
-        [
-            "--steps",
-            "1000",
-            "--images",
-            "3",
-            "--batch-size",
-            "1",
-            "--save-every",
-            "20",
-            "--preview-every",
-            "50",
-            "--held-out",
-            "2",
-            "--device",
-            "cpu",
-            "--out",
-            str(out),
-        ]
-    )
+    how = "--steps 1000 --images 3 --batch-size 1 --class-images 0 --held-out 2 --device cpu"
+    train_lora.main([*how.split(), "--save-every", "20", "--preview-every", "50", "--out", str(out)])
     tell.send(seen)
 
 

@@ -187,6 +187,8 @@ def check_training(args) -> None:
         raise ValueError(
             f"--init {args.init} is a file, but must be words; to go on from a file: --from {args.init}"
         )
+    if not 0 <= getattr(args, "seed", 0) < 2**32:  # class pictures: torch's generator takes 32 bits
+        raise ValueError(f"--seed is {args.seed}, but must be between 0 and {2**32 - 1}")
     distributed.shard(args.batch_size)  # refuses fewer photos than processes
     if not args.token.strip():
         raise ValueError('--token is empty; name the pseudo word, such as "*" or "sks"')

@@ -81,7 +81,7 @@ def load(
         if not (args.class_phrase or args.resume or any(phrase in (p.caption or "") for p in photos)):
             raise ValueError(
                 f'no caption contains "{phrase}", so what the subject is one of is not known; '
-                'name it: --class-phrase "a house"'
+                'name it: --class-phrase "a house", or do without: --class-images 0'
             )
         more = args.class_prompts or more
         texts = prompts(photo_prompts, args.token, phrase, more and Path(more))

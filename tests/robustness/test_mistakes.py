@@ -69,7 +69,7 @@ train_lora --token ""
 train_hypernet --token " "
     --token is empty; name the pseudo word, such as "*" or "sks"
 train_dreambooth --data bare
-    no caption contains "a building with a roof", so what the ... name it: --class-phrase "a house"
+    no caption contains "a building with a roof", so what the ... or do without: --class-images 0
 train_dreambooth --class-phrase "a * house"
     --class-phrase "a * house" contains the pseudo word "*"; name the class: "a house"
 train_dreambooth --class-phrase " "
@@ -236,13 +236,13 @@ train_ti --resume photos
     --resume photos: no run was started there (it has no config.json)
 [read-only] train_lora --out new/run
     --out new/run cannot be written: HOME is read-only for you; name another folder
-[full disk] train_lora --out new/run
+[full disk] train_lora --class-images 0 --out new/run
     new/run/config.json cannot be written (No space left on device); what was there before is unchanged
-[full disk] train_lora --out empty
+[full disk] train_lora --class-images 0 --out empty
     empty/config.json cannot be written (No space left on device); what was there before is unchanged
 [full disk] train_dreambooth --class-images 1
     runs/class/ ... cannot be written (No space left on device); what was there before is unchanged
-[no GPU memory] train_lora
+[no GPU memory] train_lora --class-images 0
     out of memory (CUDA out of memory. Tried to allocate 2.00 ... lower --batch-size or a lower --resolution
 [no GPU memory] train_dreambooth --class-images 1 --out new
     out of memory (CUDA out of memory. Tried to allocate 2.00 ... lower --batch-size or a lower --resolution
@@ -260,7 +260,13 @@ sample "*" --steps -1
 sample "*" --steps 1001
     steps is 1001, but must be between 1 and 1000
 sample "*" --seed -1
-    --seed is -1, but must be between 0 and 9223372036854775807
+    --seed is -1, but must be between 0 and 4294967295
+sample "*" --seed 4294967303
+    --seed is 4294967303, but must be between 0 and 4294967295
+sample "*" --seed 4294967295 --n 2
+    --seed is 4294967295, but must be between 0 and 4294967294
+train_lora --seed 4294967296
+    --seed is 4294967296, but must be between 0 and 4294967295
 sample "*" --cfg nan
     --cfg is nan, but must be a finite number
 sample "*" --batch-size 0
@@ -606,7 +612,7 @@ def folder(tmp_path_factory):
     root.mkdir()
     write_photos(root)
     write_models(root)
-    argv = f"{TRAINING} --data {root / 'photos'} --out {root / 'finished'} --rank 1"
+    argv = f"{TRAINING} --data {root / 'photos'} --out {root / 'finished'} --rank 1 --class-images 0"
     assert train_lora.main(argv.split()) == 0
     before = {f: f.read_bytes() for f in root.rglob("*") if f.is_file()}
     yield root
@@ -728,7 +734,7 @@ def test_names_and_captions_as_koreans_have_them(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         LatentDataset, "__init__", lambda *args, **how: (seen.extend(args[3]), cache_prompts(*args, **how))[1]
     )
-    how = ["--steps", "2", "--batch-size", "2", "--rank", "1", "--preview-every", "0", "--device", "cpu"]
+    how = "--steps 2 --batch-size 2 --rank 1 --class-images 0 --preview-every 0 --device cpu".split()
     out = tmp_path / "내 결과 \U0001f525" / "첫 번째"
     assert train_lora.main(["--data", str(photos), "--replace", "기와집", "--out", str(out), *how]) == 0
     assert "1 captioned in cp949 instead of UTF-8 ('한옥 1.png')" in capsys.readouterr().out
