@@ -112,7 +112,7 @@ def rows(args: Namespace, work: str) -> list[dict]:
 def header(args: Namespace) -> str:
     peak, share = "peak GiB" if args.memory else "", "limit" if args.share else ""
     times = f"{'min ms':>10}{'median':>10}{'spread':>10}"
-    columns = f"{'work':13}{'side':18}{times}{'images/s':>11} {peak:>9} {share:>6}"
+    columns = f"{'work':17}{'side':18}{times}{'images/s':>11} {peak:>9} {share:>6}"
     return columns + "  theirs / ours: min (median)" * bool(args.vs)
 
 
@@ -122,7 +122,7 @@ def line(row: dict) -> str:
     peak = f"{row['peak_bytes'] / 2**30:.2f}" if row.get("peak_bytes") else ""
     share = f"{row['share_of_limit']:.0%}" if "share_of_limit" in row else ""
     ratio = "" if row["side"] == "ours" else f"{row['ratio_min']:7.2f} ({row['ratio_median']:.2f})"
-    return f"{row['work']:13}{row['side']:18}{times}{rate:>11} {peak:>9} {share:>6} {ratio}".rstrip()
+    return f"{row['work']:17}{row['side']:18}{times}{rate:>11} {peak:>9} {share:>6} {ratio}".rstrip()
 
 
 @report_errors
