@@ -66,9 +66,8 @@ def sample(
     if init_latents is not None:
         x = init_latents + x
 
-    for i, ((sigma, after, t), context) in enumerate(
-        zip(steps, contexts, strict=True)
-    ):  # from much noise to none
+    for i, (sigma, after, t) in enumerate(steps):  # from much noise to none
+        context = contexts[i]
         if attend:
             x = attend(x, sigma, t, context[-len(x) :], i)
         if context is not last:  # at the first step, and where a prompt changes
@@ -253,11 +252,11 @@ def apply_files(sd, args) -> None:
         embedded.add(same_word(word))
 
 
-def check_attend(args) -> None:
-    for word in args.attend or ():
-        if not any(contains_word(prompt, word) for prompt in args.prompt):
+def check_attend(prompts: list[str], words: list[str] | None) -> None:
+    for word in words or ():
+        if not any(contains_word(prompt, word) for prompt in prompts):
             raise ValueError(f'--attend "{word}": no prompt has it; name words as the prompts write them')
-    if args.attend and any(AND.search(prompt) for prompt in args.prompt):
+    if words and any(AND.search(prompt) for prompt in prompts):
         raise ValueError("--attend and AND do not go together: each part is guided already; leave one out")
 
 
@@ -277,7 +276,7 @@ def read_tags(args) -> dict[str, tuple[str, tuple]]:
 @contextlib.contextmanager
 def with_tags(sd, tags: tuple):
     """The model with the artefacts that a prompt names, and afterwards without them."""
-    undo = []
+    undo, words, table = [], sd.text.words, sd.text.encoder.embeddings.token_embedding
     for kind, file, scale in tags:
         if kind == "lora":
             loras, metadata = lora_file.apply_file(sd, file, scale)
@@ -292,6 +291,10 @@ def with_tags(sd, tags: tuple):
     yield
     for take_out in reversed(undo):
         take_out()
+    sd.text.words, sd.text.encoder.embeddings.token_embedding = (
+        words,
+        table,
+    )  # without the words that came along
 
 
 def from_alert(args, sd, reading: alert.Reading) -> str:
@@ -336,7 +339,8 @@ def main(argv=None):
     check(args)
     reading = None if args.alert is None else alert.drawable(args.alert)
     tagged = read_tags(args)
-    check_attend(args)
+    if reading is None:
+        check_attend(args.prompt, args.attend)
     size = parse_size(args.size)
     sd = load_model(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)
     init, size = initial_picture(args, sd, size)
@@ -353,27 +357,25 @@ def main(argv=None):
     if understood:
         print(understood)
         tagged = {prompt: (prompt, ()) for prompt in args.prompt}
+        check_attend(args.prompt, args.attend)
     init_latents = None if init is None else sd.latents(init)
 
     out = make_folder(args.out or free_folder(Path("runs") / "samples"))
     number = 1 + max((int(p.name[:5]) for p in out.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")), default=-1)
     jobs = [(prompt, args.seed + i) for prompt in args.prompt for i in range(args.n)]
+    at_once = args.batch_size or (32 if sd.resolution <= 64 else 4)
     pictures = {}
     for tags in dict.fromkeys(tags for _, tags in tagged.values()):
         places = [i for i, (prompt, _) in enumerate(jobs) if tagged[prompt][1] == tags]
+        texts, seeds = [tagged[jobs[i][0]][0] for i in places], [jobs[i][1] for i in places]
         with with_tags(sd, tags):
-            texts = [tagged[jobs[i][0]][0] for i in places]
             sd.text.warn_without_word(list(dict.fromkeys(texts)))
-            for part in sd.batches(
-                texts, args.batch_size or (32 if sd.resolution <= 64 else 4), len(plan.steps)
-            ):
-                some = [places[i] for i in part]
-                with tqdm(
-                    total=len(plan.steps), desc=f"{len(pictures) + len(part)} of {len(jobs)}", unit="step"
-                ) as bar:
-                    seeds = [jobs[i][1] for i in some]
-                    drawn = sample(sd, [texts[i] for i in part], seeds, args, size, init_latents, bar)
-                for i, picture in zip(some, drawn, strict=True):
+            for part in sd.batches(texts, at_once, len(plan.steps)):
+                some = [texts[k] for k in part], [seeds[k] for k in part]
+                count = f"{len(pictures) + len(part)} of {len(jobs)}"
+                with tqdm(total=len(plan.steps), desc=count, unit="step") as bar:
+                    drawn = sample(sd, *some, args, size, init_latents, bar)
+                for i, picture in zip([places[k] for k in part], drawn, strict=True):
                     pictures[i], (prompt, seed) = picture, jobs[i]
                     info = {"parameters": parameters(prompt, seed, size, args)}
                     info |= {"alert": understood} if understood else {}

@@ -74,6 +74,8 @@ def check_text_options(given) -> None:
         raise ValueError(
             "--freeze-text leaves nothing to do for --text-lr, --word-lr and --text-steps; leave them out"
         )
+    if given.train == "cross-attention" and given.text_lr is not None:
+        raise ValueError("--train cross-attention trains nothing of the text encoder; leave out --text-lr")
 
 
 @report_errors
@@ -106,9 +108,6 @@ def main(argv=None):
         embedding = textual_inversion.insert(sd, args.token, vectors)
         rates |= {"text": args.text_lr, "word": args.word_lr}
     trained = dreambooth.prepare(sd, embedding, args.train)
-    rates = {
-        part: rate for part, rate in rates.items() if any(n.startswith(part) for n in trained.parameters)
-    }
     print(f"trains {trained.described()}, {count(trained.parameters)}")
 
     # 4. The run

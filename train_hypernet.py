@@ -33,6 +33,7 @@ from hanokdiff.training.args import (
     from_file,
     load_data,
     run_folder,
+    token_from,
     trainer_options,
     training_parser,
 )
@@ -83,7 +84,7 @@ def main(argv=None):
     start = from_file(args, given, ("widths", "layers", "activation", "layer_norm", "dropout"))
     if start:
         config, _, metadata = hypernet_file.read_file(start)
-        args.token = given.get("token") or hypernet_file.pseudo_word(metadata) or args.token
+        args.token = token_from(args, given, hypernet_file.pseudo_word(metadata))
     else:
         config = network_config(args)
     if "softm" in config.activation:

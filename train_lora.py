@@ -33,13 +33,15 @@ from hanokdiff.training.args import (
     from_file,
     load_data,
     run_folder,
+    token_from,
     trainer_options,
     training_parser,
 )
 from hanokdiff.training.trainer import Trainer
 
 # The tiny UNet has cross-attention at one level only, so there the convolutions are trained too.
-# SD: rates, text encoder and no class pictures as in kohya's docs/train_network.md; rank as in diffusers'
+# SD: rates, text encoder and no class pictures as in kohya's docs/train_network.md, rank between its 16 and
+# diffusers' 4; the word's rate as in diffusers' textual inversion
 DEFAULTS = {
     "tiny": dict(steps=350, batch_size=8, lr=2e-3, rank=16, alpha=None, targets="attention+ff+conv",
                  text_lr=2e-3, text_steps=None, vectors=4, word_lr=1e-2,
@@ -72,7 +74,7 @@ def take_from(args, given: dict, start: Path) -> None:
     """The ranks of a file, and its word unless another one is named."""
     loras, metadata = lora_file.read_file(start)
     words = lora_file.read_words(start)
-    args.token = given.get("token") or next(iter(words), None) or metadata.get("hanokdiff_token", args.token)
+    args.token = token_from(args, given, next(iter(words), None) or metadata.get("hanokdiff_token"))
     if args.token in words and "vectors" in given and not args.resume:
         raise ValueError(f'--from {start} brings vectors for "{args.token}"; leave out --vectors')
     unet = [t for name, t in loras.items() if "lora_unet" in name] or list(loras.values())
@@ -121,15 +123,15 @@ def main(argv=None):
     embedding = textual_inversion.find(sd, args.token)  # a file may have brought one
     trainable = lora.trainable(loras) | ({"word": embedding.vectors} if embedding else {})
     rates = {"lora_unet": args.lr, "lora_te": args.text_lr, "word": args.word_lr}
-    rates = {part: rate for part, rate in rates.items() if any(name.startswith(part) for name in trainable)}
-    if rates.keys() == {"lora_unet"}:  # a frozen encoder's output never changes
+    if not (args.text_rank or embedding):  # a frozen encoder's output never changes
         sd.text.cache_prompts([*dataset.prompts, *(class_dataset.prompts if class_dataset else [])])
     print(f"trains {len(loras)} LoRAs of rank {args.rank}, {count(trainable)}")
 
     # 4. The run
     def save(path):
         words = {args.token: embedding.vectors} if embedding else {}
-        metadata = lora_file.metadata(sd, name=path.stem, **vars(args))
+        reg_images = len(class_dataset or ())
+        metadata = lora_file.metadata(sd, name=path.stem, reg_images=reg_images, **vars(args))
         lora_file.save_file(path, loras, metadata, words=words)
         for word, vectors in words.items():  # once more on its own, for tools that do not look into a LoRA
             beside = path.with_name(path.name.replace("lora", "embedding", 1))

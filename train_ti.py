@@ -31,6 +31,7 @@ from hanokdiff.training.args import (
     from_file,
     load_data,
     run_folder,
+    token_from,
     trainer_options,
     training_parser,
 )
@@ -83,7 +84,7 @@ def main(argv=None):
     start = from_file(args, given, ("vectors", "init"))
     if start:
         word, vectors, _ = embedding_file.read_file(start)
-        args.vectors, args.token = len(vectors), given.get("token", word)
+        args.vectors, args.token = len(vectors), token_from(args, given, word)
     out = run_folder(args, "ti", "embedding.safetensors")
     if not args.vectors > 0:
         raise ValueError(f"--vectors is {args.vectors}, but must be greater than 0")

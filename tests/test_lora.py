@@ -376,6 +376,7 @@ def test_what_is_not_finite_is_not_written(sd, tmp_path):
 OPTIONS = dict(
     name="hanok",
     images=7,
+    reg_images=3,
     token="<hanok>",
     rank=64,
     alpha=32,

@@ -180,13 +180,15 @@ def test_a_hypernetwork_goes_on(sd1):
 
 
 def test_resumed(sd1, tuned, monkeypatch):
-    """A run that began from a file and was killed goes on to the same end."""
-    assert train_lora.main(arguments(sd1, "whole", "--from", tuned)) == 0
+    """A run that began from a file, under another word, and was killed goes on to the same end."""
+    tuned = [tuned, "--token", "zwx", "--vectors", 1]
+    assert train_lora.main(arguments(sd1, "whole", "--from", *tuned)) == 0
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(Trainer, "_log", lambda run: 1 / 0)  # after the last step
-        train_lora.main(arguments(sd1, "half", "--from", tuned))
+        train_lora.main(arguments(sd1, "half", "--from", *tuned))
     assert train_lora.main(["--resume", "half"]) == 0
     whole, half = load_file("whole/lora.safetensors"), load_file("half/lora.safetensors")
+    assert any("bundle_emb.zwx" in k for k in whole)
     assert whole.keys() == half.keys() and all(torch.equal(half[k], t) for k, t in whole.items())
 
 

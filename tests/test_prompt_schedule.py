@@ -244,11 +244,24 @@ def test_tags_apply_to_their_prompt_alone(sd1, artefacts, monkeypatch, capsys):
     assert written[1].startswith(lora) and written[2].startswith(net)
 
 
+def test_a_words_vectors_go_with_their_lora(sd1, artefacts, monkeypatch):
+    """Bundled ones as well: the next prompt's "*," is again what the untouched model reads."""
+    monkeypatch.chdir(artefacts)
+    common = (
+        "--data photos --resolution 32 --steps 2 --batch-size 1 --word-lr 0.5 --preview-every 0 --vectors 2"
+    )
+    argv = ["--model", str(sd1.folder), *common.split(), "--save-every", "0", "--device", "cpu"]
+    assert train_lora.main([*argv, "--out", "runs/word"]) == 0
+    tagged, after = draw(sd1, "w1", "* <lora:word>", "*, fire")
+    (before,), (plain,) = draw(sd1, "w2", "*"), draw(sd1, "w3", "*, fire")
+    assert tagged != before and after == plain
+
+
 @pytest.mark.parametrize(
     ("prompt", "words"),
     [
         ("<lora:hause:1>", "<lora:hause>: no such file in runs; the nearest is house"),
-        ("<lora:zzzz:1>", "<lora:zzzz>: no such file in runs; there is house, lora"),
+        ("<lora:zzzz:1>", "<lora:zzzz>: no such file in runs; there is "),
         ("<hypernet:house>", "<hypernet:house>: no such file"),
         ("<lora:house:much>", "the scale is 'much', but must be a number such as 0.8"),
     ],
@@ -260,13 +273,20 @@ def test_unknown_tags(sd1, artefacts, monkeypatch, capsys, prompt, words):
 
 
 def test_names(tmp_path):
-    for file in ("a/lora.safetensors", "b/lora.safetensors", "c.safetensors"):
+    for file in (
+        "a/lora.safetensors",
+        "b/lora.safetensors",
+        "lora/lora.safetensors",
+        "c.safetensors",
+        "d/c.safetensors",
+    ):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
     assert find_artefact("lora", "a", tmp_path, []) == tmp_path / "a/lora.safetensors"
     assert find_artefact("lora", "given", tmp_path, [Path("given.safetensors")]) == Path("given.safetensors")
+    assert find_artefact("lora", "lora", tmp_path, []) == tmp_path / "lora/lora.safetensors"
     with pytest.raises(ValueError, match="there are 2 of that name"):
-        find_artefact("lora", "lora", tmp_path, [])
+        find_artefact("lora", "c", tmp_path, [])
 
 
 def test_a_note_names_what_is_drawn_as_text(sd1, artefacts, monkeypatch, capsys):

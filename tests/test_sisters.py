@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from diffusers.models.attention_processor import CustomDiffusionAttnProcessor
 from safetensors.torch import load_file, save_file
 from test_class_pictures import home  # noqa: F401
 from test_dreambooth import tensors
@@ -26,7 +27,8 @@ def arguments(made, out, train, *more) -> list[str]:
     common = (
         "--data photos --resolution 32 --steps 3 --batch-size 2 --preview-every 0 --token sks --device cpu"
     )
-    rates = f"--lr {SMALL[train]} --text-lr {SMALL[train]} --class-images 0 --save-every 2"
+    rates = f"--lr {SMALL[train]} --class-images 0 --save-every 2"
+    rates += f" --text-lr {SMALL[train]}" if train == "singular-values" else ""
     argv = ["--model", made.folder, *common.split(), *rates.split(), "--train", train, "--out", out, *more]
     return list(map(str, argv))
 
@@ -109,10 +111,8 @@ def test_custom_diffusion_in_diffusers(sd1, runs):
     """load_attn_procs takes the file as it is: the same network as ours."""
     pipeline = StableDiffusionPipeline.from_pretrained(sd1.folder, safety_checker=None)
     file = runs["cross-attention"] / delta_file.FILES["cross-attention"]
-    before = {k: type(v) for k, v in pipeline.unet.attn_processors.items()}
-    pipeline.unet.load_attn_procs(file.parent, weight_name=file.name) if not any(
-        "attn1" in k for k in before
-    ) else load_processors(pipeline.unet, file)
+    # without its pipeline, diffusers 0.42.1 reads the file and sets nothing
+    pipeline.unet.load_attn_procs(file.parent, weight_name=file.name, _pipeline=pipeline)
     sd = load_model(str(sd1.folder), "cpu", log=None)
     delta_file.apply_file(sd, file)
     x, t, context = (
@@ -127,10 +127,26 @@ def test_custom_diffusion_in_diffusers(sd1, runs):
         assert (base - theirs).abs().max() > 1e-3
 
 
-def load_processors(unet, file) -> None:
-    """diffusers' own reader of the file; load_attn_procs wants a processor for self-attention as well."""
-    own = unet._process_custom_diffusion(load_file(file))
-    unet.set_attn_processor({**unet.attn_processors, **{k: p.eval() for k, p in own.items()}})
+def test_diffusers_own_file(sd1, tmp_path):
+    """What its save_attn_procs writes changes our network as its own."""
+    unet = StableDiffusionPipeline.from_pretrained(sd1.folder, safety_checker=None).unet
+    processors = {}
+    for name, old in unet.attn_processors.items():
+        if "attn1" in name:
+            processors[name] = CustomDiffusionAttnProcessor(train_kv=False, train_q_out=False)
+        else:
+            attn = unet.get_submodule(name.removesuffix(".processor"))
+            width, context = attn.to_k.weight.shape
+            processors[name] = CustomDiffusionAttnProcessor(True, False, width, context)
+    unet.set_attn_processor(processors)
+    unet.save_attn_procs(tmp_path)
+    (file,) = tmp_path.iterdir()
+    sd = load_model(str(sd1.folder), "cpu", log=None)
+    delta_file.apply_file(sd, file)
+    x, t = torch.randn(1, 4, 4, 4), torch.tensor([500])
+    context = torch.randn(1, 77, sd.unet.config.cross_attention_dim)
+    with torch.no_grad():
+        assert (sd.unet(x, t, context) - unet(x, t, context).sample).abs().max() < 1e-4
 
 
 @BOTH

@@ -1,7 +1,8 @@
 """The small files of DreamBooth's smaller sisters: what they have changed in a model, and nothing else.
 
     Custom Diffusion    PATH.attn2.processor.to_k_custom_diffusion.weight (C, D), to_v_...: the new weights;
-                        diffusers reads it (load_attn_procs), and writes a .bin that is read here too
+                        PATH.attn1.processor (0,), without which diffusers' load_attn_procs refuses the file.
+                        Its own .bin is read too
     SVDiff              unet.PATH.weight, text_encoder.PATH.weight: the shifts (r,) of the singular values
 
 The word's vectors lie beside as an embedding file.
@@ -35,6 +36,7 @@ def save_file(path: Path, train: str, parameters: dict[str, nn.Parameter], about
         if train == "cross-attention":
             stem, _, key = layer.removesuffix(".weight").rpartition(".")
             tensors[f"{stem}.processor.{key}_custom_diffusion.weight"] = exact
+            tensors[f"{stem.replace('.attn2', '.attn1')}.processor"] = torch.empty(0)
         else:
             tensors[f"{NETWORKS[network]}.{layer}"] = exact
     write_tensors(tensors, path, {"format": "pt", "method": train, **about})
@@ -58,8 +60,10 @@ def read_file(path: Path) -> tuple[str, dict[str, Tensor]]:
         content = content if isinstance(content, dict) else {}
     else:
         content = read_safetensors(path, "Custom Diffusion or SVDiff")[0]
-    tensors = {k: t for k, t in content.items() if isinstance(t, Tensor)}  # diffusers names empty ones too
-    found = kind(tensors)
+    found = kind(content)
+    tensors = {
+        k: t for k, t in content.items() if isinstance(t, Tensor) and not str(k).endswith(".processor")
+    }
     if found is None:
         raise ValueError(
             f"{path} holds neither Custom Diffusion's weights nor SVDiff's shifts; a LoRA is --lora, an "

@@ -7,19 +7,13 @@ ENDINGS = {"lora": (".safetensors", ".bin"), "hypernet": (".pt",)}
 
 
 def find_artefact(kind: str, name: str, folder: Path, given: list[Path]) -> Path:
-    """The LoRA or hypernetwork called NAME: a file NAME.safetensors (.pt), or the one in a run's folder NAME,
-    among the files given on the command line and everything in `folder`."""
+    """The LoRA or hypernetwork called NAME, of the files given and those in `folder`: NAME.safetensors (.pt),
+    or the one in a run's folder NAME, as runs/NAME/lora.safetensors."""
+    inside = sorted(folder.rglob("*")) if folder.is_dir() else []
     found: dict[str, list[Path]] = {}
-    files = [f for f in given if f.suffix in ENDINGS[kind]]
-    files += (
-        [f for f in sorted(folder.rglob("*")) if f.suffix in ENDINGS[kind] and f.is_file()]
-        if folder.is_dir()
-        else []
-    )
-    for file in dict.fromkeys(files):
-        found.setdefault(file.stem, []).append(file)
-        if file.stem == kind:  # runs/NAME/lora.safetensors
-            found.setdefault(file.parent.name, []).append(file)
+    for file in dict.fromkeys([*given, *inside]):
+        if file.suffix in ENDINGS[kind] and file.stem != "embedding" and (file in given or file.is_file()):
+            found.setdefault(file.parent.name if file.stem == kind else file.stem, []).append(file)
     if len(found.get(name, [])) == 1:
         return found[name][0]
     if name in found:

@@ -76,7 +76,7 @@ def word_places(text, prompt: str, words: list[str]) -> dict[str, list[int]]:
         for k, ids in enumerate(chunks):
             starts = [j for j in range(len(ids) - len(own) + 1) if ids[j : j + len(own)] == own]
             if starts and word not in out:
-                out[word] = [77 * k + 1 + j for j in range(starts[0], starts[0] + len(own))]
+                out[word] = [text.length * k + 1 + j for j in range(starts[0], starts[0] + len(own))]
     return out
 
 

@@ -218,6 +218,11 @@ def from_file(args: argparse.Namespace, given: dict, decided: tuple[str, ...]) -
     return file
 
 
+def token_from(args: argparse.Namespace, given: dict, word: str | None) -> str:
+    """The pseudo word of a run with --from: --token, else the file's; a resumed run keeps its own."""
+    return args.token if args.resume or "token" in given or not word else word
+
+
 def run_folder(args: argparse.Namespace, method: str, artefact: str) -> Path:
     """The folder to resume in; else the named one if nothing ran there, else runs/METHOD, runs/METHOD-2,
     ..."""

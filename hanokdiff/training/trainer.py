@@ -42,7 +42,7 @@ class Trainer:
     artefact       the artefact's file name, such as "lora.safetensors"
     config         what the run was started with: stored in config.json, compared on resume
     lr             one learning rate, or several by the beginning of the parameters' names: {"unet": 2e-6,
-                   "text": 1e-6}
+                   "text": 1e-6}; those of which nothing is trained are left out
     micro_batch    photos at once; their gradients add up to those of `batch_size`. 0: all at once
     preview        draws a picture of the present state; called every `preview_every` steps
     metrics        returns more numbers for each line of the log
@@ -87,6 +87,7 @@ class Trainer:
         self.parameters = list(trainable.values())
         self.masters = [fp32_master(p) for p in self.parameters]
         lrs = lr if isinstance(lr, dict) else {"": lr}
+        lrs = {part: rate for part, rate in lrs.items() if any(name.startswith(part) for name in trainable)}
         self.lr = next(iter(lrs.values()))  # the first one is logged; the others stay in proportion to it
         groups = [
             {

@@ -214,6 +214,8 @@ train_lora --photo-set -1
     --photo-set is -1, but must be 0 or more
 train_lora --photo-set 1 --data photos
     --photo-set 1 is of the drawn hanok, but --data names photos; leave it out
+train_dreambooth --train cross-attention --text-lr 1e-4
+    --train cross-attention trains nothing of the text encoder; leave out --text-lr
 train_dreambooth --train half
     --train is half, but must be one of all, cross-attention, singular-values
 sample "*" --delta lora.safetensors
