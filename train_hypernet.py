@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from hanokdiff.errors import report_errors
-from hanokdiff.formats import hypernet_file
+from hanokdiff.formats import embedding_file, hypernet_file
 from hanokdiff.formats.load import load_model
-from hanokdiff.methods import hypernetwork
+from hanokdiff.methods import hypernetwork, textual_inversion
 from hanokdiff.methods.losses import min_snr_weight, mse
 from hanokdiff.seeding import seeded_generator
 from hanokdiff.tiny import world
@@ -36,15 +36,16 @@ from hanokdiff.training.args import (
     token_from,
     trainer_options,
     training_parser,
+    word_options,
 )
 from hanokdiff.training.trainer import Trainer
 
 # the tiny UNet has cross-attention at one level only, so there self-attention is changed too
 DEFAULTS = {
     "tiny": dict(steps=350, batch_size=8, lr=4e-3, widths="all", layers=[1, 2, 1], activation="relu",
-                 class_images=0, min_snr=5.0, save_every=100, preview_every=175),
+                 vectors=4, word_lr=1e-2, class_images=64, min_snr=5.0, save_every=100, preview_every=175),
     "sd": dict(steps=3000, batch_size=4, lr=1e-5, widths="context", layers=[1, 2, 1], activation="relu",
-               class_images=0, min_snr=0.0, save_every=500, preview_every=500),
+               vectors=0, word_lr=5e-4, class_images=0, min_snr=0.0, save_every=500, preview_every=500),
 }  # fmt: skip
 
 
@@ -62,6 +63,7 @@ def options():
     method("--dropout", "share of the inner layers that is left out at random", type=float, default=0.0)
     method("--layer-norm", "a LayerNorm after every layer", action="store_true")
     method("--from", "go on from a hypernetwork, of ours or of another tool", type=Path, metavar="FILE")
+    word_options(method)
     prior.add_options(method)
     return parser
 
@@ -84,7 +86,10 @@ def main(argv=None):
     start = from_file(args, given, ("widths", "layers", "activation", "layer_norm", "dropout"))
     if start:
         config, _, metadata = hypernet_file.read_file(start)
-        args.token = token_from(args, given, hypernet_file.pseudo_word(metadata))
+        words = hypernet_file.read_words(start, metadata)
+        args.token = token_from(args, given, next(iter(words), None) or hypernet_file.pseudo_word(metadata))
+        if args.token in words and "vectors" in given and not args.resume:
+            raise ValueError(f'--from {start} brings vectors for "{args.token}"; leave out --vectors')
     else:
         config = network_config(args)
     if "softm" in config.activation:
@@ -103,10 +108,9 @@ def main(argv=None):
     photos, dataset, held_out = load_data(args, sd, world.photos)
     more = world.CLASS_PROMPTS if args.model == "tiny" else None
     class_dataset, seconds = prior.load(args, sd, photos, dataset.prompts, more)
-    # a frozen encoder's output never changes
-    sd.text.cache_prompts([*dataset.prompts, *(class_dataset.prompts if class_dataset else [])])
 
-    # 3. What is trained: a pair of networks per width, in front of to_k and to_v
+    # 3. What is trained: a pair of networks per width, in front of to_k and to_v, and with
+    # --vectors the word's
     if start:
         hypernet, _ = hypernet_file.apply_file(sd, start)
         hypernet.requires_grad_(True)
@@ -114,7 +118,13 @@ def main(argv=None):
         widths = hypernetwork.dims(sd)[args.widths]
         hypernet = hypernetwork.insert(sd, hypernetwork.Hypernetwork(config, widths).init_weights(args.seed))
     hypernet.eval()  # dropout in the loop only, not in previews
-    trainable = hypernetwork.trainable(hypernet)
+    if args.vectors:
+        vectors = textual_inversion.initial_vectors(sd, args.init or args.replace, args.vectors)
+        textual_inversion.insert(sd, args.token, vectors)
+    embedding = textual_inversion.find(sd, args.token)  # a file may have brought one
+    trainable = hypernetwork.trainable(hypernet) | ({"word": embedding.vectors} if embedding else {})
+    if not embedding:  # a frozen encoder's output never changes
+        sd.text.cache_prompts([*dataset.prompts, *(class_dataset.prompts if class_dataset else [])])
     print(f"trains networks for widths {', '.join(hypernet.pairs)}, {count(trainable)}")
 
     # 4. The run
@@ -125,11 +135,15 @@ def main(argv=None):
             "model": sd.name,
             "info": hypernet_file.TOKEN + args.token,
         }
-        hypernet_file.save_file(path, config, hypernet_file.state(hypernet), about)
+        words = {args.token: embedding.vectors} if embedding else {}
+        hypernet_file.save_file(path, config, hypernet_file.state(hypernet), about, words)
+        for word, vectors in words.items():  # once more on its own, for other tools
+            beside = path.with_name(path.stem.replace("hypernet", "embedding", 1) + ".safetensors")
+            embedding_file.save_file(beside, word, vectors, about)
 
-    context = sd.text(dataset.prompts[:8])
     how = trainer_options(args, sd, dataset, held_out, class_dataset)
-    how["metrics"] = lambda: {"ratio": hypernet.ratio(context)}
+    how["lr"] = {"pairs": args.lr, "word": args.word_lr}
+    how["metrics"] = lambda: {"ratio": hypernet.ratio(sd.text(dataset.prompts[:8]))}
     trainer = Trainer(out, trainable, artefact="hypernet.pt", save=save, **how)
     prior.note(out, class_dataset, seconds)
 

@@ -36,6 +36,7 @@ from hanokdiff.training.args import (
     token_from,
     trainer_options,
     training_parser,
+    word_options,
 )
 from hanokdiff.training.trainer import Trainer
 
@@ -56,15 +57,12 @@ def options():
     parser, method = training_parser(__doc__, DEFAULTS)
     method("--rank", "rank of the change", type=int)
     method("--alpha", "strength: the change is scaled by alpha / rank (default: the rank)", type=float)
-    method(
-        "--targets", "what is changed in the UNet", choices=("attention", "attention+ff", "attention+ff+conv")
-    )
+    choices = ("cross-attention", "attention", "attention+ff", "attention+ff+conv")
+    method("--targets", "what is changed in the UNet", choices=choices)
     method("--text-rank", "rank of the change of the text encoder, 0 for none (default: the rank)", type=int)
     method("--text-lr", "learning rate of the text encoder", type=float)
     method("--text-steps", "steps after which the text encoder stands still (default: never)", type=int)
-    method("--vectors", "also train the word's own vectors, this many (pivotal tuning); 0: none", type=int)
-    method("--init", "words that the vectors start as (default: --replace's)")
-    method("--word-lr", "learning rate of the vectors", type=float)
+    word_options(method)
     method("--from", "go on from a LoRA, of ours or of another tool", type=Path, metavar="FILE")
     prior.add_options(method)
     return parser

@@ -45,6 +45,8 @@ RECIPES = {  # name -> (method, options of its script, strength of the artefact 
     "hypernet": ("hypernet", "", 1),
     "hypernet + class": ("hypernet", "--class-images 64", 1),
     "hypernet + class at 0.5": ("hypernet", "--class-images 64", 0.5),
+    "hypernet + word": ("hypernet", "--vectors 4", 1),
+    "hypernet + word + class": ("hypernet", "--vectors 4 --class-images 64", 1),
     "dreambooth": ("dreambooth", "", 1),
     "dreambooth, neutral class": ("dreambooth", NEUTRAL, 1),
     "dreambooth, no class": ("dreambooth", "--class-images 0", 1),
@@ -52,6 +54,11 @@ RECIPES = {  # name -> (method, options of its script, strength of the artefact 
     "svdiff": ("dreambooth", "--train singular-values", 1),
     "ti": ("ti", "", 1),
     "ti of a house": ("ti", "--init house", 1),
+    "ti, 900 steps": ("ti", "--steps 900", 1),
+    "ti, 16 vectors": ("ti", "--vectors 16", 1),
+    "ti, 16 vectors, 900 steps": ("ti", "--vectors 16 --steps 900", 1),
+    "ti, 4 vectors": ("ti", "--vectors 4", 1),
+    "ti, hold norm": ("ti", "--hold-norm", 1),
 }
 ARTEFACT = {
     "lora": "lora.safetensors", "hypernet": "hypernet.pt", "ti": "embedding.safetensors",

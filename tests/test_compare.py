@@ -10,12 +10,12 @@ import os
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import threading
 import time
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import kills
@@ -24,19 +24,35 @@ import pytest
 from PIL import Image
 
 from hanokdiff.compare import __main__ as compare
-from hanokdiff.compare import plan, run
+from hanokdiff.compare import plan, recipes, run, workers
+from hanokdiff.compare.report import compose
 from hanokdiff.compare.results import collect
-from hanokdiff.compare.sections import compose
-from hanokdiff.compare.summary import difference, estimate, find, summarise
+from hanokdiff.compare.summary import find, pooled, summarise
 from hanokdiff.models.pipeline import StableDiffusion
-from hanokdiff.scoring.stats import holm, mean_interval, share_interval, t_quantile, t_tail
-from hanokdiff.tiny import world
-
-SMALL = shlex.split(
-    "--sizes 5 --steps 2 --n 2 --sampling-steps 3 --device cpu "
-    '--with "dreambooth --class-images 2" --with "lora --class-images 2"'
+from hanokdiff.scoring.stats import (
+    holm,
+    mean_over_sets,
+    share_interval,
+    share_over_sets,
+    sign_flip,
+    t_quantile,
 )
-ONE = ["--prompts", "{token}, fire", "--n", "1", "--steps", "1", "--with", "all --batch-size 2"]
+from hanokdiff.tiny import world
+from hanokdiff.training.dataset import load_photos
+
+SMALL = shlex.split("--sizes 5 --steps 2 --n 2 --sampling-steps 3 --device cpu --jobs 1")
+ONE = ["--prompts", "{token}, fire", "--n", "1", "--steps", "1"]
+METHODS = {
+    "ti": "",
+    "dreambooth": "--class-images 2",
+    "lora": "--class-images 2",
+    "hypernet": "--class-images 2",
+}
+
+
+def recipe(*methods: str) -> list[str]:
+    """Each method as a recipe of its name, small."""
+    return [w for m in methods for w in ("--recipe", f"{m}={m} --batch-size 2 {METHODS[m]}")]
 
 
 @pytest.fixture(autouse=True)
@@ -75,55 +91,115 @@ def test_holm():
     assert holm([0.02, 0.02, 0.02]) == pytest.approx([0.06] * 3)
 
 
-def tail_of_4(t: float) -> float:
-    """P(|T| > t) with 4 degrees of freedom, in closed form."""
-    u = t / math.sqrt(4 + t * t)
-    return 1 - u * (3 - u * u) / 2
+def test_quantiles_of_t():
+    """Closed forms for 1 and 2 degrees of freedom, and a table's value."""
+    assert t_quantile(1) == pytest.approx(math.tan(0.95 * math.pi / 2), rel=1e-6)
+    assert t_quantile(2) == pytest.approx(0.95 * math.sqrt(2 / (1 - 0.95**2)), rel=1e-6)
+    assert t_quantile(4) == pytest.approx(2.776445, rel=1e-6)
 
 
-@pytest.mark.parametrize("t", [0.0, 0.3, 1.0, 2.5, 12.7, 100.0])
-def test_tail_of_t(t):
-    """Closed forms for 1, 2 and 4 degrees of freedom, and the quantiles' own inverse."""
-    assert t_tail(t, 1) == pytest.approx(1 - 2 / math.pi * math.atan(t), abs=1e-7)
-    assert t_tail(-t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t), abs=1e-7)
-    assert t_tail(t, 4) == pytest.approx(tail_of_4(t), abs=1e-7)
-    for freedom in (1, 4, 30):
-        assert t_tail(t_quantile(freedom), freedom) == pytest.approx(0.05, abs=1e-5)
+def test_sign_flips():
+    """All signs alike: only they and their mirror image are as far; of two sides in balance, every flip
+    is."""
+    assert sign_flip([1, 2, 3, 4, 5, 6, 7, 8]) == (2 / 256, 2 / 256)
+    assert sign_flip([1, 1, 1, 1, -1]) == (12 / 32, 2 / 32)  # all alike or one other: 1 + 5 flips, twice
+    assert sign_flip([0.3, -0.3])[0] == 1.0 and sign_flip([0, 0, 0])[0] == 1.0
+    p, floor = sign_flip(np.linspace(0.1, 1, 20))
+    assert floor < p < 1e-3 or p == floor
 
 
-def test_difference_between_two_methods():
-    """Differences of 1 to 5 over five trainings: t = 3 / sqrt(2.5 / 5) with 4 degrees of freedom."""
-    a = {(s, "A", i): float(s + i) for s in range(5) for i in range(3)}
-    b = {k: v - (k[0] + 1) for k, v in a.items()}
-    (mean, low, high), p = difference(a, b)
-    t, half = 3 / math.sqrt(0.5), 2.776445 * math.sqrt(0.5)
-    assert (mean, low, high) == pytest.approx((3, 3 - half, 3 + half), abs=1e-4)
-    assert p == pytest.approx(tail_of_4(t), abs=1e-6)
-    found, p = difference({k: v for k, v in a.items() if k[0] == 0}, b)
-    assert p is None and found == [1, 1, 1]
-    assert difference(a, a) == ([0, 0, 0], 1.0)
+def test_intervals_over_sets():
+    mean, low, high = share_over_sets([(16, 32), (24, 32)])
+    assert mean == 0.625 and 0.3 < low < 0.5 and 0.7 < high < 0.9
+    assert share_over_sets([(32, 32)] * 5)[1] < 0.99  # 160 of 160 pictures are no certainty
+    assert share_over_sets([(0, 96)])[:2] == (0.0, 0.0)
+    one = share_over_sets([(30, 100)])  # of one set, pictures only: close to Wilson's
+    assert one == pytest.approx(share_interval(30, 100), abs=0.01)
+    mean, low, high = mean_over_sets([(0.2, 0.1, 100)])
+    assert (mean, low, high) == pytest.approx((0.2, 0.2 - 0.0196, 0.2 + 0.0196), abs=2e-3)
 
 
-def test_planted_differences_are_found_and_equalities_are_not():
-    r = np.random.default_rng(0)
-    keys = [(s, "A", i) for s in range(5) for i in range(100)]
-    a, b, c = ({k: float(r.random() < p) for k in keys} for p in (0.5, 0.5, 0.8))
-    p = holm([difference(a, b)[1], difference(a, c)[1], difference(b, c)[1]])
-    assert p[0] > 0.05 > max(p[1:])
+def simulated(r, sets: int, gap: float = 0.0, n: int = 96) -> list[float]:
+    """Differences of two recipes' shares, two-humped as real ones are: a training works or fails, whichever
+    recipe it is of; `gap` is what the first really adds."""
+    works = r.random((2, sets)) < 0.75
+    shares = np.where(works, r.normal(0.8, 0.08, (2, sets)), r.normal(0.08, 0.05, (2, sets)))
+    shares = np.clip(shares + np.array([[gap], [0]]), 0, 1)
+    k = r.binomial(n, shares) / n
+    return list(k[0] - k[1])
 
 
-def test_estimates():
-    assert estimate([[1, 0, 0, 0]], share=True) == pytest.approx(share_interval(1, 4), abs=1e-6)
-    assert estimate([[1, 0], [1, 1]], share=True)[0] == 0.75
-    assert estimate([[0.2, 0.4]]) == pytest.approx(mean_interval([0.2, 0.4]), abs=1e-6)
-    assert estimate([[0.5]]) == [0.5, None, None]
+def test_families_err_in_one_of_twenty():
+    """1,000 comparisons of four equal recipes in 8 sets: Holm's six sign-flip tests call any of them
+    different in 5 % at most. A real gap of half the pictures is found in most, and equal ones beside it are
+    not."""
+    r, wrong = np.random.default_rng(0), 0
+    for _ in range(1000):
+        works = r.random((4, 8)) < 0.75
+        share = np.where(works, r.normal(0.8, 0.08, (4, 8)), r.normal(0.08, 0.05, (4, 8)))
+        k = r.binomial(96, np.clip(share, 0, 1)) / 96
+        pairs = [(i, j) for i in range(4) for j in range(i)]
+        wrong += min(holm([sign_flip(k[i] - k[j])[0] for i, j in pairs])) < 0.05
+    assert wrong <= 50 + 2 * math.sqrt(1000 * 0.05 * 0.95)
+    found = [holm([sign_flip(simulated(r, 8, 0.9))[0], sign_flip(simulated(r, 8))[0]]) for _ in range(100)]
+    assert sum(p[0] < 0.05 for p in found) > 50 > 12 > sum(p[1] < 0.05 for p in found)
+
+
+def test_pooled_spread():
+    """Mean and standard deviation of all pictures from those of each prompt."""
+    r = np.random.default_rng(1)
+    values = [r.normal(size=n) for n in (3, 5, 8)]
+    of = [{"pictures": len(v), "x": [v.mean(), v.std(ddof=1)]} for v in values]
+    together = np.concatenate(values)
+    assert pooled(of, "x") == pytest.approx((together.mean(), together.std(ddof=1)))
+
+
+# -------------------------------------------------------------------------------------------------- recipes
+
+
+def test_recipes():
+    assert recipes.parse(["LoRA u", "mine = lora --rank 4"], plan.METHODS) == {
+        "LoRA u": recipes.RECIPES["LoRA u"], "mine": "lora --rank 4",
+    }  # fmt: skip
+    found, at = recipes.chosen(["best", "factorial"], {"mine": "ti"}, [5, 50, 100])
+    assert at["LoRA"] == at["mine"] == [5, 50, 100] and at["LoRA u"] == [50] and "LoRA 2023" not in found
+    for words in recipes.RECIPES.values():  # every option is one of its script
+        plan.parsed_options(words.split()[0], words.split()[1:], words)
+
+
+def test_pairs_of_a_switch_differ_in_it_alone():
+    """What the untaught options of two recipes come to differs in the options of one switch only."""
+    own = {
+        "text encoder": {"text_rank"},
+        "class pictures, the word cannot learn": {"class_images"},
+        "class pictures, the word learns": {"class_images"},
+        "the word's own vectors": {"vectors"},
+    }
+    assert own.keys() == recipes.SWITCHES.keys()
+    for question, pairs in recipes.SWITCHES.items():
+        for pair in pairs:
+            method = recipes.RECIPES[pair[0]].split()[0]
+            parser = plan.script(method).options()
+            a, b = (vars(parser.parse(recipes.RECIPES[name].split()[1:])) for name in pair)
+            assert {k for k in a if a[k] != b[k]} == own[question], pair
+
+
+def test_families():
+    _, at = recipes.chosen(["best", "factorial"], {}, [5, 50, 100])
+    found = recipes.families(at, [5, 50, 100])
+    assert [len(v) for v in found.values()] == [6, 2, 4]
+    assert found["number of photos"][0].a == tuple((n, 50) for n in recipes.BEST)
+    assert {c.question for c in found["switches"]} == recipes.SWITCHES.keys()
+    two = recipes.families({"a": [5], "b": [5]}, [5])
+    assert list(two) == ["recipes at 5 photos"] and two["recipes at 5 photos"][0].a == (("a", 5),)
 
 
 # ------------------------------------------------------------------------------------------------ the plan
 
 
 def arguments(*more):
-    args = compare.options().parse_args([*SMALL, *map(str, more)])
+    argv = [*SMALL, *map(str, more)]
+    args = compare.options().parse_args(argv + recipe(*METHODS) * ("--recipe" not in argv))
     compare.check(args)
     return args
 
@@ -138,6 +214,10 @@ def names(manifest, part="scores") -> dict[str, str]:
     return {c["name"]: "/".join([c["folder"], c["pictures"], c["scores"]][:upto]) for c in manifest["cells"]}
 
 
+def cell_name(method: str, photos: int = 5, seed: int = 1) -> str:
+    return f"{method}, {photos} photos, set {seed}"
+
+
 def test_the_whole_matrix(context):
     args = compare.options().parse_args([])
     compare.check(args)
@@ -145,8 +225,9 @@ def test_the_whole_matrix(context):
     cells = manifest["cells"]
     assert len(cells) == 3 + 12 and len(set(names(manifest).values())) == 15
     assert [c["ask"] for c in cells[:3]] == ["*", "hanok", "a Korean traditional house"]
-    matrix = {(m, n) for m in plan.METHODS for n in (5, 50, 100)}
-    assert {(c["method"], c["photos"]) for c in cells[3:]} == matrix
+    matrix = {(m, n) for m in recipes.BEST for n in (5, 50, 100)}
+    assert {(c["recipe"], c["photos"]) for c in cells[3:]} == matrix
+    assert all(c["photo_set"] == c["seed"] == 1 for c in cells[3:])
     assert all(c["steps"] == plan.script(c["method"]).DEFAULTS["tiny"]["steps"] for c in cells[3:])
     asked = {q["key"]: q for q in manifest["settings"]["questions"]}
     assert list(asked) == ["A", "A literal", "B", "C", "word"]
@@ -155,7 +236,7 @@ def test_the_whole_matrix(context):
     assert asked["A"]["noise"] == asked["A literal"]["noise"] != asked["B"]["noise"]
     known = manifest["references"]
     assert known["held_out"] == 30 and known["recognised"] >= 27
-    assert known["nearest_95"]["5"] <= known["nearest_95"]["50"] <= known["nearest_95"]["100"]
+    assert known["copy_levels"]["5"] <= known["copy_levels"]["50"] <= known["copy_levels"]["100"]
 
 
 def test_only_what_changed_is_done_again(context):
@@ -163,14 +244,15 @@ def test_only_what_changed_is_done_again(context):
     Path("a.png").touch()
     for more, part, changed in (
         (("--sizes", 5, 50), "scores", set()),
-        (("--seeds", 0, 1), "scores", set()),
-        (("--methods", "lora"), "scores", set()),
+        (("--seeds", 1, 2), "scores", set()),
+        (recipe("lora"), "scores", set()),
         (("--data", "."), "scores", set()),  # where the photos lie does not matter, what they are does
         (("--n", 3), "pictures", set()),
         (("--n", 3), "scores", set(names(base))),
         (("--sampling-steps", 4), "folder", set()),
         (("--sampling-steps", 4), "pictures", set(names(base))),
-        (("--with", "lora --rank 4"), "folder", {"lora-5-0"}),
+        (("--recipe", "lora=lora --rank 4"), "folder", {cell_name("lora")}),
+        (("--same-photos",), "folder", set(names(base)) - UNTOUCHED),
         (("--steps", 3), "folder", set(names(base)) - UNTOUCHED),
         (("--prompts", "{token} in the fire"), "pictures", set(names(base))),
         (("--subject", "a house"), "pictures", set()),
@@ -180,15 +262,50 @@ def test_only_what_changed_is_done_again(context):
         assert {n for n in other if n in before and other[n] != before[n]} == changed, more
 
 
-UNTOUCHED = {"untouched-literal", "untouched-hanok", "untouched-described"}
+UNTOUCHED = {"untouched, literal", "untouched, hanok", "untouched, described"}
 
 
-def test_other_photos_are_other_cells(context):
+def test_other_photos_are_other_cells(context, monkeypatch):
     base = names(plan.plan(arguments(), context), "folder")
-    photos = [*context.photos[1:6], context.photos[0]]
-    moved = SimpleNamespace(**{**vars(context), "photos": photos})
-    other = names(plan.plan(arguments(), moved), "folder")
+    photos, embeddings = context.photos(1)
+    monkeypatch.setitem(context.sets, 1, ([*photos[1:6], photos[0]], embeddings))
+    other = names(plan.plan(arguments(), context), "folder")
     assert {n for n in base if base[n] != other[n]} == set(base) - UNTOUCHED
+
+
+def test_a_set_has_its_own_photos(context):
+    sets = [context.photos(k)[0] for k in (1, 2)]
+    assert len({p.image.tobytes() for photos in sets for p in photos}) == 200
+    cells = plan.plan(arguments("--seeds", 1, 2), context)["cells"]
+    options = [c["options"] for c in cells if c["method"] == "ti"]
+    assert [o[o.index("--photo-set") + 1] for o in options] == ["1", "2"]
+
+
+def test_sets_of_a_folder(tmp_path):
+    """Other orders of the same photos, nested, and the held-out ones never among them."""
+    for i, (image, _) in enumerate(world.photos(12)):
+        image.save(tmp_path / f"{i:02d}.png")
+    sets = [load_photos(tmp_path, 64, 8, 4, lambda _: None, photo_set=k) for k in range(4)]
+    orders = [[p.name for p in photos] for photos, _ in sets]
+    assert len(set(map(tuple, orders))) == 4 and all(set(order) == set(orders[0]) for order in orders)
+    assert len({tuple(p.name for p in held) for _, held in sets}) == 1
+    fewer, _ = load_photos(tmp_path, 64, 3, 4, lambda _: None, photo_set=2)
+    assert [p.name for p in fewer] == orders[2][:3]
+
+
+def test_points_of_one_training(context):
+    """Strengths and steps are drawn from one training; textual inversion has no strength."""
+    argv = [*recipe("lora", "ti"), "--strengths", 0.5, 1, "--at", 0.5, 1, "--steps", 4]
+    manifest = plan.plan(arguments(*argv), context)
+    cells = manifest["cells"][3:]
+    assert [(c["method"], c["at"], c["strength"]) for c in cells] == [
+        ("lora", 0.5, 0.5), ("lora", 0.5, 1), ("lora", 1, 0.5), ("lora", 1, 1), ("ti", 0.5, 1), ("ti", 1, 1),
+    ]  # fmt: skip
+    assert len({c["folder"] for c in cells}) == 2 and len({c["pictures"] for c in cells}) == 6
+    assert all(c["options"][c["options"].index("--save-every") + 1] == "2" for c in cells)
+    asked = {q["key"]: q for q in manifest["settings"]["questions"]}
+    assert asked["development 1"]["wanted"] == "snow" and asked["A"]["wanted"] == "fire"
+    assert [len(g) for g in workers.trainings(cells)] == [4, 2]
 
 
 def test_the_key_of_earlier_versions():
@@ -198,7 +315,7 @@ def test_the_key_of_earlier_versions():
 
 def test_budgets(context):
     def steps(*more):
-        cells = plan.plan(arguments("--sizes", 5, 50, 100, "--methods", "lora", *more), context)["cells"]
+        cells = plan.plan(arguments("--sizes", 5, 50, 100, *recipe("lora"), *more), context)["cells"]
         return [c["steps"] for c in cells if c["method"] == "lora"]
 
     assert steps("--steps", 100) == [100] * 3
@@ -219,13 +336,13 @@ def done(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(out.parent)
         patch.setattr(run, "process", process)
-        assert compare.main([*SMALL, "--methods", "lora", "dreambooth", "--out", str(out)]) == 0
+        assert compare.main([*SMALL, *recipe("lora", "dreambooth"), "--out", str(out)]) == 0
     return out
 
 
 def test_miniature(done):
     found = json.loads((done / "results.json").read_text("utf-8"))
-    assert not found["missing"] and [c["name"] for c in found["cells"]][3:] == ["lora-5-0", "dreambooth-5-0"]
+    assert not found["missing"] and [c["recipe"] for c in found["cells"]][3:] == ["lora", "dreambooth"]
     for c in found["cells"][3:]:
         t = c["times"]
         assert t["wall"] > t["training"] > 0 and min(t["other"], t["sampling"]) > 0 and t["file_bytes"] > 1e5
@@ -239,10 +356,32 @@ def test_miniature(done):
     for r in rows:
         noise[r["question"].split()[0], r["index"]].add(r["noise"])
     assert all(len(v) == 1 for v in noise.values()) and len(set.union(*noise.values())) == len(noise)
-    row = next(r for r in found["summary"]["rows"] if r["method"] == "lora" and r["question"] == "all")
+    row = find(found["summary"], "lora", 5)
     own = [int(r["both"]) for r in rows if r["method"] == "lora" and r["question"] in "ABC"]
-    assert row["pictures"] == 6 and row["both"] == pytest.approx(share_interval(sum(own), 6), abs=1e-6)
-    assert [(p["a"], p["b"], p["p"]) for p in found["summary"]["pairs"]] == [("lora", "dreambooth", None)]
+    assert row["pictures"] == 6 and row["both"] == pytest.approx(share_over_sets([(sum(own), 6)]), abs=1e-6)
+    ((test,),) = found["summary"]["tests"].values()
+    assert test["question"] == "lora against dreambooth" and test["p"] is None
+
+
+def test_every_number_comes_from_results_json(done):
+    """The report's numbers again, from the counts in results.json alone; and the counts from the pictures."""
+    found = json.loads((done / "results.json").read_text("utf-8"))
+    summary = found.pop("summary")
+    assert summarise(found) == summary
+    rows = list(csv.DictReader((done / "images.csv").read_text("utf-8").splitlines()))
+    for c in found["cells"]:
+        for key, counted in c["found"].items():
+            own = [
+                r
+                for r in rows
+                if r["file"].startswith(f"{c['folder']}/{c['pictures']}/") and r["question"] == key
+            ]
+            assert counted["pictures"] == len(own) == sum(counted["conditions"].values())
+            for name in ("subject", "wanted", "both", "copy"):
+                assert counted[name] == sum(int(r[name]) for r in own)
+            assert counted["likeness"][0] == pytest.approx(
+                np.mean([float(r["likeness"]) for r in own]), abs=1e-6
+            )
 
 
 def test_the_pages(done):
@@ -257,8 +396,9 @@ def test_the_pages(done):
     assert all(ElementTree.parse(done / f).getroot().get("color") for f in files if f.endswith("svg"))
     plain = "".join(page.itertext())
     for text in (
-        'as asked: "*, fire"', 'subject\'s words: "a hanok, fire"', "one training, pictures only", "Ceiling",
-        "our inference", "DreamBooth", "Variety", "How many steps?", "with the captions shuffled",
+        'as asked: "*, fire"', 'subject\'s words: "a hanok, fire"', "over its pictures only", "Ceiling",
+        "our inference", "train_dreambooth.py --batch-size 2", "no test", "Variety",
+        "How many steps?", "with the captions shuffled",
     ):  # fmt: skip
         assert text in plain and text in words.replace("\\*", "*"), text
     assert "A QUICK LOOK" not in plain and "UNFINISHED" not in plain
@@ -269,17 +409,17 @@ def test_the_second_start_does_nothing(done, monkeypatch, capsys):
     held = results(done)
     monkeypatch.setattr(run, "process", None)
     monkeypatch.setattr(StableDiffusion, "draw", None)
-    assert compare.main([*SMALL, "--methods", "lora", "dreambooth", "--out", str(done)]) == 0
+    assert compare.main([*SMALL, *recipe("lora", "dreambooth"), "--out", str(done)]) == 0
     assert "5 cells, 5 of them done" in capsys.readouterr().out
     assert {f: f.stat().st_mtime_ns for f in before} == before and results(done) == held
 
 
 def test_shards_merged_are_the_whole(here, tmp_path, capsys):
-    argv = [*SMALL, *ONE, "--methods", "ti", "hypernet", "lora"]
+    argv = [*SMALL, *ONE, *recipe("ti", "hypernet", "lora")]
     for more in (["--out", "whole"], ["--shard", "1/2", "--out", "one"], ["--shard", "2/2", "--out", "two"]):
         assert compare.main([*argv, *more]) == 0
     part = json.loads(Path("one/results.json").read_text("utf-8"))
-    assert len(part["cells"]) == 3 == len(part["missing"])
+    assert len(part["cells"]) == 4 and len(part["missing"]) == 2  # the untouched model is one training
     assert "UNFINISHED" in Path("one/report.html").read_text("utf-8")
     assert compare.main(["--merge", "one", "two", "--out", "both"]) == 0
     assert results("both") == results("whole")
@@ -294,7 +434,7 @@ def test_shards_merged_are_the_whole(here, tmp_path, capsys):
 
 def test_stopped_and_continued(here, tmp_path, monkeypatch, capsys):
     """Ctrl-C while drawing, while training and while scoring; then the same as undisturbed."""
-    argv = [*SMALL, *ONE, "--methods", "ti", "--out"]
+    argv = [*SMALL, *ONE, *recipe("ti"), "--out"]
     assert compare.main([*argv, "whole"]) == 0
     draw, count = StableDiffusion.draw, iter(range(100))
 
@@ -343,7 +483,7 @@ def test_killed_at_random_moments(tmp_path):
 def test_a_disk_that_fills(here, tmp_path, monkeypatch, capsys):
     """While drawing, and while writing the page: one sentence, no half file taken for a whole one, and on it
     goes."""
-    argv = [*SMALL, *ONE, "--methods", "ti", "--out"]
+    argv = [*SMALL, *ONE, *recipe("ti"), "--out"]
     assert compare.main([*argv, "whole"]) == 0
     save, count = Image.Image.save, iter(range(100))
 
@@ -361,7 +501,11 @@ def test_a_disk_that_fills(here, tmp_path, monkeypatch, capsys):
         refused([*argv, "a"], ["No space left on device"], capsys)
     with monkeypatch.context() as patch:
         patch.setattr(run, "process", fails)
-        refused([*argv, "a"], ["ti-5-0 could not be", "No space left", "finished cells are kept"], capsys)
+        refused(
+            [*argv, "a"],
+            ["ti, 5 photos, set 1 could not be", "No space left", "finished cells are kept"],
+            capsys,
+        )
     assert len(results("a")["cells"]) == 3
     assert compare.main([*argv, "a"]) == 0
     assert results("a") == results("whole")
@@ -402,9 +546,9 @@ def test_any_model_and_photos(sd1, here, tmp_path):
     for i, (image, text) in enumerate(world.photos(6)):  # captions that name the pseudo word already
         image.resize((80, 64)).save(tmp_path / "photos" / f"{i}.jpg")
         (tmp_path / "photos" / f"{i}.txt").write_text(text.replace("a building with a roof", "sks"))
-    argv = shlex.split("""--data photos --clip tiny --methods lora --sizes 3 --steps 1 --n 1
-        --sampling-steps 2 --token sks --kinds 'a barn|a castle' --with 'all --batch-size 1 --rank 2'
-        --device cpu --resolution 32 --out a --model""")
+    argv = shlex.split("""--data photos --clip tiny --recipe 'lora=lora --batch-size 1 --rank 2' --sizes 3
+        --steps 1 --n 1 --sampling-steps 2 --token sks --kinds 'a barn|a castle' --jobs 1 --device cpu
+        --resolution 32 --out a --model""")
     assert compare.main([*argv, str(sd1.folder)]) == 0
     found = results("a")
     with Image.open(next(Path("a").glob("cells/lora*/pictures*/*.png"))) as image:
@@ -416,24 +560,76 @@ def test_any_model_and_photos(sd1, here, tmp_path):
 
 
 def test_several_trainings_are_compared(done):
-    """Five copies of a cell with planted differences: t over trainings, and Holm's p in the page."""
-    found = collect(done, json.loads((done / "manifest.json").read_text("utf-8")))
-    found["settings"]["seeds"] = [0, 1, 2, 3, 4]
-    cells = [c for c in found["cells"] if c["method"] == "untouched"]
+    """Eight copies of a cell with planted shares: dots, failures, sign flips and Holm's p in the page."""
+    found, _ = collect(done, json.loads((done / "manifest.json").read_text("utf-8")))
+    found["settings"]["seeds"] = list(range(8))
+    cells = [c for c in found["cells"] if not c["photos"]]
     for trained in found["cells"][3:]:
-        for seed in range(5):
-            images = []
-            for r in trained["images"]:
-                both = int(trained["method"] == "lora" and (r["index"] + seed) % 5 < 4)
-                images.append({**r, "seed": seed, "both": both})
-            cells.append({**trained, "seed": seed, "images": images})
+        for seed in range(8):
+            both = {"lora": 32 if seed else 2, "dreambooth": 4}[trained["recipe"]]
+            counted = {k: {**v, "pictures": 32, "both": both} for k, v in trained["found"].items()}
+            cells.append({**trained, "seed": seed, "found": counted})
     summary = summarise({**found, "cells": cells})
     row = find(summary, "lora", 5)
-    assert row["trainings"] == 5 and row["both"][0] == pytest.approx(0.8) and row["both"][1] < 0.8
-    (pair,) = summary["pairs"]
-    assert pair["difference"][0] == pytest.approx(0.8) and pair["p"] == pair["p_holm"] < 0.05
+    assert (
+        row["both"][0] == pytest.approx((7 + 1 / 16) / 8, abs=1e-6)
+        and row["both_each"] == [0.0625] + [1.0] * 7
+    )
+    assert row["failures"][:2] == [1, 8] and find(summary, "dreambooth", 5)["failures"][0] == 0
+    ((test,),) = summary["tests"].values()
+    assert (
+        test["p"] == test["p_holm"] == pytest.approx(sign_flip(test["each"])[0]) and test["floor"] == 2 / 256
+    )
+    assert test["each"] == [-0.0625] + [0.875] * 7 and test["p"] == 4 / 256
     text = compose(done, {**found, "cells": cells}, summary).markdown()
-    assert "p, Holm" in text and "Student's t over 5 trainings" in text and "no test is made" not in text
+    assert "1 of 8 [2, 47] %" in text and "8 trainings per cell" in text and "0.0156" in text
+
+
+def test_workers(tmp_path, capsys):
+    """Two at once, as processes: the same results as one after another, up to the threads' rounding; then one
+    that fails stops all, says why, and what is finished stays."""
+    argv = [*SMALL[:-2], *ONE, *recipe("ti"), "--seeds", "1", "2", "--jobs", "2", "--out", "a"]
+    assert compare.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "2 trainings at once" in out and "min left" in out
+    found = results("a")
+    cells = json.loads(Path("a/results.json").read_text("utf-8"))["cells"]
+    threads = {c["times"]["threads"] for c in cells if c["photos"]}
+    assert not found["missing"] and threads == {max(1, workers.cores() // 2)}
+    assert compare.main(argv) == 0 and results("a") == found
+    wrong = [*argv[:-1], "b", "--recipe", "bad=lora --class-images 2 --init xyzzy.txt --data nowhere"]
+    refused(wrong, ["may not set --data"], capsys)
+
+
+@pytest.mark.parametrize("press", [False, True])
+def test_workers_that_stop(press, tmp_path, monkeypatch):
+    """A worker's error becomes the command's; Ctrl-C stops them all; no process is left behind."""
+    code = """if 1:
+        import json, sys, time
+        sys.stdin.readline()
+        for line in sys.stdin:
+            if int(line) == 1:
+                print(json.dumps({"error": "the disk is full"}), flush=True)
+                break
+            print(json.dumps({"done": int(line)}), flush=True)"""
+    started = []
+
+    def start(k, jobs):
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
+        started.append(subprocess.Popen([sys.executable, "-c", code], **pipes))
+        return started[-1]
+
+    monkeypatch.setattr(workers, "start", start)
+    if press:
+        finished = workers.side_by_side([], [0, 2, 3, 4], 2)
+        next(finished)
+        with pytest.raises(KeyboardInterrupt):
+            finished.throw(KeyboardInterrupt)
+    else:
+        with pytest.raises(ValueError, match="the disk is full"):
+            list(workers.side_by_side([], [0, 2, 1, 3], 2))
+        assert sorted(workers.side_by_side([], [0, 2, 3], 2)) == [0, 2, 3]
+    assert all(worker.poll() is not None for worker in started)
 
 
 # ----------------------------------------------------------------------------------------------- bad input
@@ -457,14 +653,19 @@ def refused(argv, words, capsys) -> None:
     (["--shard", "one"], ["--shard is one", "I/N"]),
     (["--prompts", "a fire"], ['"a fire"', 'pseudo word "*"', "{token}"]),
     (["--model", "some/model"], ["needs --data FOLDER", "--clip"]),
-    (["--with", "loha --rank 4"], ['"loha --rank 4"', "lora"]),
+    (["--recipe", "loha --rank 4"], ['"loha --rank 4"', "LoRA u+text"]),
+    (["--recipe", "a=loha"], ['"a=loha"', "one of ti, dreambooth"]),
+    (["--recipe", "a=ti", "--recipe", "a=lora"], ['"a" names two']),
+    (["--at", "0.5"], ["--at 0.5", "1 itself"]),
+    (["--strengths", "0.5"], ["--strengths 0.5", "1 among"]),
+    (["--preset", "best", "best"], ["--preset best best", "twice"]),
     (["--merge", "nowhere"], ["--merge nowhere", "manifest.json"]),
     (["--out", "file"], ["--out file is a file"]),
     (["--kinds", "a hanok"], ['"a hanok"', "2 different"]),
     (["--sizes", "101"], ["101", "1 to 100"]),
     (["--data", "few", "--sizes", "2"], ["--sizes asks for 2 photos", "few has 3; lower --sizes"]),
-    (["--with", "lora --rank 0"], ["--rank is 0"]),
-    (["--with", "lora --seed 3"], ["--with may not set --seed"]),
+    (["--recipe", "a=lora --rank 0"], ["--rank is 0"]),
+    (["--recipe", "a=lora --seed 3"], ["may not set --seed"]),
     (["--subject", "a hanok " * 40], ["tokens long", "reads 77", "--subject"]),
     (["--resolution", "63"], ["63", "divisible by 4"]),
 ])  # fmt: skip
@@ -485,9 +686,9 @@ def test_a_training_that_fails_says_why(monkeypatch, capsys, tmp_path):
         return 2, 0.1, None, False
 
     monkeypatch.setattr(run, "process", process)
-    words = ["ti-5-0", "the disk is full", "log.txt", "are kept"]
-    refused([*SMALL, "--methods", "ti", "--out", "a"], words, capsys)
-    assert len(results("a")["cells"]) == 3 and results("a")["missing"] == ["ti-5-0"]
+    words = ["ti, 5 photos, set 1", "the disk is full", "log.txt", "are kept"]
+    refused([*SMALL, *recipe("ti"), "--out", "a"], words, capsys)
+    assert len(results("a")["cells"]) == 3 and results("a")["missing"] == [cell_name("ti")]
 
 
 def test_help(capsys):

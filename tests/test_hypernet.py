@@ -736,6 +736,7 @@ def test_training_moves_the_file_and_nothing_else(tmp_path, monkeypatch, capsys,
         "--layer-norm",
         "--token",
         "sks",
+        *"--vectors 0 --class-images 0".split(),
     ]
     assert train_hypernet.main(argv) == 0
     said, out = capsys.readouterr().out, tmp_path / "runs" / "hypernet"

@@ -179,6 +179,30 @@ def test_a_hypernetwork_goes_on(sd1):
             assert all(torch.allclose(f[k], again[k], atol=1e-20) for k in f)
 
 
+def test_a_hypernetwork_and_its_word(sd1):
+    """The word's vectors are trained beside the networks, lie in the same file, and come back with it: to
+    sample.py, and to --from."""
+    more = ["--vectors", 2, "--init", START, "--token", "sks", "--lr", 1e-3, "--word-lr", 1e-2]
+    assert train_hypernet.main(arguments(sd1, "h3", *more)) == 0
+    file = Path("h3/hypernet.pt")
+    _, nets, metadata = hypernet_file.read_file(file)
+    (vectors,) = hypernet_file.read_words(file, metadata).values()
+    start = textual_inversion.initial_vectors(load_model(str(sd1.folder), "cpu", log=None), START, 2)
+    assert 0 < (vectors - start).abs().max() <= 4 * 1e-2
+    assert any(t.abs().max() > 0 for k, t in nets[max(nets)][0].items() if "linear" in k)
+    word, alone, _ = embedding_file.read_file(file.with_name("embedding.safetensors"))
+    assert word == "sks" and torch.equal(alone, vectors)
+    assert file.with_name("embedding-000002.safetensors").exists()
+    sd = load_model(str(sd1.folder), "cpu", log=None)
+    sample.apply_files(sd, sample.options().parse_args(["sks", "--hypernet", str(file)]))
+    assert torch.equal(textual_inversion.find(sd, "sks").vectors, vectors)
+    still = "--lr 1e-30 --word-lr 1e-30".split()
+    assert train_hypernet.main(arguments(sd1, "h4", "--from", file, *still)) == 0
+    _, _, metadata = hypernet_file.read_file(Path("h4/hypernet.pt"))
+    (again,) = hypernet_file.read_words(file, metadata).values()
+    assert torch.allclose(again, vectors, atol=1e-20)
+
+
 def test_resumed(sd1, tuned, monkeypatch):
     """A run that began from a file, under another word, and was killed goes on to the same end."""
     tuned = [tuned, "--token", "zwx", "--vectors", 1]
@@ -197,6 +221,7 @@ def test_resumed(sd1, tuned, monkeypatch):
     [
         (train_lora, "--from tuned/lora.safetensors --rank 4 --alpha 1", "leave out --rank, --alpha"),
         (train_lora, "--from tuned/lora.safetensors --vectors 3", "leave out --vectors"),
+        (train_hypernet, "--from h3/hypernet.pt --vectors 3", "leave out --vectors"),
         (train_lora, "--from nowhere.safetensors", "--from nowhere.safetensors: no such file"),
         (train_lora, "--from photos", "--from photos: a folder"),
         (train_lora, "--vectors 76", "--vectors is 76, but must be at most 75"),

@@ -1,28 +1,33 @@
-"""The paper's experiment in one command: which method, how many photos, does it burn?
+"""The paper's experiment in one command: which recipe, how many photos, does it burn?
 
-    plan     method x number of photos x training seed, and the untouched model     manifest.json
-    train    each cell is a process of train_X.py, so that time and memory are true     CELL/run/
-    draw     every cell the same prompts from the same noise, the model opened once     CELL/pictures-*/
-    score    every picture by CLIP; then the page is written anew                       CELL/scores-*.json
+    plan     recipe x number of photos x set of photos, and the untouched model     manifest.json
+    train    each a process of train_X.py of its own, as many at once as cores      CELL/run/
+    draw     every cell the same prompts from the same noise                        CELL/pictures-*/
+    score    every picture by CLIP; then the page is written anew                   CELL/scores-*.json
 
-    python -m hanokdiff.compare            4 methods x 5, 50, 100 photos; 15 minutes on 2 CPU cores
-    python -m hanokdiff.compare --quick    a first look in three to four minutes
+    python -m hanokdiff.compare            each method's best, 5, 50, 100 photos; 10 minutes on 2 CPU cores
+    python -m hanokdiff.compare --quick    a first look in two to three minutes
+    python -m hanokdiff.compare --preset factorial --seeds 1 2 3 4 5 6 7 8    what each switch does
+    python -m hanokdiff.compare --recipe LoRA --recipe "small=lora --rank 4"  your own question
     python -m hanokdiff.compare --model MODEL --data PHOTOS --clip openai/clip-vit-base-patch32
     python -m hanokdiff.compare --shard 1/4 --out runs/part1            on each of 4 machines, then, on one,
     python -m hanokdiff.compare --merge runs/part1 runs/part2 runs/part3 runs/part4 --out runs/whole
 
 Stop it at any time: the same command goes on. A cell's folder carries a hash of all that it depends on
 (photos, weights, every option): what has changed gets a new folder, and old ones may be deleted.
-Read next: hanokdiff/compare/plan.py (the matrix), run.py (a cell), summary.py (the
-statistics), sections.py (the report).
+Read next: hanokdiff/compare/recipes.py (what is compared), plan.py (the matrix), run.py (a cell),
+summary.py (the statistics), sections.py (the report).
 """
 
+import math
 import signal
 import sys
 import time
 from pathlib import Path
 
-from hanokdiff.compare import plan, results, run
+import torch
+
+from hanokdiff.compare import plan, recipes, results, workers
 from hanokdiff.errors import check_folder, make_folder, report_errors
 from hanokdiff.files import write_json
 from hanokdiff.models.tokens import contains_word
@@ -35,9 +40,22 @@ PROMPTS = ("{token}, fire", "{token} in the fire", "A fire broke out in {token}"
 def options():
     p = Options(prog="python -m hanokdiff.compare", description=__doc__)
     add = p.add_argument_group("the matrix").add_argument
-    add("--methods", nargs="+", choices=plan.METHODS, default=list(plan.METHODS), help="default: all four")
+    known = "; ".join(f"{name}: {', '.join(names)}" for name, (names, _) in recipes.PRESETS.items())
+    add("--preset", nargs="+", choices=recipes.PRESETS, help=f"groups of recipes (default: best). {known}")
+    own = 'one of those by its name, or your own: --recipe "small=lora --rank 4" (repeatable)'
+    add("--recipe", action="append", default=[], metavar='"NAME=METHOD OPTIONS"', help=own)
     add("--sizes", nargs="+", type=int, help="numbers of photos (default: 5 50 100, quick 50)")
-    add("--seeds", nargs="+", type=int, default=[0], help="of training (default: 0)")
+    add("--seeds", nargs="+", type=int, default=[1], help="each its own photos, start and noise (default: 1)")
+    add("--same-photos", action="store_true", help="the same photos for all seeds")
+    strengths = "at which LoRAs and hypernetworks are drawn, of one training (default: 1)"
+    add("--strengths", nargs="+", type=float, default=[1.0], help=strengths)
+    add(
+        "--at",
+        nargs="+",
+        type=float,
+        default=[1.0],
+        help="shares of a training's steps to draw at (default: 1)",
+    )
     add("--quick", action="store_true", help="a first look: 50 photos only, 8 pictures a prompt")
     add = p.add_argument_group("training").add_argument
     add("--model", default="tiny", help='"tiny", a folder, a file or a hub id (default: tiny)')
@@ -45,9 +63,8 @@ def options():
     add("--token", default="*", help="the pseudo word (default: *)")
     budget = "the same for every size: steps (default), or passes over the photos"
     add("--budget", choices=("steps", "epochs"), default="steps", help=budget)
-    add("--steps", type=int, help="of training (default: each method's own; under epochs, at 50 photos)")
-    more = 'more for a train_X.py, or for "all": --with "lora --rank 4" (repeatable)'
-    add("--with", action="append", default=[], dest="more", metavar='"METHOD OPTIONS"', help=more)
+    add("--steps", type=int, help="of training (default: each recipe's own; under epochs, at 50 photos)")
+    add("--jobs", type=int, help="trainings at once (default: one per GPU, else one per core)")
     add("--device", help="default: the first GPU, else the CPU")
     add = p.add_argument_group("pictures").add_argument
     add("--prompts", nargs="+", default=list(PROMPTS), help="{token} is the pseudo word (the paper's 3)")
@@ -62,7 +79,7 @@ def options():
     add("--conditions", help='"a building on fire|a building|...", the wanted one first')
     add = p.add_argument_group("output").add_argument
     add("--out", type=Path, default=Path("runs/compare"), help="folder (default: runs/compare)")
-    add("--shard", default="1/1", metavar="I/N", help="only every N-th cell, from the I-th on")
+    add("--shard", default="1/1", metavar="I/N", help="only every N-th training, from the I-th on")
     add("--merge", nargs="+", type=Path, metavar="FOLDER", help="only join the finished cells of these")
     return p
 
@@ -75,14 +92,27 @@ def check(args) -> tuple[int, int]:
     args.sampling_steps = (10 if args.quick else 20) if args.sampling_steps is None else args.sampling_steps
     for name, values in vars(args).items():
         values = values if isinstance(values, list) else [values]
-        if name in ("sizes", "n", "steps", "sampling_steps") and any(v is not None and v < 1 for v in values):
+        counts = ("sizes", "n", "steps", "sampling_steps", "jobs")
+        if name in counts and any(v is not None and v < 1 for v in values):
             raise ValueError(f"--{name.replace('_', '-')} is {min(values)}, but must be at least 1")
-        if name in ("methods", "sizes", "seeds", "prompts") and len(set(values)) < len(values):
+        if name in ("preset", "sizes", "seeds", "prompts", "at", "strengths") and len(set(values)) < len(
+            values
+        ):
             raise ValueError(f"--{name} {' '.join(map(str, values))} names something twice; name each once")
         if name in ("token", "subject", "context") and not values[0].strip():
             raise ValueError(f"--{name} is empty; say it in words, or leave it out")
     if min(args.seeds) < 0:
         raise ValueError(f"--seeds is {min(args.seeds)}, but must be 0 or more")
+    if not all(0 < at <= 1 for at in args.at) or 1 not in args.at:
+        raise ValueError(
+            f"--at {' '.join(f'{at:g}' for at in args.at)}: shares of the steps, above 0 and up to 1, and 1 "
+            "itself among them, such as 0.5 1"
+        )
+    if not all(math.isfinite(s) for s in args.strengths) or 1 not in args.strengths:
+        raise ValueError(
+            f"--strengths {' '.join(f'{s:g}' for s in args.strengths)}: numbers, and 1 among them, such as "
+            "0.5 1"
+        )
     for name, value, most in (("n", args.n, 10_000), ("prompts", len(args.prompts), 24)):
         if value > most:
             raise ValueError(f"--{name} is {value}, but must be at most {most}")
@@ -91,11 +121,9 @@ def check(args) -> tuple[int, int]:
             f"--model {args.model} needs --data FOLDER, the photos, and --clip, a model that "
             f"knows such pictures: {EXAMPLE} or a folder"
         )
-    for more in args.more:
-        if (more.split() or [""])[0] not in ("all", *plan.METHODS):
-            raise ValueError(
-                f'--with "{more}" must begin with all, {", ".join(plan.METHODS)}, as in "lora --rank 4"'
-            )
+    own = recipes.parse(args.recipe, plan.METHODS)
+    presets = args.preset or ([] if own else ["best"])
+    args.recipes, args.trained_at = recipes.chosen(presets, own, sorted(args.sizes))
     args.prompts = [p.replace("{token}", args.token) for p in args.prompts]
     for p in args.prompts:
         if not contains_word(p, args.token):
@@ -109,23 +137,42 @@ def check(args) -> tuple[int, int]:
     return int(i), int(n)
 
 
-def run_cells(context: plan.Context, out: Path, manifest: dict, cells: list[dict]) -> None:
-    """Train, draw and score what is missing of these cells; the report is written anew after each."""
-    todo = [c for c in cells if not (out / c["folder"] / c["scores"]).exists()]
+def run_cells(args, context: plan.Context, manifest: dict, argv: list[str], shard: int, shards: int) -> None:
+    """Train, draw and score what is missing; the report is written anew after each training."""
+    out, groups, drawing = args.out, workers.trainings(manifest["cells"]), manifest["settings"]["drawing"]
+    mine = range(shard - 1, len(groups), shards)
+    todo = [i for i in mine if not all((out / c["folder"] / c["scores"]).exists() for c in groups[i])]
+    jobs = min(len(todo), args.jobs or workers.usual_jobs(context.sd, args.device))
+    cells = sum(len(groups[i]) for i in mine)
+    left = sum(len(groups[i]) for i in todo)
+    side = f", {jobs} trainings at once" if jobs > 1 else ""
     print(
-        f"{len(cells)} cells, {len(cells) - len(todo)} of them done; the page to watch: {out / 'report.html'}"
+        f"{cells} cells, {cells - left} of them done{side}; the page to watch: {out / 'report.html'}",
+        flush=True,
     )
     planned = {out / c["folder"] for c in manifest["cells"]}
     if others := [f for f in out.glob("cells/*") if f not in planned]:
         print(f"of other settings, left alone and not in the report: {len(others)}, such as {others[0].name}")
+    if jobs > 1:
+        context.sd = context.clip = None  # every worker opens its own
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        finished = workers.side_by_side(argv, todo, jobs)
+    else:
+        finished = in_turn(context, out, drawing, groups, todo)
     start = time.perf_counter()
-    for k, c in enumerate(todo, 1):
-        folder = out / c["folder"]
-        run.train(c, folder)
-        run.draw(context, c, folder, manifest["settings"]["drawing"])
-        run.score_images(context, c, folder)
+    for k, i in enumerate(finished, 1):
         results.write_report(out, manifest)
-        print(f"{k:3} of {len(todo)}  {time.perf_counter() - start:6.0f} s  {c['name']}", flush=True)
+        seconds = time.perf_counter() - start
+        rest = seconds / k * (len(todo) - k)
+        name = groups[i][0]["name"]
+        print(f"{k:3} of {len(todo)}  {seconds:6.0f} s, about {rest / 60:.0f} min left  {name}", flush=True)
+
+
+def in_turn(context: plan.Context, out: Path, drawing: dict, groups: list, todo: list[int]):
+    for i in todo:
+        workers.do(context, out, drawing, groups[i])
+        yield i
 
 
 @report_errors
@@ -139,10 +186,10 @@ def main(argv=None):
         manifest = plan.plan(args, context)
         make_folder(args.out)
     write_json(args.out / "manifest.json", manifest)
-    if not args.merge and (cells := manifest["cells"][shard - 1 :: shards]):
+    if not args.merge:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            run_cells(context, args.out, manifest, cells)
+            run_cells(args, context, manifest, sys.argv[1:] if argv is None else argv, shard, shards)
         except KeyboardInterrupt:
             print("what is finished is kept; the same command goes on")
             raise

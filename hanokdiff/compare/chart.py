@@ -147,31 +147,62 @@ def fitting(text: str, font, width: float) -> str:
 W, H, LEFT, BOTTOM, TOP = 720, 300, 64, 44, 34  # of the drawing, and its margins
 
 
-def bars(groups: list[str], series: list[str], values: list[list], x: str, y: str, most: float = 1.0) -> str:
-    """values[series][group] is (value, low, high) or None: a group of bars for each of `groups`, with
-    whiskers."""
-    high = H - TOP - BOTTOM
+def dots(groups: list[str], series: list[str], values: list[list], y: str) -> str:
+    """values[series][group] is ((mean, low, high), [each]) or None, shares: a dot for each training, a bar
+    for their mean and a whisker for its interval."""
     step = (W - LEFT) / max(1, len(groups))
     width = 0.8 * step / max(1, len(series))
+    top = legend_places(series)[-1][1] + TOP - 8
+    high, height = H - TOP - BOTTOM, H - TOP + top
 
     def at(v: float) -> float:
-        return TOP + high * (1 - min(max(v, 0.0), most) / most)
+        return top + high * (1 - v / 100)
 
-    out = [axis(most, at), *legend(series)]
+    out = [axis(100, at), *legend(series)]
     for g, name in enumerate(groups):
-        out.append(text(LEFT + (g + 0.5) * step, H - BOTTOM + 16, name))
+        out.append(text(LEFT + (g + 0.5) * step, height - BOTTOM + 16, name))
         for s in range(len(series)):
             if not (v := values[s][g]):
                 continue
-            left = LEFT + g * step + 0.1 * step + s * width
+            (mean, low, up), each = v
+            left, colour = LEFT + g * step + 0.1 * step + s * width, COLOURS[s % len(COLOURS)]
+            middle, half = left + width / 2, max(2.0, 0.35 * width)
             out.append(
-                f'<rect x="{left:.1f}" y="{at(v[0]):.1f}" width="{max(1, width - 2):.1f}" '
-                f'height="{max(0.5, at(0) - at(v[0])):.1f}" fill="{COLOURS[s % len(COLOURS)]}"/>'
+                f'<path d="M{middle - half:.1f} {at(100 * mean):.1f}H{middle + half:.1f}" stroke="{colour}" '
+                f'stroke-width="3"/><path d="M{middle:.1f} {at(100 * low):.1f}V{at(100 * up):.1f}" '
+                f'stroke="{colour}" opacity=".6"/>'
             )
-            if v[1] is not None:
-                middle = left + width / 2 - 1
-                out.append(f'<path d="M{middle:.1f} {at(v[1]):.1f}V{at(v[2]):.1f}" stroke="currentColor"/>')
-    return frame(out, x, y, H)
+            for i, value in enumerate(each):  # beside each other, so that equal ones are seen
+                x = middle + half * ((i + 0.5) / len(each) * 2 - 1) * 0.9
+                out.append(
+                    f'<circle cx="{x:.1f}" cy="{at(100 * value):.1f}" r="3" fill="{colour}" opacity=".75"/>'
+                )
+    return frame(out, "", y, height)
+
+
+def frontier(series: list[str], lines: list[list[tuple[float, float]]], x: str, y: str) -> str:
+    """lines[series] is [(share of x, share of y), ...], joined in their order; the last point is the
+    largest."""
+    top = legend_places(series)[-1][1] + TOP - 8
+    height = H - TOP + top
+
+    def across(v: float) -> float:
+        return LEFT + (W - LEFT - 20) * v
+
+    def at(v: float) -> float:
+        return top + (H - TOP - BOTTOM) * (1 - v / 100)
+
+    out = [axis(100, at), *legend(series)]
+    out += [text(across(k / 4), height - BOTTOM + 16, f"{25 * k}") for k in range(5)]
+    for s, line in enumerate(lines):
+        colour, places = COLOURS[s % len(COLOURS)], [(across(a), at(100 * b)) for a, b in line]
+        path = " ".join(f"{a:.1f},{b:.1f}" for a, b in places)
+        out.append(f'<polyline points="{path}" fill="none" stroke="{colour}"/>')
+        for k, (a, b) in enumerate(places):
+            out.append(
+                f'<circle cx="{a:.1f}" cy="{b:.1f}" r="{5 if k == len(places) - 1 else 3}" fill="{colour}"/>'
+            )
+    return frame(out, f"{x}, %", f"{y}, %", height)
 
 
 def stacked(rows: list[str], parts: list[str], values: list[list[float]], x: str, y: str) -> str:
@@ -196,7 +227,7 @@ def stacked(rows: list[str], parts: list[str], values: list[list[float]], x: str
     return frame(out, x, y, bottom + BOTTOM)
 
 
-def lines(series: list[str], points: list[list], x: str, y: str) -> str:
+def lines(series: list[str], points: list[list], x: str, y: str, ring: bool = True) -> str:
     """points[series] is [(x, y), ...]: a line for each, with a ring at its lowest point. The y axis need not
     begin at 0."""
     xs, ys = ([p[i] for line in points for p in line] for i in (0, 1))
@@ -217,7 +248,7 @@ def lines(series: list[str], points: list[list], x: str, y: str) -> str:
         colour = COLOURS[s % len(COLOURS)]
         out.append(
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>'
-            f'<circle cx="{across(a):.1f}" cy="{at(b):.1f}" r="4" fill="none" stroke="{colour}"/>'
+            + f'<circle cx="{across(a):.1f}" cy="{at(b):.1f}" r="4" fill="none" stroke="{colour}"/>' * ring
         )
     return frame(out, x, y, H)
 
@@ -233,12 +264,23 @@ def axis(most: float, at, least: float = 0.0) -> str:
     return "".join(lines)
 
 
+def legend_places(names: list[str]) -> list[tuple[int, int]]:
+    """Where each name stands, in as many lines as they need."""
+    places, x, y = [], LEFT, 8
+    for name in names:
+        wide = 32 + round(6.6 * len(name))
+        if places and x + wide > W:
+            x, y = LEFT, y + 18
+        places.append((x, y))
+        x += wide
+    return places
+
+
 def legend(names: list[str]) -> list[str]:
-    out, x = [], LEFT
-    for i, name in enumerate(names):
-        out.append(f'<rect x="{x}" y="8" width="12" height="12" fill="{COLOURS[i % len(COLOURS)]}"/>')
-        out.append(text(x + 17, 18, name, "start"))
-        x += 32 + round(6.6 * len(name))
+    out = []
+    for i, (name, (x, y)) in enumerate(zip(names, legend_places(names), strict=True)):
+        out.append(f'<rect x="{x}" y="{y}" width="12" height="12" fill="{COLOURS[i % len(COLOURS)]}"/>')
+        out.append(text(x + 17, y + 10, name, "start"))
     return out
 
 

@@ -3,8 +3,8 @@
     manifest = plan(args, prepare(args))
 
 A cell's folder, its pictures and its scores carry a hash of all that they depend on (photos, weights, every
-option): what is there is right, and what has changed gets a new name. Read next: hanokdiff/compare/run.py
-(how a cell is done).
+option): what is there is right, and what has changed gets a new name. Two recipes that amount to the same
+training share it. Read next: hanokdiff/compare/recipes.py (what is compared), run.py (how a cell is done).
 
 Shapes:  P photos to learn from, H held out, d the width of CLIP's common space.
 """
@@ -13,13 +13,15 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import math
 import shlex
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, reduce
 from pathlib import Path
 
 from torch import Tensor
 
+from hanokdiff.compare import recipes
 from hanokdiff.compare.questions import CONDITIONS, KINDS, choices, questions
 from hanokdiff.formats.load import load_model
 from hanokdiff.models import samplers
@@ -39,8 +41,15 @@ METHODS = {  # and the file or folder that each leaves
     "hypernet": "hypernet.pt",
 }
 SCRIPTS = Path(__file__).resolve().parents[2]  # where train_ti.py and its three siblings are
-DESCRIPTIONS = {"untouched-hanok": "hanok", "untouched-described": "a Korean traditional house"}
-RESERVED = "--model --data --images --held-out --resolution --token --seed --device --out --resume"
+DESCRIPTIONS = {
+    "literal": None,
+    "hanok": "hanok",
+    "described": "a Korean traditional house",
+}  # None: the token
+RESERVED = (
+    "--model --data --images --held-out --photo-set --resolution --token --seed --device --out --resume"
+)
+STRENGTHS = ("lora", "hypernet")  # methods whose file can be applied by halves
 HELD_OUT, LEAST_HELD_OUT = 30, 2  # photos that no method sees
 EPOCHS_AT = 50  # photos: there, --budget epochs gives each method its own number of steps
 
@@ -54,12 +63,31 @@ class Context:
     sd: StableDiffusion
     resolution: int  # of photos and pictures
     clip: Clip
-    photos: list[Photo]  # to learn from, in their nested order
-    held_out: list[Photo]  # that no method sees
-    photo_embeddings: Tensor  # (P, d)
+    source: object  # of the photos: a folder, or the function that draws them
+    most: int  # photos to learn from
+    held_out: list[Photo]  # that no method sees, the same for all sets
     held_out_embeddings: Tensor  # (H, d)
     kinds: dict[str, str]  # label -> text; the first is what is wanted
     conditions: dict[str, str]
+    sets: dict[int, tuple[list[Photo], Tensor]] = field(default_factory=dict)
+
+    def photos(self, number: int) -> tuple[list[Photo], Tensor]:
+        """The photos of a set in their nested order, and their embeddings (P, d)."""
+        if number not in self.sets:
+            how = dict(log=lambda _: None, photo_set=number)
+            photos, _ = load_photos(self.source, self.resolution, self.most, len(self.held_out), **how)
+            self.sets[number] = photos, self.clip.images(p.image for p in photos)
+        return self.sets[number]
+
+    @cache  # noqa: B019 - there is one context a process
+    def copy_level(self, number: int, photos: int) -> float:
+        """The cosine with the nearest of these photos that 95 % of the held-out ones stay below: above it, a
+        copy is suspected."""
+        near = nearest(self.held_out_embeddings, self.photos(number)[1][:photos]).double()
+        return round(near.quantile(0.95).item(), 6)
+
+    def __hash__(self):
+        return id(self)
 
 
 def prepare(args) -> Context:
@@ -80,10 +108,12 @@ def prepare(args) -> Context:
     sd = load_model(args.model, args.device)
     resolution = check_resolution(args.resolution, sd)
     samplers.sigmas_and_timesteps(samplers.DEFAULT, sd.schedule, args.sampling_steps)  # refuses too many
-    photos, held_out_photos = load_photos(args.data or world.photos, resolution, most, held_out)
+    source = args.data or world.photos
+    _, aside = load_photos(source, resolution, most, held_out, log=lambda _: None)
     clip = Clip(TINY_CLIP if tiny_clip else args.clip, args.device or "cpu")
-    embeddings = (clip.images(p.image for p in some) for some in (photos, held_out_photos))
-    return Context(args.token, sd, resolution, clip, photos, held_out_photos, *embeddings, kinds, conditions)
+    embeddings = clip.images(p.image for p in aside)
+    how = (source, most, aside, embeddings, kinds, conditions)
+    return Context(args.token, sd, resolution, clip, *how)
 
 
 # -------------------------------------------------------------------------------------------- one training
@@ -100,18 +130,23 @@ def script(method: str):
     return module
 
 
-def training(args, method: str, photos: int, held_out: int, seed: int) -> tuple[list[str], dict]:
-    """The command line of one cell, and every option that it amounts to, defaults included."""
-    tiny = args.model == "tiny"
-    steps = args.steps or script(method).DEFAULTS["tiny" if tiny else "sd"]["steps"]
+def training(args, words: str, photos: int, held_out: int, seed: int) -> tuple[list[str], dict]:
+    """The command line of one training, and every option that it amounts to, defaults included. words: a
+    recipe's METHOD OPTIONS."""
+    tiny, (method, *options) = args.model == "tiny", shlex.split(words)
+    own = parsed_options(method, options, words)
+    steps = args.steps or own["steps"] or script(method).DEFAULTS["tiny" if tiny else "sd"]["steps"]
     steps = max(1, round(steps * photos / EPOCHS_AT)) if args.budget == "epochs" else steps
+    saves = [round(at * steps) for at in args.at if at < 1]
     model = str(Path(args.model).resolve()) if Path(args.model).exists() and not tiny else args.model
     argv = ["--model", model, "--images", photos, "--held-out", held_out, "--token", args.token]
-    argv += ["--steps", steps, "--seed", seed, "--preview-every", 0]
+    argv += ["--photo-set", 0 if args.same_photos else seed, "--seed", seed]
     argv += ["--data", args.data.resolve()] if args.data else []
     argv += ["--device", args.device] if args.device else []
     argv += ["--resolution", args.resolution] if args.resolution else []
-    argv = [str(a) for a in argv] + more_options(args.more, method)
+    argv += ["--preview-every", 0, *options, "--steps", steps]
+    argv += ["--save-every", reduce(math.gcd, saves)] if saves else []
+    argv = [str(a) for a in argv]
     parsed = vars(script(method).options().parse(argv))
     known = {k: v for k, v in parsed.items() if v is not None}  # without --alpha, which follows the rank
     check_training(argparse.Namespace(**{"data": None, **known}))
@@ -119,20 +154,18 @@ def training(args, method: str, photos: int, held_out: int, seed: int) -> tuple[
     return argv, {k: v for k, v in parsed.items() if k not in elsewhere}
 
 
-def more_options(more: list[str], method: str) -> list[str]:
-    """The words of --with that are meant for this method."""
-    chosen = [text for text in more if text.split()[0] in (method, "all")]
+def parsed_options(method: str, options: list[str], words: str) -> dict:
+    """A recipe's own options, refused where the comparison sets them itself."""
     try:
-        words = [word for text in chosen for word in shlex.split(text)[1:]]
-        script(method).options().parse(words)
+        parsed = vars(script(method).options().parse_args(options))
     except ValueError as e:
-        raise ValueError(f'--with "{" ".join(chosen)}": {e}') from None
-    names = {word.split("=")[0] for word in words}
+        raise ValueError(f'--recipe "{words}": {e}') from None
+    names = {word.split("=")[0] for word in options}
     if wrong := [option for option in RESERVED.split() if option in names]:
         raise ValueError(
-            f"--with may not set {wrong[0]} of {method}, which the comparison sets for every cell"
+            f'--recipe "{words}" may not set {wrong[0]}, which the comparison sets for every cell'
         )
-    return words
+    return parsed
 
 
 # ------------------------------------------------------------------------------------------------ the plan
@@ -154,8 +187,16 @@ def plan(args, context: Context) -> dict:
     """The manifest: every cell with the names of its folders, which tell whether it is done."""
     sd, clip = context.sd, context.clip
     sd.text.add_word(args.token)
-    names = ("model", "methods", "sizes", "seeds", "token", "budget", "n", "quick", "subject", "context")
+    names = ("model", "sizes", "seeds", "same_photos", "token", "budget", "n", "quick", "subject", "context")
     settings = {k: getattr(args, k) for k in names} | {
+        "recipes": args.recipes,
+        "trained_at": args.trained_at,
+        "at": args.at,
+        "strengths": args.strengths,
+        "families": {
+            name: [vars(test) for test in tests]
+            for name, tests in recipes.families(args.trained_at, args.sizes).items()
+        },
         "data": str(args.data or "the drawn hanok of the tiny world"),
         "drawing": {
             "sampler": samplers.DEFAULT,
@@ -167,51 +208,67 @@ def plan(args, context: Context) -> dict:
         "scorer": clip.name if args.clip not in (None, "tiny") else "tiny (hanokdiff/tiny/clip)",
         "kinds": context.kinds,
         "conditions": context.conditions,
-        "questions": questions(args, sd, clip),
+        "questions": questions(args, sd, clip, context.conditions),
         "epochs_at": EPOCHS_AT,
-        "photos": fingerprint(context.photos),
         "held_out": fingerprint(context.held_out),
         "base": prior.fingerprint(sd),
     }
+    first = args.seeds[0]
     cells = [
-        cell(args, context, settings, name, "untouched", 0, 0, words)
-        for name, words in {"untouched-literal": args.token, **DESCRIPTIONS}.items()
+        cell(args, context, settings, f"untouched, {name}", "", 0, first, words or args.token)
+        for name, words in DESCRIPTIONS.items()
     ]
     cells += [
-        cell(args, context, settings, f"{method}-{photos}-{seed}", method, photos, seed, args.token)
+        cell(args, context, settings, name, words, photos, seed, args.token, at, strength)
         for seed in args.seeds
-        for photos in sorted(args.sizes)
-        for method in args.methods
+        for name, words in args.recipes.items()
+        for photos in args.trained_at[name]
+        for at in args.at
+        for strength in (args.strengths if shlex.split(words)[0] in STRENGTHS else [1.0])
     ]
-    _, trained = training(args, args.methods[0], min(args.sizes), len(context.held_out), args.seeds[0])
+    _, trained = training(
+        args, next(iter(args.recipes.values())), min(args.sizes), len(context.held_out), first
+    )
     checks = references(args, context, trained["replace"], trained["caption"])
-    return {"format": 1, "settings": settings, "references": checks, "cells": cells}
+    return {"format": 2, "settings": settings, "references": checks, "cells": cells}
 
 
-def cell(args, context: Context, settings: dict, name, method, photos, seed, words) -> dict:
-    """One training, or the untouched model asked in `words` in place of the pseudo word."""
-    argv, about = [], {}
-    if method != "untouched":
-        argv, about = training(args, method, photos, len(context.held_out), seed)
+def cell(
+    args, context: Context, settings: dict, recipe, words, photos, seed, ask, at=1.0, strength=1.0
+) -> dict:
+    """One point of a training (a step of it, drawn at a strength), or the untouched model (no words) asked in
+    `ask` in place of the pseudo word."""
+    argv, about, method = [], {}, words.split()[0] if words else "untouched"
+    if words:
+        argv, about = training(args, words, photos, len(context.held_out), seed)
     prompts = [
-        {**q, "prompt": word_pattern(args.token).sub(lambda _: words, q["prompt"])}
+        {**q, "prompt": word_pattern(args.token).sub(lambda _: ask, q["prompt"])}
         for q in settings["questions"]
-        if method != "untouched" or not q["literal_tokens"]
+        if words or not (q["literal_tokens"] or q["development"])
     ]
     held_out, inputs = settings["held_out"], ("key", "prompt", "literal_tokens", "noise")
-    trained = key(about, settings["base"], fingerprint(context.photos[:photos]), held_out)
-    drawn = key(trained, settings["drawing"], seed, [[q[k] for k in inputs] for q in prompts])
+    seen = context.photos(0 if args.same_photos else seed)[0][:photos] if words else []
+    trained = key(about, settings["base"], fingerprint(seen), held_out)
+    point = [at, strength] if (at, strength) != (1, 1) else []
+    drawn = key(trained, settings["drawing"], seed, [[q[k] for k in inputs] for q in prompts], *point)
     scored = key(drawn, [q["n"] for q in prompts], scorer(context), held_out, settings["questions"])
+    name = f"{recipe}, {photos} photos, set {seed}" if words else recipe
     return {
-        "name": name,
+        "name": name
+        + (f", at {at:g}" if at < 1 else "")
+        + (f", strength {strength:g}" if strength != 1 else ""),
+        "recipe": recipe,
         "method": method,
         "photos": photos,
         "seed": seed,
-        "ask": words,
+        "photo_set": 0 if args.same_photos else seed,
+        "at": at,
+        "strength": strength,
+        "ask": ask,
         "steps": about.get("steps", 0),
         "batch_size": about.get("batch_size", 0),
         "prompts": prompts,
-        "folder": f"cells/{name}-{trained}",
+        "folder": f"cells/{method}-{photos}-{seed}-{trained}",
         "pictures": f"pictures-{drawn}",
         "scores": f"scores-{scored}.json",
         "options": argv,
@@ -231,7 +288,8 @@ def references(args, context: Context, replace: str, caption: str) -> dict:
     clip, embeddings = context.clip, context.held_out_embeddings
     cosines = embeddings @ embeddings.T  # (H, H)
     to_others = cosines.sum(1).sub(cosines.diagonal()) / (len(embeddings) - 1)
-    near = {n: nearest(embeddings, context.photo_embeddings[:n]).double() for n in sorted(args.sizes)}
+    first = 0 if args.same_photos else args.seeds[0]
+    near = nearest(embeddings, context.photos(first)[1])
     kinds = presence(embeddings, clip.texts(list(context.kinds.values())))
     conditions = presence(embeddings, clip.texts(list(context.conditions.values())))
     captions = prepare_captions(context.held_out, args.token, replace, caption, log=lambda _: None)
@@ -244,8 +302,8 @@ def references(args, context: Context, replace: str, caption: str) -> dict:
         "called_wanted": int((conditions == 0).sum()),
         "own_caption": preferred(fits, captions, 0),
         "shuffled_caption": preferred(fits, captions, 1),
-        "nearest_95": {str(n): round(v.quantile(0.95).item(), 6) for n, v in near.items()},
-        "closest_pair": round(max(v.max().item() for v in near.values()), 6),
+        "copy_levels": {str(n): context.copy_level(first, n) for n in sorted(args.sizes)},
+        "closest_pair": round(near.max().item(), 6),
     }
 
 

@@ -6,7 +6,12 @@ from hanokdiff.scoring.clip import SCALES, Clip
 
 KINDS = "a hanok, a Korean traditional house|a Japanese house|a Chinese pavilion|a western house"
 CONDITIONS = "a building on fire|a building beside a campfire|a building"
-EXTRA = 32  # pictures at most of the questions beside the prompts, which are no part of the result
+EXTRA = 16  # pictures at most of the questions beside the prompts, which are no part of the result
+DEVELOPMENT = {
+    "{token} in the snow": "snow",
+    "smoke rising from {token}": "smoke",
+    "{token} at night": "night",
+}
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVXY"  # names of the prompts
 
 
@@ -22,11 +27,11 @@ def choices(given: str | None, usual: str, tiny: dict | None) -> dict[str, str]:
     return {label: label for label in labels}
 
 
-def questions(args, sd: StableDiffusion, clip: Clip) -> list[dict]:
+def questions(args, sd: StableDiffusion, clip: Clip, conditions: dict[str, str]) -> list[dict]:
     """The prompts of every cell, and the texts that its pictures are scored with. Besides those given: the
-    pseudo word alone, and where the tokenizer fuses the word with what follows, the prompt as other tools
-    would read it."""
-    found = []
+    pseudo word alone; where the tokenizer fuses the word with what follows, the prompt as other tools would
+    read it; and where several points of a training are drawn, development prompts to choose among them."""
+    found, wanted = [], next(iter(conditions))
     for place, (name, prompt) in enumerate([*zip(LETTERS, args.prompts), ("word", args.token)]):
         subject = word_pattern(args.token).sub(lambda _: args.subject, prompt)
         check_length(clip, subject)
@@ -34,6 +39,8 @@ def questions(args, sd: StableDiffusion, clip: Clip) -> list[dict]:
             "key": name,
             "prompt": prompt,
             "literal_tokens": False,
+            "development": False,
+            "wanted": wanted,
             "noise": 10_000 * place,
             "n": args.n if name != "word" else min(args.n, EXTRA),
             "texts": {"literal": prompt, "words": subject, "context": args.context},
@@ -44,6 +51,17 @@ def questions(args, sd: StableDiffusion, clip: Clip) -> list[dict]:
         if name != "word" and fused != question["tokens"]:
             changed = {"key": f"{name} literal", "literal_tokens": True, "n": min(args.n, EXTRA)}
             found.append({**question, **changed, "tokens": fused})
+    if len(args.at) * len(args.strengths) > 1 and set(DEVELOPMENT.values()) <= conditions.keys():
+        for place, (text, condition) in enumerate(DEVELOPMENT.items()):
+            prompt = text.replace("{token}", args.token)
+            subject = word_pattern(args.token).sub(lambda _: args.subject, prompt)
+            own = {"key": f"development {place + 1}", "prompt": prompt, "noise": 500_000 + 10_000 * place}
+            own |= {
+                "n": min(args.n, EXTRA),
+                "texts": {"literal": prompt, "words": subject, "context": condition},
+            }
+            own |= {"tokens": tokens(sd, prompt, literal=False), "wanted": condition, "development": True}
+            found.append({**question, **own})
     return found
 
 

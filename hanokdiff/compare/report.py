@@ -1,7 +1,7 @@
 """What a comparison has shown, as report.html, report.md, results.json and images.csv.
 
 `write(out, results)` is all that the command calls; `results` is its manifest with the finished cells.
-Read next: hanokdiff/compare/summary.py (the numbers), hanokdiff/compare/sections.py (the page).
+Read next: hanokdiff/compare/summary.py (the numbers), sections.py and appendix.py (the page).
 """
 
 import csv
@@ -9,26 +9,38 @@ import io
 import json
 from pathlib import Path
 
-from hanokdiff.compare.sections import NAMES, all_prompts, certainty, compose, decimal, first, percent
+from hanokdiff.compare import chart
+from hanokdiff.compare.appendix import Appendix
+from hanokdiff.compare.sections import Answers, certainty, decimal, first, name_of, percent
 from hanokdiff.compare.summary import SHARES, summarise
 from hanokdiff.files import write_text
 
 
-def write(out: Path, results: dict) -> str:
+def write(out: Path, results: dict, images: list[dict]) -> str:
     """The four files, whole or not at all. Returns a table for the terminal."""
     summary = summarise(results)
     page = compose(out, results, summary)
-    cells = [{k: v for k, v in cell.items() if k != "images"} for cell in results["cells"]]
-    content = {**results, "cells": cells, "summary": summary}
     files = {
-        "results.json": json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
-        "images.csv": as_csv([image for cell in results["cells"] for image in cell["images"]]),
+        "results.json": json.dumps(
+            {**results, "summary": summary}, indent=1, ensure_ascii=False, allow_nan=False
+        )
+        + "\n",
+        "images.csv": as_csv(images),
         "report.md": page.markdown(),
         "report.html": page.html(),
     }
     for name, text in files.items():
         write_text(out / name, text, newline="")
     return terminal(results, summary)
+
+
+def compose(out: Path, results: dict, summary: dict) -> chart.Page:
+    """The page, from top to bottom."""
+    answers, appendix = Answers(out, results, summary), Appendix(out, results, summary)
+    appendix.page = answers.page
+    answers.write()
+    appendix.write()
+    return answers.page
 
 
 def as_csv(rows: list[dict]) -> str:
@@ -43,10 +55,9 @@ def as_csv(rows: list[dict]) -> str:
 def terminal(results: dict, summary: dict) -> str:
     s = results["settings"]
     lines = [["", "photos", first(s["kinds"]), first(s["conditions"]), "both", "CLIP-T (words)"]]
-    for r in all_prompts(summary):
-        name = f'untouched: "{r["ask"]}"' if r["method"] == "untouched" else NAMES[r["method"]]
+    for r in (r for r in summary["rows"] if r["question"] == "all"):
         shares = [percent(r[k]) for k in SHARES]
-        lines.append([name, str(r["photos"] or ""), *shares, decimal(r["cosine_words"])])
+        lines.append([name_of(r), str(r["photos"] or ""), *shares, decimal(r["cosine_words"])])
     widths = [max(map(len, column)) for column in zip(*lines)]
     table = "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
     return f"\n{table}\n{certainty(s)}"

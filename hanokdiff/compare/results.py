@@ -2,12 +2,21 @@
 
 import os
 import shutil
+from collections import Counter
 from pathlib import Path
+
+import numpy as np
 
 from hanokdiff.compare import report, run
 from hanokdiff.files import read_json
 
 MOST_BYTES = 1 << 30  # of a JSON file: the scores of 240,000 pictures
+MEANS = (
+    "likeness",
+    "nearest",
+    *(f"{s}_{t}" for s in ("cosine", "clipscore") for t in ("literal", "words", "context")),
+)
+COUNTS = ("subject", "wanted", "both", "copy")
 
 
 def read_manifest(folder: Path) -> dict:
@@ -27,31 +36,50 @@ def read_manifest(folder: Path) -> dict:
     return manifest
 
 
-def collect(out: Path, manifest: dict) -> dict:
-    """The manifest with the results of the finished cells."""
-    cells, missing = [], []
+def collect(out: Path, manifest: dict) -> tuple[dict, list[dict]]:
+    """The manifest with what the finished cells have found, prompt by prompt; and the scores of each
+    picture."""
+    cells, images, missing = [], [], []
     for cell in manifest["cells"]:
         folder = out / cell["folder"]
         file = folder / cell["scores"]
         if not file.exists():
             missing.append(cell["name"])
             continue
-        found = {k: v for k, v in cell.items() if k != "options"} | read_json(file, MOST_BYTES)
+        scores = read_json(file, MOST_BYTES)
         pictures = Path(cell["folder"], cell["pictures"])
-        for image in found["images"]:
+        for image in scores["images"]:
             if Path(image["file"]).parent != pictures:
                 raise ValueError(
                     f"{file} names {image['file']!r}, which is no picture of that cell; delete it"
                 )
+        images += scores["images"]
+        found = {k: v for k, v in cell.items() if k not in ("options", "prompts")}
+        found["asked"] = {q["key"]: q["prompt"] for q in cell["prompts"]}
+        found["found"] = {key: counted(scores, key) for key in found["asked"]}
         cells.append(found | {"times": run.times(cell, folder), "held_out": run.validation_curve(folder)})
-    return {**manifest, "cells": cells, "missing": missing}
+    return {**manifest, "cells": cells, "missing": missing}, images
+
+
+def counted(scores: dict, key: str) -> dict:
+    """Of the pictures of one prompt: how many, of how many each is true, and [mean, standard deviation] of
+    each score. The report knows no more."""
+    images = [image for image in scores["images"] if image["question"] == key]
+    found: dict = {"pictures": len(images)} | {name: sum(i[name] for i in images) for name in COUNTS}
+    for name in MEANS:
+        values = np.array([i[name] for i in images])
+        found[name] = [round(float(v), 6) for v in (values.mean(), values.std(ddof=min(1, len(values) - 1)))]
+    found["kinds"] = dict(Counter(i["kind"] for i in images))
+    found["conditions"] = dict(Counter(i["condition"] for i in images))
+    found["diversity"] = scores["diversity"].get(key)
+    return found
 
 
 def write_report(out: Path, manifest: dict) -> tuple[dict, str]:
     """The results of the finished cells, and the table of the report that is written of them."""
     try:
-        results = collect(out, manifest)
-        return results, report.write(out, results)
+        results, images = collect(out, manifest)
+        return results, report.write(out, results, images)
     except (AttributeError, IndexError, KeyError, TypeError, ZeroDivisionError) as e:
         if os.environ.get("HANOKDIFF_DEBUG"):
             raise

@@ -49,8 +49,8 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def train(cell: dict, folder: Path) -> None:
-    """Run the cell's train_X.py in the cell's folder, or resume it. DreamBooth's class pictures are drawn
-    there too: every cell pays for its own."""
+    """Run the cell's train_X.py in the cell's folder, or resume it. Class pictures are drawn there too: every
+    training pays for its own."""
     run = folder / "run"
     if cell["method"] == "untouched" or (run / plan.METHODS[cell["method"]]).exists():
         return
@@ -62,6 +62,7 @@ def train(cell: dict, folder: Path) -> None:
     script = plan.SCRIPTS / f"train_{cell['method']}.py"
     code, seconds, peak, stopped = process([sys.executable, script, *argv], folder)
     attempt = {"seconds": round(seconds, 2), "peak_bytes": peak, "machine": machine()}
+    attempt["threads"] = torch.get_num_threads()
     append_line(folder / "attempts.jsonl", attempt)
     if stopped:
         raise KeyboardInterrupt
@@ -128,26 +129,32 @@ def machine() -> str:
 @contextmanager
 def applied(context: plan.Context, cell: dict, run: Path):
     """The base model with a cell's artefact in it, and afterwards as it was."""
-    sd, file = context.sd, run / plan.METHODS.get(cell["method"], "")
+    sd, file = context.sd, artefact(cell, run)
     sd.text.add_word(context.token)
     if cell["method"] == "ti":
         word, vectors = embedding_file.apply_file(sd, file, log=None)
         yield sd
         textual_inversion.remove(sd, word, vectors)
     elif cell["method"] == "lora":
-        before = lora.merge(sd, lora_file.apply_file(sd, file, log=None)[0])
+        before = lora.merge(sd, lora_file.apply_file(sd, file, cell["strength"], log=None)[0])
         yield sd
         lora.unmerge(sd, before)
-        if embedding := textual_inversion.find(sd, context.token):  # that was trained beside it
-            textual_inversion.remove(sd, context.token, embedding)
     elif cell["method"] == "hypernet":
-        net, _ = hypernet_file.apply_file(sd, file, log=None)
+        net, _ = hypernet_file.apply_file(sd, file, cell["strength"], log=None)
         yield sd
         hypernetwork.remove(sd, net)
     elif cell["method"] == "dreambooth":
         yield load_model(str(file), str(sd.device), log=None)
     else:
         yield sd
+    if embedding := textual_inversion.find(sd, context.token):  # that was trained beside the rest
+        textual_inversion.remove(sd, context.token, embedding)
+
+
+def artefact(cell: dict, run: Path) -> Path:
+    """What a training has left, at the step that the cell is about."""
+    file = run / plan.METHODS.get(cell["method"], "")
+    return file if cell["at"] == 1 else file.with_stem(f"{file.stem}-{round(cell['at'] * cell['steps']):06d}")
 
 
 def draw(context: plan.Context, cell: dict, folder: Path, drawing: dict) -> None:
@@ -206,10 +213,7 @@ def score_images(context: plan.Context, cell: dict, folder: Path) -> None:
             diversity[q["key"]] = round(1 - (cosines.sum() - cosines.trace()).item() / (n * (n - 1)), 6)
         for i, measured in enumerate(measure(context, cell, q, embeddings)):
             about = {
-                "cell": cell["name"],
-                "method": cell["method"],
-                "photos": cell["photos"],
-                "seed": cell["seed"],
+                **{k: cell[k] for k in ("recipe", "method", "photos", "seed", "at", "strength")},
                 "question": q["key"],
                 "prompt": q["prompt"],
                 "index": i,
@@ -223,7 +227,8 @@ def score_images(context: plan.Context, cell: dict, folder: Path) -> None:
 def measure(context: plan.Context, cell: dict, question: dict, embeddings: Tensor) -> list[dict]:
     """Every score of the pictures of one prompt, whose embeddings these are (N, d)."""
     clip, n = context.clip, len(embeddings)
-    photos = context.photo_embeddings[: cell["photos"] or None]  # (P, d); untouched: all
+    photos = context.photos(cell["photo_set"])[1][: cell["photos"] or None]  # (P, d); untouched: all
+    limit = context.copy_level(cell["photo_set"], cell["photos"] or context.most)
     near = embeddings @ photos.T  # (N, P)
     kinds, conditions = list(context.kinds), list(context.conditions)  # labels
     kind = presence(embeddings, clip.texts(list(context.kinds.values()))).tolist()
@@ -237,11 +242,12 @@ def measure(context: plan.Context, cell: dict, question: dict, embeddings: Tenso
             "kind": kinds[kind[i]],
             "condition": conditions[condition[i]],
             "subject": int(kind[i] == 0),
-            "wanted": int(condition[i] == 0),
-            "both": int(kind[i] == 0 and condition[i] == 0),
+            "wanted": int(conditions[condition[i]] == question["wanted"]),
+            "both": int(kind[i] == 0 and conditions[condition[i]] == question["wanted"]),
             "likeness": round(likeness[i].item(), 6),
             "nearest": round(near[i].max().item(), 6),
             "nearest_photo": int(near[i].argmax()),
+            "copy": int(near[i].max().item() > limit),
         }
         for i in range(n)
     ]
@@ -259,8 +265,8 @@ def times(cell: dict, folder: Path) -> dict:
     class_seconds = read_json(classes)["seconds"] if classes.exists() else 0.0
     seconds = log[-1]["seconds"] if log else 0.0
     wall = max(sum(a["seconds"] for a in attempts), class_seconds + seconds)
-    artefact = folder / "run" / plan.METHODS.get(cell["method"], "")
-    files = [f for f in ([artefact] if artefact.is_file() else artefact.rglob("*")) if f.is_file()]
+    made = artefact(cell, folder / "run")
+    files = [f for f in ([made] if made.is_file() else made.rglob("*")) if f.is_file()]
     return {
         "wall": wall,
         "class": class_seconds,
@@ -273,6 +279,7 @@ def times(cell: dict, folder: Path) -> dict:
         "gpu_bytes": max((r.get("gpu_bytes", 0) for r in log), default=0) or None,
         "file_bytes": sum(f.stat().st_size for f in files) if cell["method"] != "untouched" else None,
         "machine": attempts[-1]["machine"] if attempts else None,
+        "threads": attempts[-1].get("threads") if attempts else None,
     }
 
 

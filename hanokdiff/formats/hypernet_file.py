@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hanokdiff.formats import embedding_file
 from hanokdiff.formats.folder import ERRORS
 from hanokdiff.formats.tensors import read_pt, write_pt
 from hanokdiff.formats.validate import all_finite, whole_number
@@ -13,6 +14,7 @@ from hanokdiff.methods.inject import base_layer
 
 WIDEST = 16_384  # the widest context that is believed
 TOKEN = "hanokdiff_token="  # what stands before the pseudo word in a file's optional_info
+WORDS = "hanokdiff_words"  # {word: vectors} that were trained beside the networks; the WebUI passes over it
 
 
 def save_file(
@@ -20,9 +22,11 @@ def save_file(
     spec: hypernetwork.HypernetConfig,
     nets: dict[int, tuple[dict, dict]],
     metadata: dict | None = None,
+    words: dict[str, Tensor] | None = None,
 ) -> None:
     """The WebUI's .pt: {width: (state dict of keys, of values), ...} and its settings. metadata: "step",
-    "name", "info" (our pseudo word is kept there)."""
+    "name", "info" (our pseudo word is kept there). words: vectors (n, D) that were trained beside the
+    networks; they are for us, other tools read an embedding file."""
     metadata, dropout = metadata or {}, list(spec.dropout or (0.0,) * len(spec.layers))
     content: dict = {}
     for d, pair in sorted(nets.items()):
@@ -35,6 +39,8 @@ def save_file(
         content[int(d)] = tuple(
             {k: t.detach().float().cpu().contiguous() for k, t in s.items()} for s in pair
         )
+    if words:
+        content[WORDS] = {w: embedding_file.check_vectors({w: v.cpu()}, w, path) for w, v in words.items()}
     content |= {
         "step": whole_number(metadata.get("step")),
         "name": str(metadata.get("name", path.stem)),
@@ -123,14 +129,24 @@ def pseudo_word(metadata: dict) -> str | None:
     return info.removeprefix(TOKEN) if isinstance(info, str) and info.startswith(TOKEN) else None
 
 
+def read_words(path: Path, metadata: dict) -> dict[str, Tensor]:
+    """The words that a file of ours holds, and their vectors (n, D)."""
+    words = metadata.get(WORDS) or {}
+    if not isinstance(words, dict) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"{path}: {WORDS} names no words; the file is damaged")
+    return {word: embedding_file.check_vectors({word: v}, word, path) for word, v in words.items()}
+
+
 def state(hypernet: hypernetwork.Hypernetwork) -> dict[int, tuple[dict, dict]]:
     """Its tensors as `save_file` takes them."""
     return {int(d): tuple(f.state_dict() for f in pair) for d, pair in hypernet.pairs.items()}
 
 
 def apply_file(sd, path: Path, strength: float = 1.0, log=print) -> tuple[hypernetwork.Hypernetwork, dict]:
-    """Apply a file to the model: every width in it must be one of the model's."""
+    """Apply a file to the model: every width in it must be one of the model's. Words in it become the
+    model's."""
     spec, nets, metadata = read_file(path)
+    words = read_words(path, metadata)
     known = hypernetwork.dims(sd)["all"]
     strange = [d for d in nets if d not in known]
     if strange:
@@ -139,6 +155,8 @@ def apply_file(sd, path: Path, strength: float = 1.0, log=print) -> tuple[hypern
             f"{path} rewrites width {strange[0]} ({made}), but {sd.name} attends to widths "
             f"{', '.join(map(str, known))}"
         )
+    for word, vectors in words.items():
+        embedding_file.apply(sd, path, word, vectors)
     hypernet = hypernetwork.Hypernetwork(spec, nets, strength)
     for d, pair in nets.items():
         for f, tensors in zip(hypernet.pairs[str(d)], pair, strict=True):
@@ -147,9 +165,9 @@ def apply_file(sd, path: Path, strength: float = 1.0, log=print) -> tuple[hypern
     if log:
         layers = [sd.unet.get_submodule(path) for path, *_ in hypernetwork.kv_layers(sd)]
         count = sum(base_layer(layer).in_features in nets for layer in layers)
+        bundled = f', and "{", ".join(words)}"' if words else ""
         log(
             f"hypernetwork {path}: widths {', '.join(map(str, sorted(nets)))}, before {count} keys and "
-            f"values, "
-            f"strength {strength:g}"
+            f"values{bundled}, strength {strength:g}"
         )
     return hypernet, metadata

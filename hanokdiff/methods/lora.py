@@ -17,6 +17,7 @@ from hanokdiff.seeding import seeded_generator
 
 # What each choice of --targets adds, by the end of the module's name in the UNet.
 TARGETS = {
+    "cross-attention": ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
     "attention": ("to_q", "to_k", "to_v", "to_out.0"),
     "ff": ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
     "conv": ("conv1", "conv2", "time_emb_proj", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
@@ -88,8 +89,8 @@ def wrap(network: nn.Module, path: str, rank: int, alpha: float, strength: float
 def insert(
     sd, rank: int, alpha: float, targets: str = "attention", text_rank: int = 0, seed: int = 0
 ) -> dict[str, LoRA]:
-    """Put fresh LoRAs into the model: kohya name -> LoRA. `targets` is "attention", "attention+ff" or with
-    "+conv"."""
+    """Put fresh LoRAs into the model: kohya name -> LoRA. `targets` is "cross-attention", "attention",
+    "attention+ff" or "attention+ff+conv"."""
     ends = sum((TARGETS[t] for t in targets.split("+")), ())
     out = {}
     for name, (network, path) in layers(sd).items():

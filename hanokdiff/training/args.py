@@ -113,7 +113,12 @@ def training_parser(doc: str, defaults: dict[str, dict]) -> tuple[Parser, Callab
     data("--prediction", "if the model is silent or wrong about it", choices=("epsilon", "v_prediction"))
     data("--data", "photos, captions beside as NAME.txt (default with tiny: the drawn hanok)", type=Path)
     data("--images", "the first N photos of one fixed, nested order", type=int)
-    data("--photo-set", "which of the drawn hanok's sets of photos, 0, 1, 2, ...", type=int, default=0)
+    data(
+        "--photo-set",
+        "0, 1, 2, ...: other drawn hanok, or --data's photos in another order",
+        type=int,
+        default=0,
+    )
     data("--token", "the pseudo word", default="*")
     data("--replace", "becomes the pseudo word in captions, any case", default="a building with a roof")
     data("--caption", "caption of photos without one", default="a photo of {token}")
@@ -196,12 +201,15 @@ def check_training(args) -> None:
         raise ValueError(
             f"--model {args.model} needs --data FOLDER: the drawn hanok are 64x64, for the tiny model"
         )
-    if args.data is not None and getattr(args, "photo_set", 0):
-        raise ValueError(
-            f"--photo-set {args.photo_set} is of the drawn hanok, but --data names photos; leave it out"
-        )
     if args.data is not None:
         photo_files(Path(args.data))  # no folder of photos is refused before a model is opened
+
+
+def word_options(method) -> None:
+    """Options of a pseudo word whose own vectors are trained beside the rest (pivotal tuning)."""
+    method("--vectors", "also train the word's own vectors, this many (pivotal tuning); 0: none", type=int)
+    method("--init", "words that the vectors start as (default: --replace's)")
+    method("--word-lr", "learning rate of the vectors", type=float)
 
 
 def from_file(args: argparse.Namespace, given: dict, decided: tuple[str, ...]) -> Path | None:
@@ -254,8 +262,8 @@ def run_folder(args: argparse.Namespace, method: str, artefact: str) -> Path:
 def load_data(args: argparse.Namespace, sd, draw: Callable) -> tuple[list[Photo], LatentDataset, list[Photo]]:
     """The photos to train on, the same encoded with their prompts, and the held-out photos. Without --data,
     `draw` draws them."""
-    draw = functools.partial(draw, photo_set=args.photo_set) if args.photo_set else draw
-    photos, held_out = load_photos(args.data or draw, args.resolution, args.images, args.held_out)
+    how = dict(photo_set=args.photo_set)
+    photos, held_out = load_photos(args.data or draw, args.resolution, args.images, args.held_out, **how)
     args.images = len(photos)
     prompts = prepare_captions(photos, args.token, args.replace, args.caption)
     return photos, LatentDataset(sd.vae, [p.image for p in photos], prompts, args.flip, sd.device), held_out

@@ -5,6 +5,7 @@ One reader for all methods: upright, RGB, cropped, never squashed; nothing is sk
 Shapes:  N photos of H x W pixels;  B pictures of a batch;  h x w the latent.
 """
 
+import functools
 import hashlib
 import os
 import re
@@ -56,13 +57,16 @@ def load_photos(
     held_out: int = 0,
     log: Log = print,
     option: str = "--data",
+    photo_set: int = 0,
 ) -> tuple[list[Photo], list[Photo]]:
     """The first `images` readable ones of a folder (None: all) in its fixed order, and its last `held_out`,
     which are not among them. `source` may also be a function that draws them, such as tiny.world.photos.
-    `option`: what named the folder, for messages."""
+    `option`: what named the folder, for messages. `photo_set` 1, 2, ... take the photos in other orders;
+    those held out stay the same."""
     if images is not None and images < 1:
         raise ValueError(f"--images {images}: at least 1 is needed; leave it out to take them all")
     if callable(source):
+        source = functools.partial(source, photo_set=photo_set) if photo_set else source
         photos, validation_photos = (
             drawn_photos(source, n, resolution, held) for n, held in ((images or 50, False), (held_out, True))
         )
@@ -72,7 +76,10 @@ def load_photos(
     # those that cannot be read are reported below
     validation_photos, _ = read_until(held_out, files[::-1], resolution, lambda _: None)
     aside = {photo.name for photo in validation_photos}
-    photos, unreadable = read_until(images, [f for f in files if f.name not in aside], resolution, log)
+    files = [f for f in files if f.name not in aside]
+    if photo_set:
+        files.sort(key=lambda f: name_hash(f"{photo_set} {f.name}"))
+    photos, unreadable = read_until(images, files, resolution, log)
     if len(photos) < (images or 1) or len(validation_photos) < held_out:
         asked = " and ".join(
             [f"--images {images}"] * bool(images) + [f"--held-out {held_out}"] * bool(held_out)

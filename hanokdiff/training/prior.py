@@ -40,8 +40,8 @@ def add_options(method: Callable) -> None:
     )
     method(
         "--class-prompts",
-        "more prompts for class pictures, one a line: what must not be forgotten "
-        "(default: none, tiny hanokdiff/tiny/class_prompts.txt)",
+        "more prompts for class pictures, a file with one a line: what must not be forgotten; none: the "
+        "captions only (default: none, tiny hanokdiff/tiny/class_prompts.txt)",
         type=Path,
     )
     method("--prior-weight", "w, the weight of the class's loss; 0 is without", type=float, default=1.0)
@@ -59,7 +59,7 @@ def check(args: argparse.Namespace) -> None:
             f"--class-prompts are for class pictures that are drawn, but --class-images is {what}; leave one "
             "of them out"
         )
-    if args.class_prompts:
+    if args.class_prompts and str(args.class_prompts) != "none":
         read_prompts(Path(args.class_prompts), args.token)
     if args.class_images and not (args.class_phrase or args.replace).strip():
         raise ValueError('--class-phrase is empty; name what the subject is one of, such as "a house"')
@@ -83,7 +83,7 @@ def load(
                 f'no caption contains "{phrase}", so what the subject is one of is not known; '
                 'name it: --class-phrase "a house", or do without: --class-images 0'
             )
-        more = args.class_prompts or more
+        more = None if str(args.class_prompts) == "none" else args.class_prompts or more
         texts = prompts(photo_prompts, args.token, phrase, more and Path(more))
         images, texts, seconds = pictures(sd, texts, args.class_images, args.resolution, args.seed)
     return LatentDataset(sd.vae, images, texts, args.flip, sd.device), seconds

@@ -57,10 +57,10 @@ RUNS = {  # name -> module and options
     "DreamBooth": ("train_dreambooth", [*COMMON, "--class-images", "5"]),
     "LoRA": ("train_lora", [*COMMON, "--text-rank", "2", "--class-images", "5"]),
     "hypernetwork": ("train_hypernet", [*COMMON, "--dropout", "0.3"]),
-    "comparison": ("hanokdiff.compare.__main__", ["--methods", "lora", "ti", "--sizes", "5", "--steps", "12",
-        "--n", "1",
-                   "--sampling-steps", "3", "--prompts", "{token}, fire", "--device", "cpu", "--with",
-                   "all --save-every 4 --batch-size 2", "--with", "lora --class-images 3"]),
+    "comparison": ("hanokdiff.compare.__main__", [
+        "--recipe", "LoRA=lora --save-every 4 --batch-size 2 --class-images 3",
+        "--recipe", "TI=ti --save-every 4 --batch-size 2", "--sizes", "5", "--steps", "12", "--n", "1",
+        "--sampling-steps", "3", "--prompts", "{token}, fire", "--device", "cpu", "--jobs", "1"]),
 }  # fmt: skip
 PLACES = [  # what is under way while these run
     (load, "load_model", "opening"), (prior, "pictures", "class pictures"), (Trainer, "_load_state",

@@ -156,7 +156,7 @@ def test_the_report(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "summarise", lambda results: {})
     page = type("Page", (), {"markdown": lambda self: "m" * 5000, "html": lambda self: "h" * 5000})
     monkeypatch.setattr(report, "compose", lambda *_: page())
-    said = in_child(lambda: (full_disk(), report.write(tmp_path, {"cells": [], "settings": ["x" * 5000]})))
+    said = in_child(lambda: (full_disk(), report.write(tmp_path, {"settings": ["x" * 5000]}, [])))
     assert said.startswith(f"{tmp_path / 'results.json'} cannot be written") and not list(
         tmp_path.iterdir()
     ), said

@@ -190,7 +190,7 @@ train_lora photos
 train_lora --rank
     --rank: expected one argument; see --help
 train_lora --targets all
-    --targets is all, but must be one of attention, attention+ff, attention+ff+conv
+    --targets is all, but must be one of cross-attention, attention, attention+ff, attention+ff+conv
 train_lora --prediction v
     --prediction is v, but must be one of epsilon, v_prediction
 train_lora --dtype fp8
@@ -212,8 +212,6 @@ train_lora --vectors 2 --token a.b
     --token "a.b": the WebUI reads the word in a LoRA file up ... or leave out --vectors
 train_lora --photo-set -1
     --photo-set is -1, but must be 0 or more
-train_lora --photo-set 1 --data photos
-    --photo-set 1 is of the drawn hanok, but --data names photos; leave it out
 train_dreambooth --train cross-attention --text-lr 1e-4
     --train cross-attention trains nothing of the text encoder; leave out --text-lr
 train_dreambooth --train half
@@ -434,8 +432,14 @@ compare --n 100000
     --n is 100000, but must be at most 10000
 compare --sampling-steps 2000
     steps is 2000, but must be between 1 and 1000
-compare --methods lora loha
-    --methods is loha, but must be one of ti, dreambooth, lora, hypernet
+compare --preset best worst
+    --preset is worst, but must be one of best, paper, factorial, frontier
+compare --at 0.5
+    --at 0.5: shares of the steps, above 0 and up to 1, and 1 itself among them, such as 0.5 1
+compare --strengths nan 1
+    --strengths nan 1: numbers, and 1 among them, such as 0.5 1
+compare --jobs 0
+    --jobs is 0, but must be at least 1
 compare --prompts "a house"
     the prompt "a house" lacks the pseudo word "*"; write it, or {token}, into it
 compare --token ""
@@ -456,17 +460,19 @@ compare --data empty
     --data empty: no pictures in it (.avif .bmp .gif .heic ... its subfolders are not searched
 compare --data photos
     --sizes asks for 100 photos, and at least 2 more are held ... lower --sizes or add photos
-compare --with "loha --rank 4"
-    --with "loha --rank 4" must begin with all, ti, dreambooth, lora, hypernet, as in "lora --rank 4"
-compare --with "lora --rank x"
-    --with "lora --rank x": --rank is x, but must be a whole number
-compare --with "lora --rank 0"
+compare --recipe "loha --rank 4"
+    --recipe "loha --rank 4" is none of those that are known ... METHOD OPTIONS", as in "small=lora --rank 4"
+compare --recipe "a=loha"
+    --recipe "a=loha" must be NAME=METHOD OPTIONS ... dreambooth, lora, hypernet, as in "small=lora --rank 4"
+compare --recipe "a=lora --rank x"
+    --recipe "lora --rank x": --rank is x, but must be a whole number
+compare --recipe "a=lora --rank 0"
     --rank is 0, but must be greater than 0
-compare --with "lora --seed=1"
-    --with may not set --seed of lora, which the comparison sets for every cell
-compare --with "lora 'unclosed"
-    --with "lora 'unclosed": No closing quotation
-compare --with "ti --vectors 100"
+compare --recipe "a=lora --seed=1"
+    --recipe "lora --seed=1" may not set --seed, which the comparison sets for every cell
+compare --recipe "a=lora 'unclosed"
+    --recipe "a=lora 'unclosed": No closing quotation
+compare --recipe "a=ti --vectors 100"
     --vectors is 100, but must be at most 75
 # other layouts
 convert tiny
