@@ -39,6 +39,7 @@ from PIL import Image
 from hanokdiff.errors import report_errors
 from hanokdiff.files import write_text
 from hanokdiff.images import SUFFIXES, read_photo
+from hanokdiff.models.prompt_schedule import plain_text
 from hanokdiff.models.tokens import contains_word, word_pattern
 from hanokdiff.options import Options
 from hanokdiff.scoring.clip import EXAMPLE, LIKENESS, SCALES, TINY_CLIP, Clip, likeness, presence, scores
@@ -110,7 +111,7 @@ def origin(parameters: str) -> dict:
 
 def read_pictures(files) -> tuple[dict[str, dict], list[str]]:
     """({file: short side in pixels, prompt and seed}, names that could not be read, each printed)."""
-    pictures, broken = {}, []
+    pictures, broken, flat = {}, [], []
     for file in map(str, files):
         try:
             side = min(read_photo(file)[0].size)
@@ -120,7 +121,14 @@ def read_pictures(files) -> tuple[dict[str, dict], list[str]]:
             continue
         with Image.open(file) as image:
             image.load()  # a PNG's text may also stand at its end
+            flat += [file] * all(low == high for low, high in image.convert("RGB").getextrema())
             pictures[file] = {"side": side, **origin(str(image.info.get("parameters", "")))}
+    if flat:
+        print(
+            f"note: {len(flat)} pictures are of one colour (such as {flat[0]}), as a model makes them whose "
+            "numbers overflow; they are scored like the others",
+            file=sys.stderr,
+        )
     if not pictures:
         raise ValueError(
             f"none of the {len(broken)} pictures can be read, {broken[0]} first; give some that can"
@@ -130,10 +138,15 @@ def read_pictures(files) -> tuple[dict[str, dict], list[str]]:
 
 def set_texts(rows: list[dict], prompt: str | None, replace: list[tuple[str, str]]) -> None:
     """`text`, what is scored. A token such as sks is found as a whole word only, never in "asks"."""
+    marked = 0
     for row in rows:
-        row["text"] = row["prompt"] if prompt is None else prompt.strip()
+        asked = row["prompt"] if prompt is None else prompt.strip()
+        row["text"] = plain_text(asked)
+        marked += row["text"] != asked
         if not row["text"]:
             raise ValueError(f"{row['file']} has no prompt to be scored with; give one: --prompt TEXT")
+    if marked:
+        print(f"weights, tags and editing left out of {marked} of {len(rows)} prompts before they are scored")
     for token, words in replace:
         if not token.strip():
             raise ValueError('--replace-token has an empty TOKEN; give the pseudo word, e.g. "*"')

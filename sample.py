@@ -319,6 +319,16 @@ def initial_picture(args, sd, size):
     return ImageOps.fit(picture, size, Image.Resampling.LANCZOS), size
 
 
+def warn_of_size(size: tuple[int, int], trained: int) -> None:
+    """A UNet draws its subject twice where it has more room than it has seen, and half of it where less."""
+    if not 0.7 <= min(size) / trained <= max(size) / trained <= 1.6:
+        warnings.warn(
+            f"{size[0]}x{size[1]} is far from the {trained}x{trained} that the model was trained at: "
+            "subjects may be doubled or cut; draw near that size, then enlarge: --init-image FILE --size ...",
+            stacklevel=2,
+        )
+
+
 def parameters(prompt: str, seed: int, size: tuple[int, int], args) -> str:
     more = [("Clip skip", args.clip_skip)] if args.clip_skip > 1 else []
     if args.init_image:
@@ -345,6 +355,7 @@ def main(argv=None):
     sd = load_model(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)
     init, size = initial_picture(args, sd, size)
     latent_size(size, sd.vae.config.factor)  # this and the next line refuse before anything is written
+    warn_of_size(size, sd.resolution)
     plan = samplers.plan(args.sampler, sd.schedule, args.steps, args.strength)
     args.cfg = sd.cfg if args.cfg is None else args.cfg
     sd.text.literal_tokens = args.literal_tokens
@@ -369,7 +380,7 @@ def main(argv=None):
         places = [i for i, (prompt, _) in enumerate(jobs) if tagged[prompt][1] == tags]
         texts, seeds = [tagged[jobs[i][0]][0] for i in places], [jobs[i][1] for i in places]
         with with_tags(sd, tags):
-            sd.text.warn_without_word(list(dict.fromkeys(texts)))
+            sd.text.warn_without_word(list(dict.fromkeys(texts)), args.negative)
             for part in sd.batches(texts, at_once, len(plan.steps)):
                 some = [texts[k] for k in part], [seeds[k] for k in part]
                 count = f"{len(pictures) + len(part)} of {len(jobs)}"

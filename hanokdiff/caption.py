@@ -37,7 +37,7 @@ from hanokdiff.models.tokens import contains_word, word_pattern
 from hanokdiff.options import Options
 from hanokdiff.pretrained import open_pretrained
 from hanokdiff.scoring.clip import MEAN, STD
-from hanokdiff.training.dataset import photo_files, read_caption
+from hanokdiff.training.dataset import Captions, photo_files, read_caption
 
 BLIP = "Salesforce/blip-image-captioning-base"
 PROMPT = "a picture of"
@@ -128,9 +128,9 @@ def find_uncaptioned(folder: Path, overwrite: bool, outcomes: Outcomes) -> tuple
         photos = sorted(photo_files(folder))
     except ValueError as e:
         raise ValueError(str(e).removeprefix("--data ")) from None
-    todo, texts, in_cp949 = [], {}, []
+    todo, texts, in_cp949, captions = [], {}, [], Captions(folder)
     for photo in photos:
-        path = photo.with_suffix(".txt")
+        path = captions.file(photo.name) or photo.with_suffix(".txt")
         if path in texts:  # a.jpg and a.png
             outcomes["sharing the caption of one before"].append(photo)
             continue

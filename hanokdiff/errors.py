@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from hanokdiff import lock
 from hanokdiff.options import Options
 
 LESS_MEMORY = (
@@ -46,6 +47,8 @@ def report_errors(main: Callable) -> Callable:
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             return 130
+        finally:
+            lock.release()
 
     return wrapper
 
@@ -90,7 +93,7 @@ def check_folder(folder: Path, option: str = "--out") -> None:
 def remove_empty_folders() -> None:
     """Remove the folders that this command made, if they hold at most the notes of a run without a step."""
     for folder in reversed(made):
-        if {f.name for f in folder.glob("*")} <= {"config.json", "class.json"}:
+        if {f.name for f in folder.glob("*")} <= {"config.json", "class.json", "lock.json"}:
             for file in folder.glob("*.json"):
                 file.unlink()
         with contextlib.suppress(OSError):  # it was not made, or has something in it

@@ -1,17 +1,18 @@
 """Pictures: read from files as RGB and upright, cropped, laid out in a grid. Imports no torch."""
 
+import io
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from hanokdiff.files import replacing
 
 SUFFIXES = {
     ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif",
-    ".heic", ".heif",  # an iPhone's: Pillow cannot read them, but they are to be named, not passed over
+    ".jpe", ".heic", ".heif", ".jxl", ".jp2", ".dng",  # most Pillow cannot read: named, not passed over
 }  # fmt: skip
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF")  # not EPS: it runs Ghostscript
 ORIENTATION = 0x0112  # EXIF tag: 1 is upright, 2 to 8 are the other ways to hold a camera
@@ -24,16 +25,21 @@ def read_photo(path: str | Path) -> tuple[Image.Image, str]:
         if path.exists() and not path.is_file():
             raise OSError(f"{path} is not a file")  # a pipe would be waited for
         with Image.open(path, formats=readable_formats()) as image:  # refuses 179 million pixels or more
+            frames = (
+                1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            )  # MPO: a phone's, with depth
             turned = image.getexif().get(ORIENTATION) in range(2, 9)
             image.load()  # after asking: a TIFF turns itself as it loads
             ImageOps.exif_transpose(image, in_place=True)
+            image, colours = to_srgb(image)
             image, note = to_rgb(image)
     except UnidentifiedImageError:
         problem = "not a picture, or broken at its beginning; if other programs show it, save it as JPEG"
         raise ValueError(f"{path.name!r} cannot be read: {problem}") from None
     except Exception as e:  # by format, Pillow raises OSError, SyntaxError, struct.error, EOFError...
         raise ValueError(f"{path.name!r} cannot be read: {str(e) or type(e).__name__}") from e
-    return image, listed("rotated by EXIF" if turned else "", note)
+    first = "first of its frames" if frames > 1 else ""
+    return image, listed("rotated by EXIF" if turned else "", first, colours, note)
 
 
 @cache
@@ -46,6 +52,32 @@ def readable_formats() -> list[str]:
 def listed(*notes: str) -> str:
     """The notes that are not empty, separated by commas."""
     return ", ".join(note for note in notes if note)
+
+
+SPACES = {"L": "GRAY", "RGB": "RGB ", "RGBA": "RGB ", "CMYK": "CMYK"}  # mode -> what an ICC profile calls it
+
+
+def to_srgb(image: Image.Image) -> tuple[Image.Image, str]:
+    """The colours that an embedded ICC profile means, as sRGB; and a note if they were converted. Without it
+    an Adobe RGB photo looks pale and a ProPhoto one grey (sd-scripts#2179)."""
+    if not (icc := image.info.get("icc_profile")):
+        return image, ""
+    image = image.convert("RGBA" if image.has_transparency_data else "RGB") if image.mode in "PA" else image
+    try:
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+        name = " ".join(ImageCms.getProfileDescription(profile).split())
+        if "srgb" in name.lower():
+            return image, ""
+        if SPACES.get(image.mode) != profile.profile.xcolor_space:
+            return image, f"colour profile {name[:30]!r} not used: it is for other pictures"
+        alpha = image.getchannel("A") if image.mode == "RGBA" else None
+        image = image.convert("RGB") if alpha else image
+        image = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return image, "colour profile unreadable, so not used"
+    if alpha:
+        image.putalpha(alpha)
+    return image, f"colours converted from {name[:30]!r}"
 
 
 def to_rgb(image: Image.Image) -> tuple[Image.Image, str]:

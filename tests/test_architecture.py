@@ -15,7 +15,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train_ti", "train_dreambooth", "train_lora", "train_hypernet", "sample", "clipscore")
 COMMANDS = ("alert", "caption", "convert")
-BASICS = ("device", "errors", "files", "images", "options", "pretrained", "seeding")  # hanokdiff/NAME.py
+BASICS = (
+    "device",
+    "errors",
+    "files",
+    "images",
+    "lock",
+    "options",
+    "pretrained",
+    "seeding",
+)  # hanokdiff/NAME.py
 LIBRARY = {"basics", "models", "methods", "formats", "training", "scoring", "tiny", "commands"}
 MAY_IMPORT = {  # room -> the other rooms that it may import; within a room modules may import each other
     "basics": set(),

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from hanokdiff import lock
 from hanokdiff.compare import plan, recipes, results, workers
 from hanokdiff.errors import check_folder, make_folder, report_errors
 from hanokdiff.files import write_json
@@ -185,6 +186,7 @@ def main(argv=None):
         context = plan.prepare(args)
         manifest = plan.plan(args, context)
         make_folder(args.out)
+        lock.take(args.out)
     write_json(args.out / "manifest.json", manifest)
     if not args.merge:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -30,7 +30,6 @@ from hanokdiff.models.tokens import word_pattern
 from hanokdiff.scoring.clip import TINY_CLIP, Clip, nearest, presence
 from hanokdiff.scoring.stats import mean_interval
 from hanokdiff.tiny import world
-from hanokdiff.training import prior
 from hanokdiff.training.args import check_resolution, check_training
 from hanokdiff.training.dataset import Photo, load_photos, photo_files, prepare_captions
 
@@ -211,7 +210,7 @@ def plan(args, context: Context) -> dict:
         "questions": questions(args, sd, clip, context.conditions),
         "epochs_at": EPOCHS_AT,
         "held_out": fingerprint(context.held_out),
-        "base": prior.fingerprint(sd),
+        "base": sd.digest,
     }
     first = args.seeds[0]
     cells = [

@@ -1,17 +1,20 @@
 """Open a model: the embedded one, a diffusers folder, a hub id or a single file."""
 
+import hashlib
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from hanokdiff.device import choose_device
 from hanokdiff.files import read_json
 from hanokdiff.formats import single_file
 from hanokdiff.formats.folder import find_model, load_part, read_config
 from hanokdiff.formats.tokenizer import check_tokenizer, find_tokenizer, load_tokenizer
-from hanokdiff.formats.validate import check_fit, check_kind
+from hanokdiff.formats.validate import all_finite, check_fit, check_kind
 from hanokdiff.models.pipeline import StableDiffusion
 from hanokdiff.models.schedule import Schedule
 from hanokdiff.models.text_encoder import TextConfig, TextEncoder
@@ -44,6 +47,7 @@ def load_model(
     path = TINY_MODEL if model == "tiny" else find_model(model)
     open_ = open_file if path.is_file() else open_folder
     unet, vae, encoder, words, schedule = open_(path, tokenizer, prediction, log)
+    digest = digest_of({"unet": unet, "vae": vae, "text_encoder": encoder}, words, schedule, path)
     for part in (unet, vae, encoder):
         exact = [p.detach() for p in part.parameters()]
         part.to(dev, precision)
@@ -57,7 +61,7 @@ def load_model(
             f"opened in {time.perf_counter() - start:.1f} s"
         )
         log(f"device {reason}")
-    sd = StableDiffusion(unet, vae, Text(encoder, words), schedule, dev, precision, model)
+    sd = StableDiffusion(unet, vae, Text(encoder, words), schedule, dev, precision, model, digest)
     if (path / "hanokdiff.json").is_file():  # our DreamBooth's: the word it was trained with
         word = read_json(path / "hanokdiff.json").get("token")
         if not isinstance(word, str):
@@ -69,6 +73,27 @@ def load_model(
         except ValueError as e:
             raise ValueError(f"{path / 'hanokdiff.json'}: {e}") from None
     return sd
+
+
+SAMPLE = 64  # values of each tensor that tell models apart
+
+
+def digest_of(parts: dict[str, nn.Module], words, schedule: Schedule, path: Path) -> str:
+    """Twelve letters of a SHA-256 over a sample of every tensor, the vocabulary and the schedule: the same
+    model under another name has the same, another one under the same name has not. Refuses a value that is
+    not finite, of which every picture would be black."""
+    seen = hashlib.sha256(repr(schedule).encode())
+    seen.update(json.dumps(sorted(words.get_vocab().items(), key=lambda x: x[1])).encode())
+    for part, network in parts.items():
+        for name, tensor in network.state_dict().items():
+            if tensor.is_floating_point() and not all_finite(tensor):
+                raise ValueError(
+                    f"{path}: {part}.{name} has a value that is not finite; fetch the model again"
+                )
+            flat = tensor.detach().flatten()
+            sample = flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE].float().contiguous()
+            seen.update(f"{part}.{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
+    return seen.hexdigest()[:12]
 
 
 def open_folder(folder: Path, tokenizer: str | None, prediction: str | None, log) -> tuple:

@@ -51,7 +51,10 @@ def whole_number(x) -> int:
 
 
 def all_finite(t: Tensor) -> bool:
-    """Whether every number is; by way of float32, since torch does not compare 8-bit ones."""
+    """Whether every number is; by way of float32, since torch does not compare 8-bit ones. A sum is finite
+    only if all are, and takes one pass without a copy; one that is not may have overflowed."""
+    if t.element_size() > 1 and torch.isfinite(t.sum(dtype=torch.float32)):
+        return True
     return bool(torch.isfinite(t.float()).all())
 
 

@@ -7,6 +7,7 @@ so no other word can move.  The file: formats/embedding_file.py.
 """
 
 import contextlib
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -107,5 +108,10 @@ def initial_vectors(sd, words: str, n: int) -> Tensor:
     if not ids:
         raise ValueError(
             f'--init "{words}" has no token; give words that name the kind of thing, such as house'
+        )
+    if n == 1 < len(ids):
+        first = sd.text.tokenizer.decode(ids[:1]).strip()
+        warnings.warn(
+            f'one vector of "{words}" starts as "{first}" alone; name one word: --init', stacklevel=2
         )
     return token_embedding(sd)[[ids[i * len(ids) // n] for i in range(n)]].detach().float().clone()

@@ -45,7 +45,8 @@ class NormSiLU(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         y = torch.native_group_norm(x, weight, bias, *ctx.shape, ctx.eps)[0]
-        grad = torch.ops.aten.silu_backward(grad, y)
+        # in channels_last the gradient comes in other strides, which the kernel would not look at
+        grad = torch.ops.aten.silu_backward(grad, y).contiguous()
         needed = list(ctx.needs_input_grad[:3])
         grads = torch.ops.aten.native_group_norm_backward(grad, x, mean, rstd, weight, *ctx.shape, needed)
         return *grads, None, None

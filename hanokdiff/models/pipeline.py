@@ -36,6 +36,7 @@ class StableDiffusion:
     device: torch.device
     dtype: torch.dtype
     name: str = ""
+    digest: str = ""  # of its weights, tokenizer and schedule as they were opened: formats/load.py
 
     @property
     def cfg(self) -> float:
@@ -179,14 +180,36 @@ class StableDiffusion:
         return self.vae.encode(to_tensor(picture)[None].to(self.device, self.dtype))[0].float()
 
     def pictures(self, latents: Tensor, slice: int = 8) -> list[Image.Image]:
-        """Decode latents (B, 4, h, w), a few at a time, to 8-bit pictures; rounded, not truncated."""
+        """Decode latents (B, 4, h, w), a few at a time, to 8-bit pictures; rounded, not truncated. What is
+        not a number would be a black picture: it is refused. Where half precision overflows in the decoder,
+        as in some autoencoders of SD 1 and 2 (webui#7633), those pictures are decoded again in fp32."""
         out = []
         with torch.inference_mode():
             for part in latents.split(slice):
-                x = self.vae.decode(part.to(self.dtype)).float().cpu()
+                if not torch.isfinite(part).all():
+                    raise ValueError(
+                        "what was drawn is not a number, which would be a black picture; draw with a smaller "
+                        "strength of what was applied to the model, with --dtype fp32, or with another file"
+                    )
+                x = self.vae.decode(part.to(self.dtype)).float()
+                if not torch.isfinite(x).all():
+                    x = self._decode_in_fp32(part)
+                x = x.cpu()
                 x = ((x / 2 + 0.5).clamp(0, 1) * 255).round().byte()
                 out += [Image.fromarray(np.ascontiguousarray(p)) for p in x.permute(0, 2, 3, 1).numpy()]
         return out
+
+    def _decode_in_fp32(self, latents: Tensor) -> Tensor:
+        self.vae.float()
+        try:
+            x = self.vae.decode(latents.float())
+        finally:
+            self.vae.to(self.dtype)
+        if not torch.isfinite(x).all():
+            raise ValueError(
+                f"the autoencoder of {self.name} makes no picture of this, in fp32 either: take another one"
+            )
+        return x
 
 
 def latent_size(size: tuple[int, int], factor: int) -> tuple[int, int]:

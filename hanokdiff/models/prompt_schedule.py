@@ -13,6 +13,8 @@ equation 11.
 
 import re
 
+from hanokdiff.models.prompt import parse_emphasis
+
 AND = re.compile(r"\bAND\b")
 WEIGHT = re.compile(r"\s*(.*?)\s*:\s*([-+]?(?:\d+\.?\d*|\.\d+))\s*", re.DOTALL)
 NUMBER = re.compile(r"\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*")
@@ -108,6 +110,14 @@ def take_tags(prompt: str) -> tuple[str, list[tuple[str, str, float]]]:
             )
         tags.append((kind, name.strip(), float(scale) if scale else 1.0))
     return re.sub(r"  +", " ", TAG.sub("", prompt)).strip() if tags else prompt, tags
+
+
+def plain_text(prompt: str) -> str:
+    """What a prompt asks for at the end, in words alone: without weights, BREAK, tags and editing, the parts
+    of AND one after the other. For CLIP, which would read the marks as words."""
+    text, _ = take_tags(prompt)
+    parts = [parse_emphasis(part) for part, _ in at_steps(text, 20)[-1]]
+    return " ".join(", ".join("".join(p[0] if p else " " for p in part) for part in parts).split())
 
 
 def not_understood(prompt: str) -> list[str]:

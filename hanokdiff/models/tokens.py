@@ -9,6 +9,7 @@ Shapes:  B prompts;  T = 77 positions;  D the width (768 in SD 1.x, 1024 in SD 2
 prompt.
 """
 
+import functools
 import re
 import warnings
 
@@ -43,6 +44,7 @@ def contains_word(text: str, word: str) -> bool:
     return bool(word_pattern(word).search(text))
 
 
+HANGUL = re.compile("[\u1100-\u11ff\u3130-\u318f\uac00-\ud7a3]")
 # in a text, chr(MARK + i) stands for the i-th pseudo word: private characters, in nobody's prompt
 MARK = "\ue000"
 
@@ -192,10 +194,19 @@ class Text:
             part = distinct[k : k + 32]
             self._cache.update(zip(part, self(part), strict=True))
 
-    def warn_without_word(self, prompts: list[str]) -> None:
-        """Warn when a prompt does not contain the pseudo word."""
+    def warn_without_word(self, prompts: list[str], negative: str = "") -> None:
+        """Warn when a prompt does not contain the pseudo word; one in the negative prompt is in its place.
+        And when it is in Korean, of which CLIP's vocabulary has only bytes."""
+        words = [word for word in self.words if not contains_word(negative, word)]
         for prompt in prompts:
-            if self.words and not any(contains_word(prompt, word) for word in self.words):
-                trained = " or ".join(f'"{w}"' for w in self.words)
+            rest = functools.reduce(lambda text, w: word_pattern(w).sub("", text), self.words, prompt)
+            if HANGUL.search(rest):
+                message = (
+                    f'the prompt "{prompt}" is in Korean, which this text encoder reads as noise; write it '
+                    "in English, or give a disaster alert to --alert"
+                )
+                warnings.warn(message, stacklevel=2)
+            if words and not any(contains_word(prompt, word) for word in words):
+                trained = " or ".join(f'"{w}"' for w in words)
                 message = f'the prompt "{prompt}" does not contain {trained}, the word that was trained'
                 warnings.warn(message, stacklevel=2)

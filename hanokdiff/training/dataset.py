@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from hanokdiff.files import read_text
+from hanokdiff.files import parse_json, read_text
 from hanokdiff.images import SUFFIXES, crop_to_square, listed, read_photo
 from hanokdiff.models.memory import to_device
 from hanokdiff.models.pipeline import to_tensor
@@ -45,6 +45,61 @@ def read_caption(path: str | Path) -> tuple[str, str]:
     """A caption file -> its text on one line, and a note if it was not UTF-8."""
     text, note = read_text(path)
     return " ".join(text.split()), note
+
+
+def same_name(name: str) -> str:
+    """Equal for names that people hold for equal: a Mac writes Korean in another normal form, a camera in
+    capitals."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+class Captions:
+    """A folder's captions: NAME.txt or NAME.caption, or NAME.jpg.txt, beside the picture NAME.jpg, whatever
+    the capitals or the normal form (kohya_ss#927, #1370); else metadata.jsonl, as datasets' imagefolder and
+    kohya's scripts have it: {"file_name": "NAME.jpg", "text": "..."}, a line each."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.files, self.lines = folder, {}, {}
+        names = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
+        for name in names:
+            stem, _, ending = name.rpartition(".")
+            if ending.lower() in ("txt", "caption") and not stem.startswith("."):
+                self.files.setdefault(same_name(stem), name)
+        if "metadata.jsonl" in names:
+            text, _ = read_text(folder / "metadata.jsonl")
+            for line in filter(str.strip, text.splitlines()):
+                row = parse_json(line, folder / "metadata.jsonl")
+                found = [row[k] for k in ("text", "caption", "prompt") if isinstance(row.get(k), str)]
+                if isinstance(row.get("file_name"), str) and found:
+                    self.lines[same_name(row["file_name"])] = found[0]
+
+    def file(self, name: str) -> Path | None:
+        """The caption file of a picture."""
+        keys = (same_name(Path(name).stem), same_name(name))
+        return next((self.folder / self.files[key] for key in keys if key in self.files), None)
+
+    def of(self, name: str) -> tuple[str, str]:
+        """A picture's caption ("" without any) and a note on how it was read."""
+        if file := self.file(name):
+            return read_caption(file)
+        return " ".join(self.lines.get(same_name(name), "").split()), ""
+
+    def shared(self, names: list[str]) -> list[str]:
+        """The first two pictures that have one caption file."""
+        seen: dict[str, str] = {}
+        for name in names:
+            key = same_name(Path(name).stem)
+            if key in self.files and key in seen:
+                return [seen[key], name]
+            seen[key] = name
+        return []
+
+    def without_photo(self, names: set[str]) -> list[str]:
+        """The caption files and lines that belong to none of these pictures."""
+        whole = {same_name(n) for n in names}
+        stems = whole | {same_name(Path(n).stem) for n in names}
+        lost = [file for key, file in self.files.items() if key not in stems]
+        return lost + [name for name in self.lines if name not in whole]
 
 
 # --------------------------------------------------------------------------------------------------- a folder
@@ -74,12 +129,13 @@ def load_photos(
         return photos, validation_photos
     files = photo_files(Path(source), option)
     # those that cannot be read are reported below
-    validation_photos, _ = read_until(held_out, files[::-1], resolution, lambda _: None)
+    captions = Captions(Path(source))
+    validation_photos, _ = read_until(held_out, files[::-1], resolution, lambda _: None, captions)
     aside = {photo.name for photo in validation_photos}
     files = [f for f in files if f.name not in aside]
     if photo_set:
         files.sort(key=lambda f: name_hash(f"{photo_set} {f.name}"))
-    photos, unreadable = read_until(images, files, resolution, log)
+    photos, unreadable = read_until(images, files, resolution, log, captions)
     if len(photos) < (images or 1) or len(validation_photos) < held_out:
         asked = " and ".join(
             [f"--images {images}"] * bool(images) + [f"--held-out {held_out}"] * bool(held_out)
@@ -91,6 +147,10 @@ def load_photos(
             + (f", or mend these: {unreadable[0]}" if unreadable else "")
         )
     bad = f"; {len(unreadable)} unreadable" if unreadable else ""
+    if lost := captions.without_photo({f.name for f in photo_files(Path(source), option)}):
+        log(f"{len(lost)} captions fit no picture, such as {lost[0]!r}: give them their pictures' names")
+    if several := captions.shared([p.name for p in photos]):
+        log(f"two pictures share one caption: {' and '.join(several)}; is that meant?")
     log(summary(photos, f"photos from {source}") + bad + held_out_note(validation_photos))
     return photos, validation_photos
 
@@ -107,15 +167,16 @@ def drawn_photos(draw: Callable, n: int, resolution: int, held_out: bool) -> lis
 
 
 def read_until(
-    images: int | None, files: list[Path], resolution: int, log: Log
+    images: int | None, files: list[Path], resolution: int, log: Log, captions: Captions | None = None
 ) -> tuple[list[Photo], list[str]]:
     """The first `images` that can be read, and what is wrong with those that could not be."""
     photos, unreadable = [], []
+    captions = captions or Captions(files[0].parent if files else Path())
     for path in files:
         if len(photos) == images:
             break
         try:
-            photos.append(load_photo(path, resolution))
+            photos.append(load_photo(path, resolution, captions))
         except ValueError as e:
             log(f"Skipped, going on with the others: {e}")
             unreadable.append(str(e))
@@ -142,12 +203,11 @@ def name_hash(name: str) -> bytes:
     return hashlib.sha256(unicodedata.normalize("NFC", name).encode("utf-8", "surrogateescape")).digest()
 
 
-def load_photo(path: Path, resolution: int) -> Photo:
-    """A picture file and the NAME.txt beside it."""
+def load_photo(path: Path, resolution: int, captions: Captions | None = None) -> Photo:
+    """A picture file and its caption."""
     image, note = read_photo(path)
     small = "enlarged" if min(image.size) < resolution else ""
-    beside = path.with_suffix(".txt")
-    caption, how = read_caption(beside) if beside.is_file() else ("", "")
+    caption, how = (captions or Captions(path.parent)).of(path.name)
     return Photo(path.name, crop_to_square(image, resolution), caption or None, listed(note, small, how))
 
 
@@ -170,11 +230,17 @@ def summary(photos: list[Photo], what: str) -> str:
 def prepare_captions(
     photos: list[Photo], token: str, replace: str, caption: str, log: Log = print
 ) -> list[str]:
-    """A prompt per photo: its caption with the phrase `replace` become the pseudo word; else `caption`."""
+    """A prompt per photo: its caption with the phrase `replace` become the pseudo word; else `caption`, in
+    which {token} is the pseudo word and {name} the file's name."""
     # no phrase: match nothing at all
     pattern = word_pattern(replace) if replace.strip() else re.compile("(?!)")
     swapped = [p.caption and pattern.subn(lambda _: token, p.caption) for p in photos]  # (text, count), None
-    own, default = [s for s in swapped if s], caption.replace("{token}", token)
+    own = [s for s in swapped if s]
+    default = [
+        caption.replace("{token}", token).replace("{name}", Path(p.name).stem.replace("_", " "))
+        for p in photos
+    ]
+    default = [pattern.sub(lambda _: token, text) for text in default]
     if own and replace:
         counts = [count for _, count in own if count]
         had = sum(contains_word(p.caption, token) for p in photos if p.caption)
@@ -183,9 +249,11 @@ def prepare_captions(
             + (f"; {had} had {token!r} already" if had else "")
         )
     if len(own) < len(photos):
-        log(f"{len(photos) - len(own)} of {len(photos)} photos have no caption: {default!r} is used")
-    check_word([text for text, _ in own] or [default], token, log)
-    return [s[0] if s else default for s in swapped]
+        used = next(text for text, s in zip(default, swapped, strict=True) if not s)
+        such = ", such as" if "{name}" in caption else ":"
+        log(f"{len(photos) - len(own)} of {len(photos)} photos have no caption{such} {used!r} is used")
+    check_word([text for text, _ in own] or default, token, log)
+    return [s[0] if s else text for s, text in zip(swapped, default, strict=True)]
 
 
 def check_word(captions: list[str], token: str, log: Log) -> None:

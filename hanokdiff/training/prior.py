@@ -18,6 +18,7 @@ from tqdm import tqdm
 from hanokdiff.errors import make_folder
 from hanokdiff.files import read_text, write_json
 from hanokdiff.images import read_photo, write_png
+from hanokdiff.models import samplers
 from hanokdiff.models.prompt import escape_prompt
 from hanokdiff.models.tokens import word_pattern
 from hanokdiff.training import distributed
@@ -124,24 +125,13 @@ def read_prompts(file: Path, token: str) -> list[str]:
     return lines
 
 
-def fingerprint(sd) -> str:
-    """Tells models apart by their name and a few of their weights."""
-    seen = hashlib.sha256(Path(sd.name).name.encode())
-    for w in (
-        sd.unet.conv_in.weight,
-        sd.text.encoder.final_layer_norm.weight,
-        sd.vae.decoder.conv_out.weight,
-    ):
-        seen.update(w.detach().float().cpu().numpy().tobytes())
-    return seen.hexdigest()[:12]
-
-
 @distributed.main_process_first()
 def pictures(sd, texts: list[str], n: int, resolution: int, seed: int, root: Path = Path("runs") / "class"):
     """n class pictures: ([PIL pictures], [prompts], seconds spent on drawing). Picture i has text i, texts
-    repeat."""
+    repeat. Their folder's name holds all of the model that they depend on."""
     start, texts = time.perf_counter(), [texts[i % len(texts)] for i in range(n)]
-    folder = root / fingerprint(sd)
+    how = f"{sd.digest} {sd.dtype} {sd.schedule.prediction_type} {samplers.DEFAULT} {sd.cfg:g}"
+    folder = root / hashlib.sha256(how.encode()).hexdigest()[:12]
     make_folder(folder, "the class pictures' folder")
     key = [
         hashlib.sha256(f"{t} {seed + i} {resolution}".encode()).hexdigest()[:16] for i, t in enumerate(texts)

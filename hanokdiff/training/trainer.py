@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from hanokdiff import lock
 from hanokdiff.files import write_json
 from hanokdiff.images import write_png
 from hanokdiff.training import distributed, state
@@ -120,6 +121,7 @@ class Trainer:
 
     def _prepare_folder(self, config: dict | None) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
+        lock.take(self.out)
         for file in self.out.glob(".tmp??????"):  # where safetensors writes before it renames: left by a kill
             file.unlink(missing_ok=True)
         if not self.step:  # what lies there is of a run that never reached its first state
@@ -162,6 +164,7 @@ class Trainer:
             self._finish()
         finally:
             self.bar.close()
+            lock.release(self.out)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
@@ -245,6 +248,7 @@ class Trainer:
     def _log(self) -> tuple[int, int]:
         """Write a line of the log: between saves the one place where the host waits for the device.
         Returns how many updates were skipped, of how many."""
+        lock.refresh()
         count = (self.step - 1) % LOG_EVERY + 1
         skipped = int(self.nonfinite.item())
         good = max(1, count - skipped)
@@ -290,10 +294,14 @@ class Trainer:
     def _preview(self) -> None:
         start = time.perf_counter()
         self.bar.set_description("drawing a preview")  # on a CPU, at the real size, it takes minutes
-        picture = self.preview()
+        try:
+            picture = self.preview()
+        except ValueError as e:  # what is not a number ends no training: the next step's loss will tell
+            print(f"no preview of step {self.step}: {e}")
+        else:
+            self._preview_file.parent.mkdir(exist_ok=True)
+            write_png(self._preview_file, picture)
         self.bar.set_description(None)
-        self._preview_file.parent.mkdir(exist_ok=True)
-        write_png(self._preview_file, picture)
         self.clock += time.perf_counter() - start  # not training time
 
     # ----------------------------------------------------------------------- interruptions, divergence, state

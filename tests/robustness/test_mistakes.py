@@ -38,11 +38,11 @@ train_lora --data nowhere
 train_ti --data notes.txt
     --data notes.txt: not a folder; name one that holds photos
 train_dreambooth --data empty
-    --data empty: no pictures in it (.avif .bmp .gif .heic ... its subfolders are not searched
+    --data empty: no pictures in it (.avif .bmp .dng .gif .heic ... its subfolders are not searched
 train_hypernet --data albums
-    --data albums: no pictures in it (.avif .bmp .gif .heic ... its subfolders are not searched
+    --data albums: no pictures in it (.avif .bmp .dng .gif .heic ... its subfolders are not searched
 train_lora --data captions
-    --data captions: no pictures in it (.avif .bmp .gif .heic ... its subfolders are not searched
+    --data captions: no pictures in it (.avif .bmp .dng .gif .heic ... its subfolders are not searched
 train_lora --data broken
     broken has 0 readable photos (and 1 unreadable); add ... if other programs show it, save it as JPEG
 train_lora --data utf16
@@ -347,9 +347,9 @@ clipscore
 clipscore nowhere
     nowhere does not exist; give pictures, or folders of them
 clipscore empty
-    empty holds no pictures (.avif .bmp .gif .heic .heif ... searched, so give the one that holds them
+    empty holds no pictures (.avif .bmp .dng .gif .heic .heif ... searched, so give the one that holds them
 clipscore albums --prompt a
-    albums holds no pictures (.avif .bmp .gif .heic .heif ... searched, so give the one that holds them
+    albums holds no pictures (.avif .bmp .dng .gif .heic .heif ... searched, so give the one that holds them
 clipscore notes.txt --prompt a
     none of the 1 pictures can be read, notes.txt first; give some that can
 clipscore photos
@@ -388,7 +388,7 @@ caption nowhere
 caption photos/0.png
     photos/0.png: not a folder; name one that holds photos
 caption empty
-    empty: no pictures in it (.avif .bmp .gif .heic .heif ... its subfolders are not searched
+    empty: no pictures in it (.avif .bmp .dng .gif .heic .heif ... its subfolders are not searched
 caption broken
     none of the 1 photos in broken can be used, 'a.png' first; what is wrong with each is told above
 caption utf16
@@ -457,7 +457,7 @@ compare --out notes.txt/x
 compare --model no-unet
     --model no-unet needs --data FOLDER, the photos, and ... openai/clip-vit-base-patch32 or a folder
 compare --data empty
-    --data empty: no pictures in it (.avif .bmp .gif .heic ... its subfolders are not searched
+    --data empty: no pictures in it (.avif .bmp .dng .gif .heic ... its subfolders are not searched
 compare --data photos
     --sizes asks for 100 photos, and at least 2 more are held ... lower --sizes or add photos
 compare --recipe "loha --rank 4"

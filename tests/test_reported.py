@@ -1,0 +1,377 @@
+"""Faults that users reported of other tools, tried here: a wrong result without a word. Where they did, as
+repository#number."""
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+import unicodedata
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageCms
+from safetensors.torch import load_file, save_file
+from test_scripts import refused
+
+import clipscore
+import sample
+import train_lora
+from hanokdiff import lock
+from hanokdiff.formats.load import TINY_MODEL, load_model
+from hanokdiff.images import read_photo
+from hanokdiff.methods import textual_inversion
+from hanokdiff.models import memory
+from hanokdiff.models.prompt_schedule import plain_text
+from hanokdiff.training import prior
+from hanokdiff.training.dataset import Captions, load_photos, prepare_captions
+
+COMMON = "--steps 2 --batch-size 2 --images 2 --preview-every 0 --class-images 0 --device cpu --out".split()
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("warnings.showwarning", warnings.showwarning)
+    yield tmp_path
+    lock.release()
+
+
+def changed_model(folder: str, file: str, change) -> Path:
+    """The tiny model with one of its files' tensors changed."""
+    shutil.copytree(TINY_MODEL, folder)
+    path = Path(folder) / file
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+    return Path(folder)
+
+
+# --------------------------------------------------------------------------------------- black pictures
+# webui#7633, webui#15872, diffusers#2153, diffusers#6815
+
+
+def test_a_decoder_that_overflows_fp16():
+    """Decoded again in fp32: the picture that fp32 draws; the autoencoder is fp16 afterwards."""
+    sd, exact = (load_model("tiny", "cpu", dtype, log=None) for dtype in ("fp16", "fp32"))
+    for model in (sd, exact):
+        with torch.no_grad():
+            weight = model.vae.decoder.conv_in.weight
+            weight.copy_(weight.float() * (6e4 / weight.float().abs().max()))
+    latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        assert not torch.isfinite(sd.vae.decode(latents.half())).all()
+    apart = [x - y for x, y in zip(*(m.pictures(latents)[0].tobytes() for m in (sd, exact)), strict=True)]
+    assert max(map(abs, apart)) <= 4 and sd.vae.decoder.conv_in.weight.dtype == torch.float16
+
+
+def test_what_is_not_a_number_is_no_picture(monkeypatch, capsys):
+    """Neither drawn, nor kept as a class picture."""
+    sd = load_model("tiny", "cpu", log=None)
+    with pytest.raises(ValueError, match="not a number.*--dtype fp32"):
+        sd.pictures(torch.full((1, 4, 16, 16), torch.nan))
+    monkeypatch.setattr(sd.vae, "decode", lambda x: torch.full((1, 3, 64, 64), torch.inf))
+    with pytest.raises(ValueError, match="autoencoder of tiny makes no picture"):
+        prior.pictures(sd, ["a house"], 1, 64, 0, Path("class"))
+    assert not list(Path("class").rglob("*.png"))
+
+
+def test_a_lora_that_overflows(capsys):
+    assert train_lora.main([*COMMON, "l", "--rank", "2", "--vectors", "0"]) == 0
+    argv = ["*", "--lora", "l/lora.safetensors:1e30", "--steps", "2", "--out", "p"]
+    refused(sample, argv, ["not a number"], capsys)
+    assert not list(Path().rglob("p/*.png"))
+
+
+def test_a_base_that_is_not_finite():
+    def spoil(tensors):
+        tensors["conv_out.bias"][0] = torch.nan
+
+    folder = changed_model("bad", "unet/diffusion_pytorch_model.safetensors", spoil)
+    with pytest.raises(ValueError, match=r"bad: unet.conv_out.bias has a value that is not finite"):
+        load_model(str(folder), "cpu", log=None)
+
+
+def test_pictures_of_one_colour_are_named(capsys):
+    Path("p").mkdir()
+    for i, colour in enumerate(("black", "black", "white")):
+        Image.new("RGB", (64, 64), colour).save(f"p/{i}.png")
+    Image.effect_mandelbrot((64, 64), (-2, -1, 1, 1), 99).save("p/3.png")
+    assert clipscore.main(["p", "--prompt", "a house"]) == 0
+    assert "3 pictures are of one colour (such as p/0.png)" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------- another model
+# diffusers#1429, peft#421, sd_dreambooth_extension#346
+
+
+def attention(tensors):
+    name = next(k for k in tensors if k.endswith("attn2.to_v.weight"))
+    tensors[name] *= 1.5
+
+
+def test_models_that_differ_in_anything_have_other_class_pictures(monkeypatch):
+    tiny, unet = load_model("tiny", "cpu", log=None), "unet/diffusion_pytorch_model.safetensors"
+    copy = shutil.copytree(TINY_MODEL, "copy")
+    assert load_model(str(copy), "cpu", log=None).digest == tiny.digest  # the name does not matter
+    others = [
+        load_model(str(changed_model("other", unet, attention)), "cpu", log=None),
+        load_model("tiny", "cpu", log=None, prediction="v_prediction"),
+        load_model("tiny", "cpu", "bf16", log=None),
+    ]
+    seen = []
+    monkeypatch.setattr(prior, "make_folder", lambda folder, _: seen.append(folder))
+    monkeypatch.setattr(prior, "read", lambda file: None)
+    for sd in (tiny, *others):
+        monkeypatch.setattr(sd, "draw", lambda *_, **__: [None])
+        monkeypatch.setattr(prior, "write_png", lambda *_: None)
+        prior.pictures(sd, ["a house"], 1, 64, 0)
+    assert len(set(seen)) == 4
+
+
+def test_resumed_onto_another_base(monkeypatch, capsys):
+    """Weights exchanged under the same name between two halves of a run."""
+    unet = "unet/diffusion_pytorch_model.safetensors"
+    folder = shutil.copytree(TINY_MODEL, "base")
+    argv = [*COMMON, "run", "--model", "base", "--data", "photos", "--token", "sks", "--rank", "2"]
+    argv += ["--caption", "{token}", "--resolution", "64", "--save-every", "1"]
+    Path("photos").mkdir()
+    for i in range(2):
+        Image.effect_mandelbrot((64, 64), (-2 + i, -1, 1, 1), 99).convert("RGB").save(f"photos/{i}.png")
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(train_lora.Trainer, "_finish", lambda run: 1 / 0)
+        train_lora.main(argv)
+    shutil.rmtree(folder)
+    changed_model("base", unet, attention)
+    refused(train_lora, ["--resume", "run"], ["base was"], capsys)
+    assert train_lora.main(["--resume", "run", "--force"]) == 0
+
+
+# --------------------------------------------------------------------------------- two processes, one run
+
+
+def test_a_run_has_one_writer(capsys, monkeypatch):
+    """While another process lives its folder is refused; after its kill it is taken over, with a notice."""
+    Path("run").mkdir()
+    code = "import time; from pathlib import Path; from hanokdiff import lock; lock.take(Path('run')); "
+    code += "print('ready', flush=True); time.sleep(60)"
+    root = str(Path(lock.__file__).parents[1])
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env={"PYTHONPATH": root})
+    try:
+        assert child.stdout.readline() == b"ready\n"
+        with pytest.raises(ValueError, match=f"written by process {child.pid} .*stop it"):
+            lock.take(Path("run"))
+    finally:
+        child.kill()
+        child.wait()
+    lock.take(Path("run"))
+    lock.take(Path("run"))  # by the same process: again
+    assert f"taken over from process {child.pid}" in capsys.readouterr().out
+    lock.release()
+    assert not list(Path("run").iterdir())
+
+
+def test_a_lock_of_another_machine(monkeypatch, capsys):
+    """It cannot be asked: refused while there are signs of life, taken over after an hour without."""
+    Path("run").mkdir()
+    Path("run/lock.json").write_text(json.dumps({"pid": 1, "machine": "elsewhere", "started": None}))
+    with pytest.raises(ValueError, match="process 1 on elsewhere"):
+        lock.take(Path("run"))
+    now = lock.time.time()
+    monkeypatch.setattr(lock.time, "time", lambda: now + 3700)
+    lock.take(Path("run"))
+    assert "taken over" in capsys.readouterr().out
+
+
+def test_a_finished_run_leaves_no_lock():
+    assert train_lora.main([*COMMON, "run", "--rank", "2"]) == 0
+    assert not Path("run/lock.json").exists() and not lock.held
+
+
+# ------------------------------------------------------------------------------------------------ colours
+# sd-scripts#2179
+
+
+def matrix_profile(name: bytes, columns: list, gamma: float) -> bytes:
+    """A minimal ICC v2 display profile: three primaries (D50) and one gamma."""
+
+    def fixed(v: float) -> bytes:
+        return round(v * 65536).to_bytes(4, "big", signed=True)
+
+    def xyz(values) -> bytes:
+        return b"XYZ \0\0\0\0" + b"".join(map(fixed, values))
+
+    curve = b"curv\0\0\0\0" + (1).to_bytes(4, "big") + round(gamma * 256).to_bytes(2, "big") + b"\0\0"
+    text = name + b"\0"
+    described = b"desc\0\0\0\0" + len(text).to_bytes(4, "big") + text + b"\0" * (8 + 3 + 67)
+    tags = {b"desc": described, b"cprt": b"text\0\0\0\0none\0", b"wtpt": xyz((0.9642, 1.0, 0.8249))}
+    tags |= {c + b"XYZ": xyz(v) for c, v in zip((b"r", b"g", b"b"), columns, strict=True)}
+    tags |= {c + b"TRC": curve for c in (b"r", b"g", b"b")}
+    table, data, place = len(tags).to_bytes(4, "big"), b"", 128 + 4 + 12 * len(tags)
+    for tag, content in tags.items():
+        content += b"\0" * (-len(content) % 4)
+        table += tag + (place + len(data)).to_bytes(4, "big") + len(content).to_bytes(4, "big")
+        data += content
+    head = (place + len(data)).to_bytes(4, "big") + b"\0\0\0\0" + bytes.fromhex("02400000") + b"mntrRGB XYZ "
+    head += b"\0" * 12 + b"acsp" + b"\0" * 28 + xyz((0.9642, 1.0, 0.8249))[8:] + b"\0" * 48
+    return head + table + data
+
+
+ADOBE = matrix_profile(
+    b"Adobe RGB (1998)",
+    [(0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)], 2.19921875,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_embedded_colour_profiles(mode):
+    """(173, 62, 45) in Adobe RGB is (200, 60, 40) in sRGB; the issue's own pair."""
+    colour = (173, 62, 45) + (255,) * (mode == "RGBA")
+    Image.new(mode, (8, 8), colour).save("a.png", icc_profile=ADOBE)
+    image, note = read_photo("a.png")
+    assert max(abs(a - b) for a, b in zip(image.getpixel((0, 0)), (200, 60, 40), strict=True)) <= 2
+    assert note == "colours converted from 'Adobe RGB (1998)'"
+
+
+def test_other_profiles():
+    """sRGB stays as it is, without a word; a broken one, or one for another kind of picture, is named."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for icc, colour, word in (
+        (srgb, "RGB", ""),
+        (b"nonsense", "RGB", "unreadable"),
+        (ADOBE, "L", "not used"),
+    ):
+        image = Image.new(colour, (8, 8), 77 if colour == "L" else (173, 62, 45))
+        image.save("a.png", icc_profile=icc)
+        found, note = read_photo("a.png")
+        assert found.tobytes() == image.convert("RGB").tobytes() and word in note and bool(word) == bool(note)
+
+
+# ----------------------------------------------------------------------------------------------- captions
+# kohya_ss#988, #927, #1370, #2209
+
+
+def photo(name: str) -> None:
+    Image.effect_mandelbrot((64, 64), (-2, -1, 1, 1), 99).convert("RGB").save(name, "png")
+
+
+def test_captions_by_any_name():
+    """Another normal form, capitals, .caption, NAME.jpg.txt, metadata.jsonl; what fits none is named."""
+    for name in (unicodedata.normalize("NFD", "한옥.png"), "a.png", "b.png", "C.PNG", "d.png", "e.png"):
+        photo(name)
+    Path(unicodedata.normalize("NFC", "한옥.txt")).write_text("sks one")
+    Path("a.caption").write_text("sks two")
+    Path("b.png.txt").write_text("sks three")
+    Path("c.TXT").write_text("sks four")
+    Path("metadata.jsonl").write_text('{"file_name": "d.png", "text": "sks\\nfive"}\n')
+    Path("lost.txt").write_text("sks")
+    said = []
+    photos, _ = load_photos(Path(), 64, log=said.append)
+    captions = {unicodedata.normalize("NFC", p.name): p.caption for p in photos}
+    assert captions == {
+        "한옥.png": "sks one", "a.png": "sks two", "b.png": "sks three", "C.PNG": "sks four",
+        "d.png": "sks five", "e.png": None,
+    }  # fmt: skip
+    assert "1 captions fit no picture, such as 'lost.txt'" in "\n".join(said)
+
+
+def test_a_shared_caption_and_names_as_captions():
+    photo("house_by_night.png")
+    Image.open("house_by_night.png").save("house_by_night.bmp")
+    said = []
+    photos, _ = load_photos(Path(), 64, log=said.append)
+    assert prepare_captions(photos, "sks", "", "{token}, {name}", print) == ["sks, house by night"] * 2
+    assert prepare_captions(photos, "sks", "house", "{name}", print) == ["sks by night"] * 2
+    Path("house_by_night.txt").write_text("sks")
+    load_photos(Path(), 64, log=said.append)
+    assert any("two pictures share one caption: house_by_night" in line for line in said)
+    assert Captions(Path()).file("house_by_night.bmp") == Path("house_by_night.txt")
+
+
+def test_more_kinds_of_pictures_are_named():
+    """Not passed over: .jxl, .dng, .jp2; of an animation the first frame is said to be taken."""
+    photo("a.jxl")
+    frames = [Image.new("RGB", (64, 64), c) for c in ("red", "blue")]
+    frames[0].save("b.gif", save_all=True, append_images=frames[1:])
+    Path("c.dng").write_bytes(b"II*\0nothing")
+    said = []
+    photos, _ = load_photos(Path(), 64, log=said.append)
+    assert sorted(p.name for p in photos) == ["a.jxl", "b.gif"] and "c.dng" in said[0]
+    assert "first of its frames" in said[-1]
+
+
+# --------------------------------------------------------------------------------------- markup and notes
+
+
+@pytest.mark.parametrize(("prompt", "words"), [
+    ("(fire:1.3), a house", "fire, a house"),
+    ("((snow)) BREAK [night]", "snow night"),
+    ("[a barn:a castle:0.5] <lora:x:0.8>", "a castle"),
+    ("a barn AND a fire :0.7", "a barn, a fire"),
+    (r"a \(red\) house", "a (red) house"),
+    ("a house", "a house"),
+])  # fmt: skip
+def test_clip_scores_words(prompt, words):
+    assert plain_text(prompt) == words
+
+
+def test_markup_is_not_scored(capsys):
+    """The same picture, weighted and plain, has the same score, and a line says so."""
+    photo("x.png")
+    found = []
+    for prompt in ("a ((house)), (fire:1.3)", "a house, fire"):
+        assert clipscore.main(["x.png", "--prompt", prompt, "--json", "s.json"]) == 0
+        found.append(json.loads(Path("s.json").read_text())["images"][0]["cosine"])
+    assert found[0] == found[1] and capsys.readouterr().out.count("left out of 1 of 1 prompts") == 1
+
+
+def test_notes_about_prompts():
+    """A word in the negative prompt is in its place (diffusers#5327); Korean is noise to SD 1; sizes far from
+    what a model knows; one vector for two words (textual_inversion#158)."""
+    sd = load_model("tiny", "cpu", log=None)
+    sd.text.add_word("*")
+    sd.text.add_word("bad")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sd.text.warn_without_word(["* in the snow"], negative="bad")
+        sample.warn_of_size((64, 96), 64)
+        textual_inversion.initial_vectors(sd, "house", 1)
+    for call, word in (
+        (lambda: sd.text.warn_without_word(["a house"], negative="bad"), 'does not contain "\\*"'),
+        (lambda: sd.text.warn_without_word(["한옥 화재, *"]), "--alert"),
+        (lambda: sample.warn_of_size((128, 64), 64), "doubled"),
+        (lambda: textual_inversion.initial_vectors(sd, "a house", 1), 'starts as "a" alone'),
+    ):
+        with pytest.warns(UserWarning, match=word):
+            call()
+
+
+# --------------------------------------------------------------------------------------------- gradients
+
+
+def test_gradients_in_channels_last(monkeypatch):
+    """The recomputed GroupNorm + SiLU in a convolution's other layout: the same gradients."""
+    torch.manual_seed(0)
+    norm, conv = torch.nn.GroupNorm(4, 8), torch.nn.Conv2d(8, 8, 3, padding=1)
+    x = torch.randn(2, 8, 6, 6)
+    grads = []
+    for on, layout in ((False, torch.contiguous_format), (True, torch.channels_last)):
+        monkeypatch.setattr(memory, "ON_CPU", on)
+        conv.to(memory_format=layout)
+        given = x.clone(memory_format=layout).requires_grad_(True)
+        (conv(memory.norm_silu(norm, given)) * torch.linspace(0, 1, 6)).sum().backward()
+        grads.append([given.grad, *(p.grad.clone() for p in norm.parameters())])
+        norm.zero_grad()
+    for a, b in zip(*grads, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_no_training_in_fp16(capsys):
+    refused(train_lora, [*COMMON, "run", "--dtype", "fp16"], ["take bf16"], capsys)
+
+
+def test_profile_bytes_are_a_profile():
+    """The test's own profile is one that Pillow reads."""
+    assert "Adobe" in ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(ADOBE)))
