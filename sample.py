@@ -121,6 +121,12 @@ def options():
     what.add_argument(
         "--prediction", choices=("epsilon", "v_prediction"), help="if the model is wrong about it"
     )
+    what.add_argument("--vae", metavar="PATH", help="another autoencoder: a folder or a file")
+    what.add_argument(
+        "--zero-terminal-snr",
+        action="store_true",
+        help="a model trained on a schedule that ends in noise alone",
+    )
     what.add_argument("--device", help="default: the first GPU, else the CPU")
     what.add_argument("--dtype", default="auto", help="auto, fp32, bf16 or fp16 (default: auto)")
     how.add_argument("--negative", default="", help="what to move away from")
@@ -352,7 +358,8 @@ def main(argv=None):
     if reading is None:
         check_attend(args.prompt, args.attend)
     size = parse_size(args.size)
-    sd = load_model(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)
+    more = {k: getattr(args, k) for k in ("tokenizer", "prediction", "vae", "zero_terminal_snr")}
+    sd = load_model(args.model, args.device, args.dtype, **more)
     init, size = initial_picture(args, sd, size)
     latent_size(size, sd.vae.config.factor)  # this and the next line refuse before anything is written
     warn_of_size(size, sd.resolution)

@@ -36,6 +36,7 @@ from hanokdiff.training.args import (
     check_training,
     count,
     load_data,
+    model_options,
     run_folder,
     trainer_options,
     training_parser,
@@ -88,8 +89,8 @@ def main(argv=None):
     out = run_folder(args, "dreambooth", "model")
 
     # 1. The base model, in half precision with fp32 masters
-    how = dict(tokenizer=args.tokenizer, prediction=args.prediction, masters=True)
-    sd = load_model(args.model, args.device, args.dtype, **how)
+    sd = load_model(args.model, args.device, args.dtype, **model_options(args), masters=True)
+    sd.text.skip(args.clip_skip)
     sd.text.literal_tokens = args.literal_tokens
     sd.text.add_word(args.token)
     args.resolution = check_resolution(args.resolution, sd)
@@ -130,7 +131,7 @@ def main(argv=None):
         if class_dataset:  # and as many pictures of the class behind them, in one forward pass
             class_x0, class_prompts = class_dataset[batch.subset("class")]
             x0, prompts, batch = torch.cat([x0, class_x0]), prompts + class_prompts, batch.subset("", "class")
-        noise = batch.normal(x0.shape)  # (B or 2B, 4, h, w)
+        noise = batch.noise(x0.shape, args.noise_offset)  # (B or 2B, 4, h, w)
         t = batch.timesteps(sd.schedule.num_train_timesteps)  # (B or 2B,)
         x_t = sd.schedule.add_noise(x0, noise, t)
         with torch.set_grad_enabled(args.text_steps is None or batch.step < args.text_steps):

@@ -32,6 +32,7 @@ from hanokdiff.training.args import (
     count,
     from_file,
     load_data,
+    model_options,
     run_folder,
     token_from,
     trainer_options,
@@ -99,7 +100,8 @@ def main(argv=None):
     out = run_folder(args, "hypernet", "hypernet.pt")
 
     # 1. The base model, frozen
-    sd = load_model(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)
+    sd = load_model(args.model, args.device, args.dtype, **model_options(args))
+    sd.text.skip(args.clip_skip)
     sd.text.literal_tokens = args.literal_tokens
     sd.text.add_word(args.token)
     args.resolution = check_resolution(args.resolution, sd)
@@ -156,7 +158,7 @@ def main(argv=None):
         dropout = seeded_generator(args.seed, batch.step, batch.indices.start, "dropout")
         torch.manual_seed(dropout.initial_seed())  # the networks' dropout draws from torch's own generator
         hypernet.train()
-        noise = batch.normal(x0.shape)  # (B or 2B, 4, h, w)
+        noise = batch.noise(x0.shape, args.noise_offset)  # (B or 2B, 4, h, w)
         t = batch.timesteps(sd.schedule.num_train_timesteps)  # (B or 2B,)
         x_t = sd.schedule.add_noise(x0, noise, t)
         pred = sd.unet(x_t, t, sd.text(prompts))  # (B or 2B, 4, h, w)

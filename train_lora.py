@@ -32,6 +32,7 @@ from hanokdiff.training.args import (
     count,
     from_file,
     load_data,
+    model_options,
     run_folder,
     token_from,
     trainer_options,
@@ -100,7 +101,8 @@ def main(argv=None):
     out = run_folder(args, "lora", "lora.safetensors")
 
     # 1. The base model, frozen
-    sd = load_model(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)
+    sd = load_model(args.model, args.device, args.dtype, **model_options(args))
+    sd.text.skip(args.clip_skip)
     sd.text.literal_tokens = args.literal_tokens
     sd.text.add_word(args.token)
     args.resolution = check_resolution(args.resolution, sd)
@@ -145,7 +147,7 @@ def main(argv=None):
         if class_dataset:  # and as many pictures of the class behind them, in one forward pass
             class_x0, class_prompts = class_dataset[batch.subset("class")]
             x0, prompts, batch = torch.cat([x0, class_x0]), prompts + class_prompts, batch.subset("", "class")
-        noise = batch.normal(x0.shape)  # (B or 2B, 4, h, w)
+        noise = batch.noise(x0.shape, args.noise_offset)  # (B or 2B, 4, h, w)
         t = batch.timesteps(sd.schedule.num_train_timesteps)  # (B or 2B,)
         x_t = sd.schedule.add_noise(x0, noise, t)
         with torch.set_grad_enabled(args.text_steps is None or batch.step < args.text_steps):

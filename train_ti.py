@@ -30,6 +30,7 @@ from hanokdiff.training.args import (
     count,
     from_file,
     load_data,
+    model_options,
     run_folder,
     token_from,
     trainer_options,
@@ -90,7 +91,8 @@ def main(argv=None):
         raise ValueError(f"--vectors is {args.vectors}, but must be greater than 0")
 
     # 1. The base model, frozen
-    sd = load_model(args.model, args.device, args.dtype, tokenizer=args.tokenizer, prediction=args.prediction)
+    sd = load_model(args.model, args.device, args.dtype, **model_options(args))
+    sd.text.skip(args.clip_skip)
     sd.text.literal_tokens = args.literal_tokens
     args.resolution = check_resolution(args.resolution, sd)
 
@@ -127,7 +129,7 @@ def main(argv=None):
         x0, captions = dataset[batch]  # (B, 4, h, w), [B]
         choice = batch.integers(len(templates), "template")
         prompts = [templates[k].format(c) for k, c in zip(choice, captions, strict=True)]
-        noise = batch.normal(x0.shape)  # (B, 4, h, w)
+        noise = batch.noise(x0.shape, args.noise_offset)  # (B, 4, h, w)
         t = batch.timesteps(sd.schedule.num_train_timesteps)  # (B,)
         x_t = sd.schedule.add_noise(x0, noise, t)
         pred = sd.unet(x_t, t, sd.text(prompts))  # (B, 4, h, w)

@@ -346,7 +346,7 @@ REFUSED = {
     "differences": ({f"{KOHYA}.diff_b": torch.ones(64)}, "full weight differences", "diff_b"),
     "cloneofsimo": ({"unet:0:up": torch.ones(4, 4)}, "cloneofsimo", "unet:0:up"),
     "SDXL": ({k.replace("unet.", "text_encoder_2."): t for k, t in GOOD.items()}, "text_encoder_2.mid",
-        "diffusers'"),
+        "a LoRA for SDXL"),
     "Flux": ({"transformer.blocks.0.attn.to_q.lora_A.weight": torch.ones(4, 4)}, "transformer.blocks",
         "kohya's"),
     "a single file": ({"model.diffusion_model.out.2.weight": torch.ones(4, 4)}, "model.diffusion_model",

@@ -1,8 +1,11 @@
 """Faults that users reported of other tools, tried here: a wrong result without a word. Where they did, as
 repository#number."""
 
+import base64
 import io
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,9 +13,11 @@ import unicodedata
 import warnings
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+import test_single_file
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from test_scripts import refused
 
@@ -20,13 +25,18 @@ import clipscore
 import sample
 import train_lora
 from hanokdiff import lock
+from hanokdiff.formats import embedding_file, folder, lora_file, lora_names, single_file
 from hanokdiff.formats.load import TINY_MODEL, load_model
+from hanokdiff.formats.lora_names import UNET
 from hanokdiff.images import read_photo
-from hanokdiff.methods import textual_inversion
+from hanokdiff.methods import lora, textual_inversion
 from hanokdiff.models import memory
 from hanokdiff.models.prompt_schedule import plain_text
+from hanokdiff.models.schedule import Schedule
+from hanokdiff.models.text_encoder import TextEncoder
 from hanokdiff.training import prior
 from hanokdiff.training.dataset import Captions, load_photos, prepare_captions
+from hanokdiff.training.noise import Batch
 
 COMMON = "--steps 2 --batch-size 2 --images 2 --preview-every 0 --class-images 0 --device cpu --out".split()
 
@@ -47,6 +57,9 @@ def changed_model(folder: str, file: str, change) -> Path:
     change(tensors)
     save_file(tensors, path)
     return Path(folder)
+
+
+small = test_single_file.small  # a fixture
 
 
 # --------------------------------------------------------------------------------------- black pictures
@@ -89,9 +102,9 @@ def test_a_base_that_is_not_finite():
     def spoil(tensors):
         tensors["conv_out.bias"][0] = torch.nan
 
-    folder = changed_model("bad", "unet/diffusion_pytorch_model.safetensors", spoil)
+    bad = changed_model("bad", "unet/diffusion_pytorch_model.safetensors", spoil)
     with pytest.raises(ValueError, match=r"bad: unet.conv_out.bias has a value that is not finite"):
-        load_model(str(folder), "cpu", log=None)
+        load_model(str(bad), "cpu", log=None)
 
 
 def test_pictures_of_one_colour_are_named(capsys):
@@ -122,7 +135,7 @@ def test_models_that_differ_in_anything_have_other_class_pictures(monkeypatch):
         load_model("tiny", "cpu", "bf16", log=None),
     ]
     seen = []
-    monkeypatch.setattr(prior, "make_folder", lambda folder, _: seen.append(folder))
+    monkeypatch.setattr(prior, "make_folder", lambda path, _: seen.append(path))
     monkeypatch.setattr(prior, "read", lambda file: None)
     for sd in (tiny, *others):
         monkeypatch.setattr(sd, "draw", lambda *_, **__: [None])
@@ -134,7 +147,7 @@ def test_models_that_differ_in_anything_have_other_class_pictures(monkeypatch):
 def test_resumed_onto_another_base(monkeypatch, capsys):
     """Weights exchanged under the same name between two halves of a run."""
     unet = "unet/diffusion_pytorch_model.safetensors"
-    folder = shutil.copytree(TINY_MODEL, "base")
+    base = shutil.copytree(TINY_MODEL, "base")
     argv = [*COMMON, "run", "--model", "base", "--data", "photos", "--token", "sks", "--rank", "2"]
     argv += ["--caption", "{token}", "--resolution", "64", "--save-every", "1"]
     Path("photos").mkdir()
@@ -143,7 +156,7 @@ def test_resumed_onto_another_base(monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(train_lora.Trainer, "_finish", lambda run: 1 / 0)
         train_lora.main(argv)
-    shutil.rmtree(folder)
+    shutil.rmtree(base)
     changed_model("base", unet, attention)
     refused(train_lora, ["--resume", "run"], ["base was"], capsys)
     assert train_lora.main(["--resume", "run", "--force"]) == 0
@@ -375,3 +388,256 @@ def test_no_training_in_fp16(capsys):
 def test_profile_bytes_are_a_profile():
     """The test's own profile is one that Pillow reads."""
     assert "Adobe" in ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(ADOBE)))
+
+
+# ------------------------------------------------------------------------- files that were there and not read
+
+
+def test_lora_in_the_original_numbering(sd1):
+    """sd_dreambooth_extension#1380, webui#11963: every module by its old name is found again."""
+    sd = load_model(str(sd1.folder), "cpu", log=None)
+    ours = [n for n in lora.layers(sd) if n.startswith("lora_unet_")]
+    resnet = {v: k for k, v in lora_names.RESNET.items()}
+    per = sd.unet.config.layers_per_block
+
+    def original(name: str) -> str:
+        m = re.fullmatch(r"lora_unet_(down|up)_blocks_(\d)_(resnets|attentions)_(\d)_(.+)", name)
+        if m:
+            b, i, place = int(m[2]), int(m[4]), int(m[3] == "attentions")
+            n = (1 + 3 * b + i) if m[1] == "down" else (3 * b + i)
+            side = "input" if m[1] == "down" else "output"
+            return f"lora_unet_{side}_blocks_{n}_{place}_{resnet.get(m[5], m[5])}"
+        if m := re.fullmatch(r"lora_unet_down_blocks_(\d)_downsamplers_0_conv", name):
+            return f"lora_unet_input_blocks_{3 * int(m[1]) + 3}_0_op"
+        if m := re.fullmatch(r"lora_unet_up_blocks_(\d)_upsamplers_0_conv", name):
+            return f"lora_unet_output_blocks_{3 * int(m[1]) + 2}_{1 if m[1] == '0' else 2}_conv"
+        for old, new in lora_names.SINGLE.items():
+            if name == UNET + new or name.startswith(UNET + new + "_"):
+                rest = name.removeprefix(UNET + new)
+                return UNET + old + ("_" + resnet[rest[1:]] if rest[1:] in resnet else rest)
+        raise AssertionError(name)
+
+    assert per == 2 and len({original(n) for n in ours}) == len(ours) > 100
+    for name in ours:
+        assert lora_names.parse(f"{original(name)}.lora_down.weight") == (name, "down", "")
+    for prefix in ("lora_te_0_transformer_text_model_", "lora_te1_text_model_", "lora_te1_"):
+        key = f"{prefix}encoder_layers_0_mlp_fc1.lora_up.weight"
+        assert lora_names.parse(key)[0] == "lora_te_text_model_encoder_layers_0_mlp_fc1"
+
+
+@pytest.mark.parametrize(("key", "what"), [
+    ("lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight", "SDXL"),
+    ("lora_unet_input_blocks_7_1_transformer_blocks_9_attn1_to_k.lora_down.weight", "SDXL"),
+    ("lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight", "Flux"),
+    ("transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight", "Flux"),
+])  # fmt: skip
+def test_a_refused_lora_is_told_what_it_is(key, what):
+    save_file({key: torch.zeros(2, 2)}, "a.safetensors")
+    with pytest.raises(ValueError, match=f"a LoRA for {what} .*only plain LoRA for Stable Diffusion 1 and 2"):
+        lora_file.read_file(Path("a.safetensors"))
+
+
+SD15 = [  # the published repository's kinds of files
+    "model_index.json", "README.md", "scheduler/scheduler_config.json", "tokenizer/vocab.json",
+    *[f"{part}/config.json" for part in ("unet", "vae", "text_encoder", "safety_checker")],
+    *[f"{part}/diffusion_pytorch_model{v}{e}" for part in ("unet", "vae") for v in ("", ".fp16", ".non_ema")
+      for e in (".safetensors", ".bin")],
+    *[f"text_encoder/{n}" for n in ("model.safetensors", "model.fp16.safetensors", "pytorch_model.bin")],
+    "safety_checker/model.safetensors", "v1-5-pruned-emaonly.ckpt", "v1-5-pruned.safetensors",
+]  # fmt: skip
+
+
+def test_only_what_is_opened_is_fetched():
+    """diffusers#1811, #2728, #10928: one file of each network, .bin where there is nothing else."""
+    assert {n for n in folder.wanted_files(SD15) if not n.endswith("json")} == {
+        "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+    }  # fmt: skip
+    old = [n for n in SD15 if not n.endswith(".safetensors")]
+    assert {n for n in folder.wanted_files(old) if n.endswith(".bin")} == {
+        "unet/diffusion_pytorch_model.bin", "vae/diffusion_pytorch_model.bin",
+        "text_encoder/pytorch_model.bin",
+    }  # fmt: skip
+    parts = [f"unet/diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = "unet/diffusion_pytorch_model.safetensors.index.json"
+    assert {*parts, index, "unet/config.json"} == {
+        n for n in folder.wanted_files([*parts, index, "unet/config.json"])
+    }
+
+
+def test_the_hub_is_asked_first(monkeypatch):
+    """Listed, then fetched; without the hub what was fetched before."""
+    asked = []
+
+    def fetch(model, allow_patterns=None, local_files_only=False):
+        asked.append(local_files_only or sorted(allow_patterns))
+        return str(TINY_MODEL)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, model: SD15)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    assert folder.find_model("some/model") == TINY_MODEL and asked == [sorted(folder.wanted_files(SD15))]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert folder.find_model("some/model") == TINY_MODEL and asked[1:] == [True]
+
+
+def test_sharded_and_named_variants():
+    """diffusers#8898: a UNet in parts, and one under another variant's name, open as the plain one."""
+    plain = load_model("tiny", "cpu", log=None)
+    name, unet = "diffusion_pytorch_model", Path("parts/unet")
+    shutil.copytree(TINY_MODEL, "parts")
+    tensors = load_file(unet / f"{name}.safetensors")
+    half = len(tensors) // 2
+    where = {k: f"{name}-0000{1 + (i >= half)}-of-00002.safetensors" for i, k in enumerate(tensors)}
+    for file in set(where.values()):
+        save_file({k: tensors[k] for k, f in where.items() if f == file}, unet / file)
+    (unet / f"{name}.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    (unet / f"{name}.safetensors").unlink()
+    assert load_model("parts", "cpu", log=None).digest == plain.digest
+    shutil.copytree(TINY_MODEL, "variant")
+    Path(f"variant/unet/{name}.safetensors").rename(f"variant/unet/{name}.non_ema.safetensors")
+    assert load_model("variant", "cpu", log=None).digest == plain.digest
+    (unet / f"{name}.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../b"}}))
+    with pytest.raises(ValueError, match="names no files beside it"):
+        load_model("parts", "cpu", log=None)
+
+
+class ModelCheckpoint:
+    """Such as the callback of pytorch_lightning whose class is a key in the official SD 1 checkpoints."""
+
+    def __reduce__(self):
+        return (type(self), (), {"best": torch.zeros(3), "path": Path("x")})
+
+    def __setstate__(self, state):
+        Path("ran").touch()
+
+
+class Command:
+    def __init__(self, call, argument):
+        self.call, self.argument = call, argument
+
+    def __reduce__(self):
+        return (self.call, (self.argument,))
+
+
+def test_official_checkpoints(small):
+    """diffusers#8874: objects of unknown classes become inert, and nothing of them runs."""
+    parts, tensors = small[False]
+    extra = {
+        "callbacks": {ModelCheckpoint: {"monitor": ModelCheckpoint()}},
+        "lr_schedulers": [ModelCheckpoint()],
+    }
+    torch.save({"state_dict": tensors, "global_step": 1, **extra}, "a.ckpt")
+    unet, *_ = single_file.read_file("a.ckpt")
+    assert torch.equal(unet.conv_in.weight, parts[0].conv_in.weight) and not Path("ran").exists()
+    for call in (os.system, eval, exec, subprocess.getoutput):
+        torch.save({"state_dict": tensors, "x": Command(call, "open('ran', 'w')")}, "b.ckpt")
+        with pytest.raises(ValueError, match="needs more than tensors"):
+            single_file.read_file("b.ckpt")
+    assert not Path("ran").exists()
+
+
+def test_plain_from_pretrained_opens_our_folders():
+    """Under transformers 5 an fp16 folder fails in diffusers' own cross-attention unless
+    text_encoder/config.json says float32."""
+    diffusers = pytest.importorskip("diffusers")
+    sd = load_model("tiny", "cpu", log=None)
+    folder.save_folder(
+        Path("m"), sd.unet, sd.vae, sd.text.encoder, sd.text.tokenizer, sd.schedule, torch.float16
+    )
+    for where in ("m", str(TINY_MODEL)):
+        pipeline = diffusers.StableDiffusionPipeline.from_pretrained(where, local_files_only=True)
+        drawn = pipeline("a barn", num_inference_steps=1, height=64, width=64, output_type="np").images
+        assert drawn.shape == (1, 64, 64, 3)
+    config = Path("m/text_encoder/config.json")
+    config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "dtype"}))
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained("m", local_files_only=True)
+    with pytest.raises(RuntimeError, match="dtype"):  # this line is what it takes
+        pipeline("a barn", num_inference_steps=1, height=64, width=64)
+
+
+def test_an_embedding_in_a_picture():
+    """webui-forge-classic#626: the WebUI's PNG with an embedding in its text."""
+    vectors = torch.randn(2, 72)
+    text = json.dumps({"string_to_param": {"*": {"TORCHTENSOR": vectors.tolist()}}, "name": "house"})
+    info = PngImagePlugin.PngInfo()
+    info.add_text("sd-ti-embedding", base64.b64encode(text.encode()).decode())
+    Image.new("RGB", (64, 64)).save("e.png", pnginfo=info)
+    word, found, _ = embedding_file.read_file(Path("e.png"))
+    assert word == "house" and torch.allclose(found, vectors)
+    Image.new("RGB", (64, 64)).save("f.png")
+    with pytest.raises(ValueError, match="without an embedding in its text"):
+        embedding_file.read_file(Path("f.png"))
+
+
+def test_a_distilled_unet_is_named():
+    """diffusers#6790: an LCM's UNet."""
+    config = Path(shutil.copytree(TINY_MODEL, "lcm")) / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"time_cond_proj_dim": 256}))
+    with pytest.raises(ValueError, match="LCM"):
+        load_model("lcm", "cpu", log=None)
+
+
+# --------------------------------------------------------------------------------- asked for everywhere
+
+
+def test_offset_noise():
+    """noise + offset * one number per picture and channel; 0 is the plain noise, to the bit."""
+    batch = Batch(0, 3, range(2), 2)
+    plain, moved = batch.noise((2, 4, 8, 8)), batch.noise((2, 4, 8, 8), 0.1)
+    assert torch.equal(plain, batch.normal((2, 4, 8, 8)))
+    apart = moved - plain
+    assert torch.allclose(apart, apart[..., :1, :1].expand_as(apart), atol=1e-6) and apart.abs().max() > 0
+    assert torch.allclose(apart[..., 0, 0], 0.1 * batch.normal((2, 4, 1, 1), "offset")[..., 0, 0], atol=1e-6)
+
+
+def test_zero_terminal_snr():
+    """As diffusers rescales (arXiv:2305.08891, algorithm 1): the last step is noise alone."""
+    diffusers = pytest.importorskip("diffusers")
+    how = dict(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction"
+    )
+    theirs = diffusers.EulerDiscreteScheduler(rescale_betas_zero_snr=True, **how).alphas_cumprod
+    ours = Schedule(rescale_betas_zero_snr=True, prediction_type="v_prediction").alpha_bar
+    assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-7) and ours[-1] == 2**-24
+    with pytest.raises(ValueError, match="predicts v"):
+        Schedule(rescale_betas_zero_snr=True)
+    again = Schedule.from_json(
+        Schedule(rescale_betas_zero_snr=True, prediction_type="v_prediction").to_json()
+    )
+    assert torch.equal(again.alpha_bar, ours)
+
+
+def test_another_autoencoder(sd1, small):
+    """--vae: a folder of diffusers, a model's, a file in the original layout; of other latents refused."""
+    sd = load_model(str(sd1.folder), "cpu", log=None)
+    with torch.no_grad():
+        sd.vae.decoder.conv_out.bias += 1
+    folder.save_folder(Path("m"), sd.unet, sd.vae, sd.text.encoder, sd.text.tokenizer, sd.schedule)
+    for vae in ("m", "m/vae"):
+        other = load_model(str(sd1.folder), "cpu", log=None, vae=vae)
+        assert torch.equal(other.vae.decoder.conv_out.bias, sd.vae.decoder.conv_out.bias)
+        assert torch.equal(other.unet.conv_in.weight, sd.unet.conv_in.weight)
+    parts, tensors = small[False]
+    prefix = single_file.FIRST_STAGE
+    first = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+    save_file({k: t.contiguous() for k, t in first.items()}, "vae.safetensors")
+    torch.save({"state_dict": first}, "vae.ckpt")
+    for vae in ("vae.safetensors", "vae.ckpt"):
+        found = single_file.read_vae(Path(vae)).state_dict()
+        assert all(torch.equal(found[k], t) for k, t in parts[1].state_dict().items())
+    with pytest.raises(ValueError, match="--vae .* makes latents of 4 channels, 1/4"):
+        load_model(str(sd1.folder), "cpu", log=None, vae=str(TINY_MODEL))
+    with pytest.raises(ValueError, match="no such file"):
+        load_model("tiny", "cpu", log=None, vae="nowhere")
+
+
+def test_clip_skip_in_training(monkeypatch):
+    """fast-stable-diffusion#653: the layer that is left out has no part in it, and class pictures know it."""
+    seen = []
+    forward = TextEncoder.forward
+    monkeypatch.setattr(
+        TextEncoder, "forward", lambda s, ids, skip=1: seen.append(skip) or forward(s, ids, skip)
+    )
+    assert train_lora.main([*COMMON, "run", "--rank", "2", "--clip-skip", "2", "--text-rank", "0"]) == 0
+    assert set(seen) == {2}

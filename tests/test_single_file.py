@@ -408,10 +408,14 @@ def test_code_in_a_ckpt_is_not_run(small, tmp_path, zipped):
     assert target.exists()
 
 
-@pytest.mark.parametrize("what, name", [(Callback, "Callback"), (np.float64(0.5), "numpy")])
-def test_objects_in_a_ckpt(small, file, what, name):
-    path = file(small[False][1], "a.ckpt", extra=what)
-    refused(path, "needs more than tensors", name, "convert")
+@pytest.mark.parametrize("what", [Callback, Callback(), np.float64(0.5), {Callback: [Callback()]}])
+def test_objects_in_a_ckpt(small, file, what):
+    """Inert beside the tensors; in their place they are none."""
+    parts, tensors = small[False]
+    for a, b in zip(single_file.read_file(file(tensors, "a.ckpt", extra=what)), parts):
+        same(a, b)
+    name = next(k for k in tensors if k.endswith("conv_in.weight") or k.endswith("0.0.weight"))
+    refused(file({**tensors, name: what}, "a.ckpt"), "is not a complete checkpoint")
 
 
 @pytest.mark.parametrize("content", [[torch.zeros(2)], {"state_dict": [1]}, 7])

@@ -1,10 +1,13 @@
 """Textual inversion files: .safetensors and the WebUI's .pt."""
 
+import base64
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from hanokdiff.files import parse_json
 from hanokdiff.formats.tensors import read_pt, read_safetensors, write_pt, write_tensors
 from hanokdiff.formats.validate import all_finite, whole_number
 from hanokdiff.methods import textual_inversion
@@ -42,7 +45,9 @@ def read_file(path: Path) -> tuple[str, Tensor, dict]:
     one."""
     path = Path(path)
     metadata: dict = {}
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() in (".png", ".webp"):
+        content = from_picture(path)
+    elif path.suffix == ".safetensors":
         content, metadata = read_safetensors(path, "embedding")
     else:
         # a table of tensors, in the paper's own files
@@ -50,6 +55,28 @@ def read_file(path: Path) -> tuple[str, Tensor, dict]:
             content = read_pt(path, "embedding")
     word, vectors = find_vectors(content, path)
     return word, check_vectors({word: vectors}, word, path), metadata
+
+
+def from_picture(path: Path) -> dict:
+    """The table in a picture that carries an embedding: the WebUI's PNG, whose text chunk sd-ti-embedding is
+    JSON in base64, tensors as nested lists."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            text = image.info.get("sd-ti-embedding")
+    except OSError as e:
+        raise ValueError(f"{path} cannot be read: {e}") from None
+    if not isinstance(text, str):
+        raise ValueError(
+            f"{path} is a picture without an embedding in its text (sd-ti-embedding); if it was stored in "
+            "the pixels, or a website took the text away, get the embedding's .pt or .safetensors"
+        )
+    try:
+        content = parse_json(base64.b64decode(text), path)
+        param = {k: torch.tensor(v["TORCHTENSOR"]) for k, v in content["string_to_param"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as e:
+        raise ValueError(f"{path}: the embedding in its text is damaged ({e!r}); fetch it again") from None
+    return {"string_to_param": param, "name": content.get("name")}
 
 
 def check_vectors(tensors: dict[str, Tensor], word: str, path: Path) -> Tensor:

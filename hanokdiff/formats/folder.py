@@ -8,6 +8,9 @@ file. Whatever is missing, left over or of the wrong shape is an error that name
 halfway.
 """
 
+import contextlib
+import os
+import re
 from pathlib import Path
 
 import torch
@@ -51,25 +54,63 @@ def find_model(model: str) -> Path:
             f'no model folder at "{model}"; give a folder with model_index.json, a single file '
             f'({", ".join(SINGLE_FILES)}), a hub id, or "tiny"'
         )
-    # only here and for tokenizers: nothing else may touch the network
-    from huggingface_hub import snapshot_download
+    return from_hub(model)
 
-    wanted = [
-        "model_index.json",
-        "*/config.json",
-        "scheduler/*",
-        "tokenizer/*",
-        "unet/*model*.safetensors",
-        "vae/*model*.safetensors",
-        "text_encoder/*model*.safetensors",
-    ]
+
+def from_hub(model: str) -> Path:
+    """A hub id's folder: of each network the one file that would be opened, and no other variant (fp16, EMA
+    and pickled copies of SD 1.5 are 5.6 GB beside its 4.3). Without the hub, what is in the cache."""
+    # only here and for tokenizers: nothing else may touch the network
+    from huggingface_hub import HfApi, snapshot_download
+
     try:
-        return Path(snapshot_download(model, allow_patterns=wanted))
+        if offline():
+            return Path(snapshot_download(model, local_files_only=True))
+        names = HfApi().list_repo_files(model)
+        return Path(snapshot_download(model, allow_patterns=wanted_files(names)))
+    except ValueError:
+        raise
     except Exception as e:  # offline, unknown id, no permission: the hub has a class for each
+        with contextlib.suppress(Exception):  # fetched before
+            return Path(snapshot_download(model, local_files_only=True))
         reason = str(e).strip().split("\n")[0]
         raise ValueError(
             f'no folder "{model}" here, nor from the hub ({reason}); name a local folder'
         ) from None
+
+
+def offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def wanted_files(names: list[str]) -> list[str]:
+    """Of a repository's files those that are opened."""
+    small = [n for n in names if n == "model_index.json" or n.startswith(("scheduler/", "tokenizer/"))]
+    for part, stem in PARTS.items():
+        inside = [n.removeprefix(f"{part}/") for n in names if n.startswith(f"{part}/")]
+        chosen = choose_weights(inside, stem)
+        if chosen and chosen.endswith(".index.json"):
+            small += [f"{part}/{n}" for n in inside if re.match(rf"{stem}.*-\d+-of-\d+\.", n)]
+        small += [f"{part}/{n}" for n in (chosen, "config.json") if n in inside]
+    return small
+
+
+def choose_weights(names: list[str], stem: str) -> str | None:
+    """Which of a folder's files holds the weights: the plain one, else in parts (its index), else in fp16,
+    else another variant that is the only one; .safetensors before .bin."""
+    for end in (".safetensors", ".bin"):
+        plain = [
+            f"{stem}{end}",
+            f"{stem}{end}.index.json",
+            f"{stem}.fp16{end}",
+            f"{stem}{end}.index.fp16.json",
+        ]
+        plain += ["pytorch_model.bin"] * (end == ".bin")
+        variants = [n for n in names if re.fullmatch(rf"{stem}\.[\w-]+{end}", n)]
+        found = [n for n in plain if n in names] + (variants if len(variants) == 1 else [])
+        if found:
+            return found[0]
+    return None
 
 
 def read_config(path: Path, config: type, what: str):
@@ -82,12 +123,26 @@ def read_config(path: Path, config: type, what: str):
 
 
 def weights_file(folder: Path, stem: str) -> Path:
-    names = [f"{stem}{variant}{end}" for end in (".safetensors", ".bin") for variant in ("", ".fp16")]
-    names.append("pytorch_model.bin")
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise ValueError(f"{folder} holds no weights: expected {names[0]} there (or .fp16.safetensors, .bin)")
+    """The file of a network's weights, or the index of its parts."""
+    names = sorted(f.name for f in folder.iterdir()) if folder.is_dir() else []
+    if chosen := choose_weights(names, stem):
+        return folder / chosen
+    variants = ", ".join(n for n in names if n.startswith(stem))
+    several = f" (there are {variants}: rename the one to use)" if variants else ""
+    raise ValueError(
+        f"{folder} holds no weights: expected {stem}.safetensors there (or .fp16.safetensors, .bin){several}"
+    )
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file, or of all the parts that an index names."""
+    if file.suffix != ".json":
+        return read_tensors(file)
+    parts = read_json(file).get("weight_map")
+    names = sorted(set(parts.values())) if isinstance(parts, dict) else [None]
+    if not all(isinstance(n, str) and Path(n).name == n for n in names):
+        raise ValueError(f"{file} names no files beside it in weight_map; fetch it again")
+    return {k: t for name in names for k, t in read_tensors(file.with_name(name)).items()}
 
 
 def plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -133,8 +188,8 @@ def load_part(folder: Path, part: str, network: type, config: type) -> nn.Module
             module = network(c)
     except ERRORS as e:
         raise ValueError(f"{file} does not describe a Stable Diffusion {part} ({reason(e)})") from None
-    file = weights_file(folder / part, PARTS[part])
-    return fill(module, plain_names(read_tensors(file)), file)
+    file = weights_file(folder / part, PARTS.get(part, PARTS["vae"]))
+    return fill(module, plain_names(read_weights(file)), file)
 
 
 def save_folder(
@@ -150,7 +205,9 @@ def save_folder(
         }
         tensors = {k: t.to(dtype) for k, t in held.items()}
         write_tensors(tensors, folder / part / f"{PARTS[part]}.safetensors", {"format": "pt"})
-        write_json(folder / part / "config.json", module.config.to_json())
+        # else transformers 5 takes the file's dtype and diffusers' plain from_pretrained fails in fp16
+        plain = {"dtype": "float32"} if part == "text_encoder" else {}
+        write_json(folder / part / "config.json", module.config.to_json() | plain)
     save_tokenizer(tokenizer, folder / "tokenizer")
     (folder / "scheduler").mkdir(exist_ok=True)
     write_json(folder / "scheduler" / "scheduler_config.json", schedule.to_json())

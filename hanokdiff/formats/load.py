@@ -33,6 +33,8 @@ def load_model(
     tokenizer: str | None = None,
     prediction: str | None = None,
     masters: bool = False,
+    vae: str | None = None,
+    zero_terminal_snr: bool = False,
 ) -> StableDiffusion:
     """Open a model: "tiny", a diffusers folder, a hub id, or a single file (.safetensors, .ckpt). Everything
     is frozen; what is trained is up to the method.
@@ -40,15 +42,21 @@ def load_model(
     tokenizer    folder or hub id of another tokenizer than the model's own
     prediction   "epsilon" or "v_prediction": what the UNet predicts, where the model is silent or wrong
                  about it
+    vae          folder or single file of another autoencoder than the model's own
+    zero_terminal_snr
+                 a schedule that ends in noise alone, for models that predict v
     masters      keep what the file says as `master` of each parameter: to learn from it and to save it
                  again, not from
                  what half precision leaves of it"""
     start, (dev, precision, reason) = time.perf_counter(), choose_device(device, dtype)
     path = TINY_MODEL if model == "tiny" else find_model(model)
     open_ = open_file if path.is_file() else open_folder
-    unet, vae, encoder, words, schedule = open_(path, tokenizer, prediction, log)
-    digest = digest_of({"unet": unet, "vae": vae, "text_encoder": encoder}, words, schedule, path)
-    for part in (unet, vae, encoder):
+    unet, own_vae, encoder, words, schedule = open_(path, tokenizer, prediction, log)
+    decoder = open_vae(Path(vae), own_vae.config) if vae else own_vae
+    if zero_terminal_snr:
+        schedule = replace(schedule, rescale_betas_zero_snr=True)
+    digest = digest_of({"unet": unet, "vae": decoder, "text_encoder": encoder}, words, schedule, path)
+    for part in (unet, decoder, encoder):
         exact = [p.detach() for p in part.parameters()]
         part.to(dev, precision)
         if masters and precision != torch.float32:
@@ -61,7 +69,7 @@ def load_model(
             f"opened in {time.perf_counter() - start:.1f} s"
         )
         log(f"device {reason}")
-    sd = StableDiffusion(unet, vae, Text(encoder, words), schedule, dev, precision, model, digest)
+    sd = StableDiffusion(unet, decoder, Text(encoder, words), schedule, dev, precision, model, digest)
     if (path / "hanokdiff.json").is_file():  # our DreamBooth's: the word it was trained with
         word = read_json(path / "hanokdiff.json").get("token")
         if not isinstance(word, str):
@@ -113,6 +121,23 @@ def open_folder(folder: Path, tokenizer: str | None, prediction: str | None, log
         else check_tokenizer(load_tokenizer(own), own, size)
     )
     return unet, vae, encoder, words, schedule
+
+
+def open_vae(path: Path, own: VAEConfig) -> VAE:
+    """An autoencoder by itself: a folder of diffusers (its own, or a model's with vae/ in it) or a single
+    file in the original layout."""
+    if path.is_dir():
+        model = path if (path / "vae").is_dir() else path.parent
+        vae = load_part(model, "vae" if model == path else path.name, VAE, VAEConfig)
+    else:
+        vae = single_file.read_vae(path)
+    latent, factor = own.latent_channels, own.factor
+    if (vae.config.latent_channels, vae.config.factor) != (latent, factor):
+        raise ValueError(
+            f"--vae {path} makes latents of {vae.config.latent_channels} channels, 1/{vae.config.factor} of "
+            f"the pictures; the model's are of {latent}, 1/{factor}"
+        )
+    return vae
 
 
 def open_file(path: Path, tokenizer: str | None, prediction: str | None, log) -> tuple:

@@ -21,6 +21,9 @@ from hanokdiff.methods.inject import base_layer
 
 REFUSED = {  # what in a tensor's name gives another kind of file away, as a regular expression
     "hada_": "LoHa", "lokr_": "LoKr", "dora_scale|lora_magnitude_vector": "DoRA", "oft_": "OFT",
+    r"^lora_te2_|^text_encoder_2\.|transformer_blocks[._]([2-9]|\d\d)[._]": "a LoRA for SDXL",
+    "double_blocks|single_blocks|single_transformer_blocks": "a LoRA for Flux",
+    r"joint_blocks|context_block|add_[kqv]_proj": "a LoRA for SD 3",
     "lora_mid": "a Tucker-decomposed LoCon", r"\.diff(_b)?$": "full weight differences",
     r"\.lora_B(\.default)?\.bias$": "a LoRA with biases",
     r"^(unet|text_encoder):\d+:": "a LoRA in cloneofsimo's layout, which counts its layers instead of "
@@ -149,7 +152,8 @@ def read_file(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]
         for mark, kind in REFUSED.items():
             if re.search(mark, key):
                 raise ValueError(
-                    f"{path} holds {kind} (tensor {key}), which hanokdiff does not apply; only plain LoRA"
+                    f"{path} holds {kind} (tensor {key}), which hanokdiff does not apply; only plain LoRA "
+                    "for Stable Diffusion 1 and 2"
                 )
         if (parsed := lora_names.parse(key)) is None:
             raise ValueError(

@@ -90,11 +90,49 @@ def parse(key: str) -> tuple[str, str, str] | None:
     return network + path.replace(".", "_"), ENDS[end], path
 
 
+TEXT_PREFIXES = ("lora_te_0_transformer_text_model_", "lora_te1_text_model_", "lora_te1_", "lora_te_")
+RESNET = {
+    "in_layers_2": "conv1", "out_layers_3": "conv2", "emb_layers_1": "time_emb_proj",
+    "skip_connection": "conv_shortcut",
+}  # fmt: skip
+SINGLE = {
+    "input_blocks_0_0": "conv_in", "out_2": "conv_out", "time_embed_0": "time_embedding_linear_1",
+    "time_embed_2": "time_embedding_linear_2", "middle_block_0": "mid_block_resnets_0",
+    "middle_block_1": "mid_block_attentions_0", "middle_block_2": "mid_block_resnets_1",
+}  # fmt: skip
+
+
 def _canonical(name: str) -> str:
-    """kohya's name as kohya writes it: diffusers' converter says `lora_te1_` and drops `text_model_`."""
-    if name.startswith("lora_te1_"):
-        name = "lora_te_" + name.removeprefix("lora_te1_")
-    return TEXT + name.removeprefix("lora_te_") if name.startswith("lora_te_encoder_layers_") else name
+    """kohya's name as kohya writes it: other tools spell the text encoder's beginning in other ways, and some
+    number the UNet's blocks as the original code does."""
+    for prefix in TEXT_PREFIXES:
+        if name.startswith(prefix):
+            return TEXT + name.removeprefix(prefix).removeprefix("text_model_")
+    return UNET + _diffusers_block(name.removeprefix(UNET)) if name.startswith(UNET) else name
+
+
+def _diffusers_block(path: str) -> str:
+    """input_blocks_4_1_proj_in -> down_blocks_1_attentions_0_proj_in: the original layout's numbers, of four
+    levels with two layers each, as SD 1 and 2 have them."""
+    for old, new in SINGLE.items():
+        if path == old or path.startswith(old + "_"):
+            return new + _resnet(path.removeprefix(old))
+    if not (found := re.fullmatch(r"(input|output)_blocks_(\d+)_(\d+)(_.+)", path)):
+        return path
+    side, n, place, rest = found[1], int(found[2]), int(found[3]), found[4]
+    if side == "input":
+        b, i = divmod(n - 1, 3)
+        if i == 2:
+            return f"down_blocks_{b}_downsamplers_0_conv" if rest == "_op" else path
+        return f"down_blocks_{b}_{'attentions' if place else 'resnets'}_{i}{_resnet(rest)}"
+    b, i = divmod(n, 3)
+    if rest == "_conv":
+        return f"up_blocks_{b}_upsamplers_0_conv"
+    return f"up_blocks_{b}_{'attentions' if place else 'resnets'}_{i}{_resnet(rest)}"
+
+
+def _resnet(rest: str) -> str:
+    return "_" + RESNET[rest[1:]] if rest[1:] in RESNET else rest
 
 
 def _split(module: str) -> tuple[str | None, str]:

@@ -355,11 +355,28 @@ def read_file(
     return *networks, schedule
 
 
+def read_vae(path: Path) -> VAE:
+    """An autoencoder in a file by itself (such as vae-ft-mse-840000-ema-pruned), in the original layout with
+    or without its prefix."""
+    if not path.is_file():
+        raise ValueError(f"--vae {path}: no such file or folder")
+    tensors, _, _ = read_single_file(path)
+    tensors = {k if k.startswith(FIRST_STAGE) else FIRST_STAGE + k: t for k, t in tensors.items()}
+    tensors = {k: t for k, t in tensors.items() if not IGNORED.match(k)}
+    try:
+        with torch.device("meta"):
+            vae = VAE(infer_vae(tensors, False))
+    except ERRORS as e:
+        raise ValueError(f"{path} is no autoencoder of Stable Diffusion 1.x or 2.x ({reason(e)})") from None
+    fill_networks((vae,), tensors, path)
+    return vae
+
+
 def fill_networks(networks: tuple[nn.Module, ...], tensors: dict[str, Tensor], path: Path) -> None:
     """Give the networks (on the meta device) their tensors; every one must be there, and none be left
     over."""
     c = networks[-1].config
-    if is_sd2(c):
+    if isinstance(c, TextConfig) and is_sd2(c):
         last = f"{OPEN_CLIP}transformer.resblocks.{c.num_hidden_layers}."  # its output is never used
         tensors = split_qkv({k: t for k, t in tensors.items() if not k.startswith(last)})
     wanted = []

@@ -64,11 +64,58 @@ def read_pt(path: Path, what: str):
         ) from None
 
 
+class Inert:
+    """What stands for an object of a class that is not opened: it takes anything and does nothing."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __new__(cls, *_, **__):
+        return super().__new__(cls)
+
+    def __setstate__(self, _):
+        pass
+
+
+MOST_CLASSES = 64  # that a checkpoint may hold besides its tensors
+
+
+def read_checkpoint(path: Path) -> dict:
+    """A training checkpoint's table. The official SD 1 files hold a callback of pytorch_lightning: every
+    class that is not torch's own becomes an inert stand-in, and nothing of it is imported or run."""
+    strange: list = []
+    for _ in range(MOST_CLASSES):
+        try:
+            with torch.serialization.safe_globals(strange):
+                return read_pickle(path)
+        except ValueError as e:
+            found = re.search(r"needs more than tensors \(([\w.]+\.[\w]+)\)", str(e))
+            # what torch never allows is refused
+            if not found or found[1] in [name for _, name in strange] or found[1].split(".")[0] in NEVER:
+                raise
+            strange.append((type("Inert", (Inert,), {}), found[1]))
+    raise ValueError(
+        f"{path} holds more than {MOST_CLASSES} kinds of objects; get this model as .safetensors"
+    )
+
+
+NEVER = (
+    "os",
+    "sys",
+    "posix",
+    "nt",
+    "subprocess",
+    "commands",
+    "builtins",
+    "__builtin__",
+)  # no model needs these
+
+
 def read_single_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str], int | None]:
     """A single file's tensors, its metadata (.safetensors), and the training step that it tells (.ckpt)."""
     if path.suffix == ".safetensors":
         return *read_safetensors(path, "model"), None
-    held = read_pickle(path)
+    held = read_checkpoint(path)
     tensors, step = held.get("state_dict", held), held.get("global_step")
     if not isinstance(tensors, dict):
         raise ValueError(f"{path}: its state_dict is a {type(tensors).__name__}, not a table of tensors")

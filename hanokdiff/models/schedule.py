@@ -29,6 +29,7 @@ class Schedule:
     prediction_type: str = "epsilon"
     steps_offset: int = 1
     timestep_spacing: str | None = None  # None: each sampler's own habit
+    rescale_betas_zero_snr: bool = False  # the last timestep is noise alone
     alpha_bar: Tensor = field(init=False, repr=False, compare=False)
     _copies: dict = field(init=False, repr=False, compare=False, default_factory=dict)
 
@@ -45,7 +46,14 @@ class Schedule:
             )
         ends = (self.beta_start**power, self.beta_end**power)
         betas = torch.linspace(*ends, self.num_train_timesteps, dtype=torch.float32) ** (1 / power)
-        object.__setattr__(self, "alpha_bar", torch.cumprod(1 - betas, dim=0))
+        alpha_bar = torch.cumprod(1 - betas, dim=0)
+        if self.rescale_betas_zero_snr:
+            if self.prediction_type != "v_prediction":  # of noise alone, eps says nothing about the picture
+                raise ValueError(
+                    "a schedule that ends in noise alone needs a model that predicts v, not epsilon"
+                )
+            alpha_bar = zero_terminal_snr(alpha_bar)
+        object.__setattr__(self, "alpha_bar", alpha_bar)
 
     @classmethod
     def from_json(cls, c: dict) -> "Schedule":
@@ -53,9 +61,8 @@ class Schedule:
             raise ValueError(
                 f"{c['_class_name']} is of flow matching (SD 3, FLUX), not of Stable Diffusion 1 or 2"
             )
-        for k in ("trained_betas", "rescale_betas_zero_snr"):
-            if c.get(k):
-                raise ValueError(f"scheduler_config.json sets {k}: not supported, choose a model without it")
+        if c.get("trained_betas"):
+            raise ValueError("scheduler_config.json sets trained_betas, which is not supported")
         return cls(
             **{k: c[k] for k, f in cls.__dataclass_fields__.items() if f.init and c.get(k) is not None}
         )
@@ -104,3 +111,15 @@ class Schedule:
             c_in = (sigma**2 + 1) ** -0.5
             return x * c_in**2 - pred * sigma * c_in
         return x - sigma * pred
+
+
+LEAST_ALPHA_BAR = 2.0**-24  # as in diffusers: the samplers divide by its root
+
+
+def zero_terminal_snr(alpha_bar: Tensor) -> Tensor:
+    """alpha_bar (steps,) moved and stretched so that its root ends at 0 and begins where it did (Lin et al.
+    2023, arXiv:2305.08891, algorithm 1): without it no picture is ever trained from noise alone, and none is
+    very dark or very bright."""
+    root = alpha_bar.sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    return (root**2).clamp(min=LEAST_ALPHA_BAR)

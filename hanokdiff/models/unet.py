@@ -45,6 +45,11 @@ class UNetConfig:
     def from_json(cls, c: dict) -> "UNetConfig":
         """Read diffusers' config. There `attention_head_dim` is, by a historical slip, the NUMBER of
         heads."""
+        if c.get("time_cond_proj_dim"):
+            raise ValueError(
+                "time_cond_proj_dim is set: a model distilled to take its guidance as an input (LCM), which "
+                "is not supported; take the model that it was distilled from"
+            )
         known = {"CrossAttnDownBlock2D", "DownBlock2D"}
         if strange := [kind for kind in c["down_block_types"] if kind not in known]:
             raise ValueError(f"down_block_types has {strange[0]}, which no Stable Diffusion 1 or 2 has")

@@ -111,6 +111,7 @@ def training_parser(doc: str, defaults: dict[str, dict]) -> tuple[Parser, Callab
     data, train, out = group("model and data"), group("training"), group("output")
     data("--model", '"tiny", a folder, a .safetensors or .ckpt file or a hub id', default="tiny")
     data("--tokenizer", "of a single-file model: a folder or hub id")
+    data("--vae", "another autoencoder than the model's: a folder or file", metavar="PATH")
     data("--prediction", "if the model is silent or wrong about it", choices=("epsilon", "v_prediction"))
     data("--data", "photos, captions beside as NAME.txt (default with tiny: the drawn hanok)", type=Path)
     data("--images", "the first N photos of one fixed, nested order", type=int)
@@ -131,6 +132,11 @@ def training_parser(doc: str, defaults: dict[str, dict]) -> tuple[Parser, Callab
     train("--batch-size", "photos a step", type=int)
     train("--micro-batch", "photos at once; gradients add up (default: all)", type=int, default=0)
     train("--lr", "learning rate", type=float)
+    train("--clip-skip", "2 leaves the text encoder's last layer out", type=int, default=1)
+    train(
+        "--noise-offset", "adds so much noise of one value per channel, such as 0.05", type=float, default=0.0
+    )
+    train("--zero-terminal-snr", "a schedule that ends in noise alone (v prediction)", action="store_true")
     train("--min-snr", "gamma of the min-SNR weight, 0 for none", type=float)
     train("--seed", "seed of everything random", type=int, default=0)
     train("--device", "cuda, cpu, ... (default: the first GPU, else the CPU)")
@@ -209,6 +215,12 @@ def check_training(args) -> None:
         )
     if args.data is not None:
         photo_files(Path(args.data))  # no folder of photos is refused before a model is opened
+
+
+def model_options(args: argparse.Namespace) -> dict:
+    """What load_model takes of a training's options besides model, device and dtype."""
+    names = ("tokenizer", "prediction", "vae", "zero_terminal_snr")
+    return {name: getattr(args, name) for name in names}
 
 
 def word_options(method) -> None:

@@ -51,6 +51,13 @@ class Batch:
         draws = [torch.randn(*shape[1:], generator=g) for g in self._generators(name)]
         return to_device(torch.stack(draws), self.device)
 
+    def noise(self, shape, offset: float = 0.0) -> Tensor:
+        """What is added to latents of this shape (B, C, h, w): standard normal numbers, and with `offset` one
+        more for each whole channel, offset * N(0, 1), from which very dark and bright pictures are learnt
+        (Guttenberg 2023, "Diffusion with offset noise")."""
+        noise = self.normal(shape)
+        return noise + offset * self.normal((*shape[:2], 1, 1), "offset") if offset else noise
+
     def timesteps(self, count: int) -> Tensor:
         """One timestep from 0 to count - 1 per index (B,)."""
         return to_device(self.integers(count, "timestep"), self.device)

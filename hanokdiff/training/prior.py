@@ -131,6 +131,7 @@ def pictures(sd, texts: list[str], n: int, resolution: int, seed: int, root: Pat
     repeat. Their folder's name holds all of the model that they depend on."""
     start, texts = time.perf_counter(), [texts[i % len(texts)] for i in range(n)]
     how = f"{sd.digest} {sd.dtype} {sd.schedule.prediction_type} {samplers.DEFAULT} {sd.cfg:g}"
+    how += f" clip skip {sd.text.clip_skip}"
     folder = root / hashlib.sha256(how.encode()).hexdigest()[:12]
     make_folder(folder, "the class pictures' folder")
     key = [
