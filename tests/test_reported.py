@@ -315,6 +315,23 @@ def test_more_kinds_of_pictures_are_named():
     assert "first of its frames" in said[-1]
 
 
+def test_kohyas_folders():
+    """kohya-trainer#50: 10_sks house/ and 5_.../: the number is how often, the rest the caption of pictures
+    without one."""
+    for i, name in enumerate(("10_sks house", "5_sks gate", "notes")):
+        Path("d", name).mkdir(parents=True)
+        photo(f"d/{name}/{i}.png")
+    Path("d/5_sks gate/1.txt").write_text("a gate by night")
+    said = []
+    photos, _ = load_photos(Path("d"), 64, log=said.append)
+    assert sorted((p.name, p.caption) for p in photos) == [
+        ("0.png", "sks house"), ("0.png", "sks house"), ("1.png", "a gate by night"),
+    ]  # fmt: skip
+    assert "3 with their folders' repeats" in said[-1]
+    few, _ = load_photos(Path("d/5_sks gate"), 64, log=said.append)
+    assert [p.caption for p in few] == ["a gate by night"]
+
+
 # --------------------------------------------------------------------------------------- markup and notes
 
 

@@ -7,10 +7,11 @@ Shapes:  N photos of H x W pixels;  B pictures of a batch;  h x w the latent.
 
 import functools
 import hashlib
+import math
 import os
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class Photo:
     image: Image.Image  # RGB, upright, resolution x resolution
     caption: str | None
     changed: str  # what the reader did, "" if nothing: "rotated by EXIF, enlarged"
+    repeats: int = 1  # how often it comes in one pass, against the others: of a folder 10_NAME 10
 
 
 # --------------------------------------------------------------------------------------------------- one file
@@ -129,13 +131,13 @@ def load_photos(
         return photos, validation_photos
     files = photo_files(Path(source), option)
     # those that cannot be read are reported below
-    captions = Captions(Path(source))
+    captions = functools.cache(Captions)  # of each folder
     validation_photos, _ = read_until(held_out, files[::-1], resolution, lambda _: None, captions)
     aside = {photo.name for photo in validation_photos}
-    files = [f for f in files if f.name not in aside]
+    rest = [f for f in files if f.name not in aside]
     if photo_set:
-        files.sort(key=lambda f: name_hash(f"{photo_set} {f.name}"))
-    photos, unreadable = read_until(images, files, resolution, log, captions)
+        rest.sort(key=lambda f: name_hash(f"{photo_set} {f.name}"))
+    photos, unreadable = read_until(images, rest, resolution, log, captions)
     if len(photos) < (images or 1) or len(validation_photos) < held_out:
         asked = " and ".join(
             [f"--images {images}"] * bool(images) + [f"--held-out {held_out}"] * bool(held_out)
@@ -147,12 +149,26 @@ def load_photos(
             + (f", or mend these: {unreadable[0]}" if unreadable else "")
         )
     bad = f"; {len(unreadable)} unreadable" if unreadable else ""
-    if lost := captions.without_photo({f.name for f in photo_files(Path(source), option)}):
+    folders = sorted({f.parent for f in files})
+    lost = [x for d in folders for x in captions(d).without_photo({f.name for f in files if f.parent == d})]
+    if lost:
         log(f"{len(lost)} captions fit no picture, such as {lost[0]!r}: give them their pictures' names")
-    if several := captions.shared([p.name for p in photos]):
+    several = [captions(d).shared([f.name for f in files if f.parent == d]) for d in folders]
+    if several := next(filter(None, several), None):
         log(f"two pictures share one caption: {' and '.join(several)}; is that meant?")
-    log(summary(photos, f"photos from {source}") + bad + held_out_note(validation_photos))
+    note = summary(photos, f"photos from {source}") + bad
+    photos, often = repeated(photos)
+    log(note + often + held_out_note(validation_photos))
     return photos, validation_photos
+
+
+def repeated(photos: list[Photo]) -> tuple[list[Photo], str]:
+    """Each photo as often as its folder's number says, against the others'."""
+    common = functools.reduce(math.gcd, [p.repeats for p in photos], 0) or 1
+    out = [
+        p for k in range(max(p.repeats // common for p in photos)) for p in photos if p.repeats // common > k
+    ]
+    return out, f"; {len(out)} with their folders' repeats" if len(out) > len(photos) else ""
 
 
 def held_out_note(validation_photos: list[Photo]) -> str:
@@ -167,16 +183,15 @@ def drawn_photos(draw: Callable, n: int, resolution: int, held_out: bool) -> lis
 
 
 def read_until(
-    images: int | None, files: list[Path], resolution: int, log: Log, captions: Captions | None = None
+    images: int | None, files: list[Path], resolution: int, log: Log, captions: Callable
 ) -> tuple[list[Photo], list[str]]:
     """The first `images` that can be read, and what is wrong with those that could not be."""
     photos, unreadable = [], []
-    captions = captions or Captions(files[0].parent if files else Path())
     for path in files:
         if len(photos) == images:
             break
         try:
-            photos.append(load_photo(path, resolution, captions))
+            photos.append(load_photo(path, resolution, captions(path.parent)))
         except ValueError as e:
             log(f"Skipped, going on with the others: {e}")
             unreadable.append(str(e))
@@ -187,16 +202,29 @@ def photo_files(folder: Path, option: str = "--data") -> list[Path]:
     """The picture files in a folder, in a fixed, nested order: the first 5 are among the first 50.
 
     Sorted by a hash of the name: shuffled, yet the same however the folder is listed, and adding or removing
-    one leaves the others in order. NFC, because a Mac writes Korean names in another normal form.
+    one leaves the others in order. NFC, because a Mac writes Korean names in another normal form. A folder
+    without pictures may hold kohya's: 10_NAME, 5_OTHER, the number is the repeats (kohya_ss#1725).
     """
     if not os.path.isdir(folder):  # pathlib's own raises at a name that is too long
         what = "not a folder" if os.path.exists(folder) else "no such folder"
         raise ValueError(f"{option} {folder}: {what}; name one that holds photos")
-    files = [f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
+    inside = sorted(folder.iterdir())
+    numbered = [d for d in inside if NUMBERED.match(d.name) and d.is_dir()]
+    files = pictures_of(inside) or [f for d in numbered for f in pictures_of(d.iterdir())]
     if not files:
         kinds = " ".join(sorted(SUFFIXES))
-        raise ValueError(f"{option} {folder}: no pictures in it ({kinds}); its subfolders are not searched")
+        raise ValueError(
+            f"{option} {folder}: no pictures in it ({kinds}); of its subfolders only those called 10_NAME, a "
+            "number and a name, are searched"
+        )
     return sorted(files, key=lambda f: name_hash(f.name))
+
+
+NUMBERED = re.compile(r"(\d{1,4})_(.+)")  # kohya's folder: how often its pictures come, what they show
+
+
+def pictures_of(files: Iterable[Path]) -> list[Path]:
+    return [f for f in files if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
 
 
 def name_hash(name: str) -> bytes:
@@ -208,7 +236,12 @@ def load_photo(path: Path, resolution: int, captions: Captions | None = None) ->
     image, note = read_photo(path)
     small = "enlarged" if min(image.size) < resolution else ""
     caption, how = (captions or Captions(path.parent)).of(path.name)
-    return Photo(path.name, crop_to_square(image, resolution), caption or None, listed(note, small, how))
+    number = NUMBERED.match(path.parent.name)
+    if number and not caption:  # kohya's: the folder's name is the caption
+        caption = number[2]
+    repeats = max(1, int(number[1])) if number else 1
+    image = crop_to_square(image, resolution)
+    return Photo(path.name, image, caption or None, listed(note, small, how), repeats)
 
 
 def summary(photos: list[Photo], what: str) -> str:

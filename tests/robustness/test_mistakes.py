@@ -38,11 +38,11 @@ train_lora --data nowhere
 train_ti --data notes.txt
     --data notes.txt: not a folder; name one that holds photos
 train_dreambooth --data empty
-    --data empty: no pictures in it (.avif .bmp .dng .gif .heic ... its subfolders are not searched
+    --data empty: no pictures in it (.avif .bmp .dng .gif .heic ... a number and a name, are searched
 train_hypernet --data albums
-    --data albums: no pictures in it (.avif .bmp .dng .gif .heic ... its subfolders are not searched
+    --data albums: no pictures in it (.avif .bmp .dng .gif .heic ... a number and a name, are searched
 train_lora --data captions
-    --data captions: no pictures in it (.avif .bmp .dng .gif .heic ... its subfolders are not searched
+    --data captions: no pictures in it (.avif .bmp .dng .gif .heic ... a number and a name, are searched
 train_lora --data broken
     broken has 0 readable photos (and 1 unreadable); add ... if other programs show it, save it as JPEG
 train_lora --data utf16
@@ -388,7 +388,7 @@ caption nowhere
 caption photos/0.png
     photos/0.png: not a folder; name one that holds photos
 caption empty
-    empty: no pictures in it (.avif .bmp .dng .gif .heic .heif ... its subfolders are not searched
+    empty: no pictures in it (.avif .bmp .dng .gif .heic .heif ... a number and a name, are searched
 caption broken
     none of the 1 photos in broken can be used, 'a.png' first; what is wrong with each is told above
 caption utf16
@@ -457,7 +457,7 @@ compare --out notes.txt/x
 compare --model no-unet
     --model no-unet needs --data FOLDER, the photos, and ... openai/clip-vit-base-patch32 or a folder
 compare --data empty
-    --data empty: no pictures in it (.avif .bmp .dng .gif .heic ... its subfolders are not searched
+    --data empty: no pictures in it (.avif .bmp .dng .gif .heic ... a number and a name, are searched
 compare --data photos
     --sizes asks for 100 photos, and at least 2 more are held ... lower --sizes or add photos
 compare --recipe "loha --rank 4"
