@@ -14,6 +14,7 @@ Writes runs/samples/00000-0.png ... (number, seed), each with the WebUI's "param
 Read next: hanokdiff/models/samplers.py (the steps), hanokdiff/models/unet.py (the network).
 """
 
+import argparse
 import contextlib
 import functools
 import math
@@ -26,13 +27,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from hanokdiff import alert
+from hanokdiff import alert, axes
 from hanokdiff.errors import check_folder, make_folder, report_errors
 from hanokdiff.files import free_folder
 from hanokdiff.formats import delta_file, embedding_file, hypernet_file, lora_file
 from hanokdiff.formats.load import load_model
 from hanokdiff.formats.lookup import find_artefact
-from hanokdiff.images import grid, read_photo, webui_parameters, write_png
+from hanokdiff.images import labelled_sheet, read_photo, webui_parameters, write_png
 from hanokdiff.methods import hypernetwork, lora
 from hanokdiff.models import memory, samplers
 from hanokdiff.models.attend import SCALE, Attend
@@ -157,7 +158,14 @@ def options():
     how.add_argument(
         "--compile", action="store_true", help="torch.compile: minutes at first, for many pictures"
     )
-    out.add_argument("--grid", action="store_true", help="also grid.png, a row per prompt")
+    out.add_argument("--grid", action="store_true", help="also grid.png, a row per prompt, labelled")
+    out.add_argument(
+        "--vary",
+        nargs="+",
+        default=[],
+        metavar="AXIS=VALUES",
+        help=f"an X/Y plot: rows, then columns; AXIS {', '.join(axes.NAMES)}: strength=0.4,0.7,1 seed=1-4",
+    )
     out.add_argument("--out", type=Path, help="folder (default: runs/samples, numbered if taken)")
     return p
 
@@ -236,16 +244,17 @@ def check_file(path: Path, option: str) -> None:
         )
 
 
-def apply_files(sd, args) -> None:
-    """Every artefact into the model, and the pseudo words that came with them."""
+def apply_files(sd, args, but_scaled: bool = False) -> None:
+    """Every artefact into the model, and the pseudo words that came with them; but for LoRAs and
+    hypernetworks where a sheet's axis applies them."""
     words = list(sd.text.words)
     for path in args.delta:
         delta_file.apply_file(sd, path)
-    for path, scale in map(parse_scale, args.lora):
+    for path, scale in map(parse_scale, [] if but_scaled else args.lora):
         loras, metadata = lora_file.apply_file(sd, path, scale)
         lora.merge(sd, loras)  # into the weights: no step costs more than without it
         words.append(metadata.get("hanokdiff_token"))
-    for path, scale in map(parse_scale, args.hypernet):
+    for path, scale in map(parse_scale, [] if but_scaled else args.hypernet):
         words.append(hypernet_file.pseudo_word(hypernet_file.apply_file(sd, path, scale)[1]))
     for word in [args.token] if args.token else sorted(filter(None, set(words))):
         if word not in sd.text.words:  # a LoRA file may have brought its own vectors for it
@@ -353,6 +362,8 @@ def parameters(prompt: str, seed: int, size: tuple[int, int], args) -> str:
 def main(argv=None):
     args = options().parse_args(argv)
     check(args)
+    if args.vary:
+        check_vary(args)
     reading = None if args.alert is None else alert.drawable(args.alert)
     tagged = read_tags(args)
     if reading is None:
@@ -363,11 +374,12 @@ def main(argv=None):
     init, size = initial_picture(args, sd, size)
     latent_size(size, sd.vae.config.factor)  # this and the next line refuse before anything is written
     warn_of_size(size, sd.resolution)
-    plan = samplers.plan(args.sampler, sd.schedule, args.steps, args.strength)
+    samplers.plan(args.sampler, sd.schedule, args.steps, args.strength)
     args.cfg = sd.cfg if args.cfg is None else args.cfg
     sd.text.literal_tokens = args.literal_tokens
     sd.text.skip(args.clip_skip)
-    apply_files(sd, args)
+    moved = {"strength", "file"} & axes.parse(args.vary).keys()
+    apply_files(sd, args, but_scaled=bool(moved))
     if args.compile:
         print("--compile: each block is compiled at its first step, which takes a minute or more")
         memory.compile(sd.unet)
@@ -380,6 +392,26 @@ def main(argv=None):
 
     out = make_folder(args.out or free_folder(Path("runs") / "samples"))
     number = 1 + max((int(p.name[:5]) for p in out.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")), default=-1)
+    what = functools.partial(draw, sd, size=size, init_latents=init_latents, out=out, understood=understood)
+    if args.vary:
+        tiles, rows, columns, count = draw_varied(what, sd, args, tagged, number)
+    else:
+        pictures = what(args, tagged, number)
+        tiles = [pictures[k : k + args.n] for k in range(0, len(pictures), args.n)]
+        rows, columns = args.prompt, [f"seed {args.seed + i}" for i in range(args.n)]
+        count = len(pictures)
+    print(f"wrote {count} pictures to {out}")
+    if args.grid or args.vary:
+        alone = [args.prompt[0]] if args.vary and len(args.prompt) == 1 else []
+        about = [*alone, args.model, f"{args.steps} steps of {args.sampler}", f"cfg {args.cfg:g}"]
+        about += [str(f) for f in (*args.lora, *args.hypernet, *args.embedding, *args.delta)]
+        write_png(out / "grid.png", labelled_sheet(tiles, rows, columns, ", ".join(about)))
+        print(f"one sheet of all: {out / 'grid.png'}")
+
+
+def draw(sd, args, tagged: dict, number: int, *, size, init_latents, out: Path, understood) -> list:
+    """Every prompt `args.n` times, each picture into its file, numbered from `number` on; the pictures."""
+    steps = len(samplers.plan(args.sampler, sd.schedule, args.steps, args.strength).steps)
     jobs = [(prompt, args.seed + i) for prompt in args.prompt for i in range(args.n)]
     at_once = args.batch_size or (32 if sd.resolution <= 64 else 4)
     pictures = {}
@@ -388,21 +420,84 @@ def main(argv=None):
         texts, seeds = [tagged[jobs[i][0]][0] for i in places], [jobs[i][1] for i in places]
         with with_tags(sd, tags):
             sd.text.warn_without_word(list(dict.fromkeys(texts)), args.negative)
-            for part in sd.batches(texts, at_once, len(plan.steps)):
+            for part in sd.batches(texts, at_once, steps):
                 some = [texts[k] for k in part], [seeds[k] for k in part]
                 count = f"{len(pictures) + len(part)} of {len(jobs)}"
-                with tqdm(total=len(plan.steps), desc=count, unit="step") as bar:
+                with tqdm(total=steps, desc=count, unit="step") as bar:
                     drawn = sample(sd, *some, args, size, init_latents, bar)
                 for i, picture in zip([places[k] for k in part], drawn, strict=True):
                     pictures[i], (prompt, seed) = picture, jobs[i]
                     info = {"parameters": parameters(prompt, seed, size, args)}
                     info |= {"alert": understood} if understood else {}
                     write_png(out / f"{number + i:05d}-{seed}.png", picture, info)
-    print(f"wrote {len(pictures)} pictures to {out}")
-    if args.grid:
-        sheet = grid([pictures[i] for i in range(len(jobs))], args.n, zoom=max(1, 128 // size[0]))
-        write_png(out / "grid.png", sheet)
-        print(f"one row per prompt: {out / 'grid.png'}")
+    return [pictures[i] for i in range(len(jobs))]
+
+
+def draw_varied(draw, sd, args, tagged: dict, number: int) -> tuple[list, list[str], list[str], int]:
+    """--vary: a picture for every pair of values, the same noise along a row but where the seed varies.
+    Returns the tiles, the names of rows and columns, and how many pictures there are."""
+    (down, rows), (across, columns) = sheet_axes(args)
+    moved = {"strength", "file"} & {down, across}
+    tiles = []
+    for r in rows:
+        tiles.append([])
+        for c in columns:
+            now = with_values(args, {down: r, across: c})
+            named = {prompt: tagged.get(prompt, (prompt, ())) for prompt in now.prompt}
+            with with_tags(sd, given_files(now) if moved else ()):
+                tiles[-1] += draw(now, named, number)
+            number += 1
+    names = [[axes.label(axis, v) for v in values] for axis, values in ((down, rows), (across, columns))]
+    return tiles, *names, len(rows) * len(columns)
+
+
+def sheet_axes(args) -> list[tuple[str, list]]:
+    """The axis of the rows and that of the columns; with one axis the rows are the prompts."""
+    found = list(axes.parse(args.vary).items())
+    return found if len(found) == 2 else [("prompt", args.prompt), *found]
+
+
+def with_values(args, values: dict) -> argparse.Namespace:
+    """The arguments of one picture of a sheet."""
+    now = argparse.Namespace(**{**vars(args), "n": 1})
+    for axis, value in values.items():
+        if axis == "prompt":
+            now.prompt = [value]
+        elif axis == "strength":
+            now.lora, now.hypernet = (
+                [f"{parse_scale(f)[0]}:{value}" for f in files] for files in (now.lora, now.hypernet)
+            )
+        elif axis == "file":
+            kind = "hypernet" if value.suffix == ".pt" else "lora"
+            scale = parse_scale((getattr(now, kind) or [""])[0])[1]
+            setattr(now, kind, [f"{value}:{scale:g}"])
+        else:
+            setattr(now, axis, value)
+    return now
+
+
+def given_files(args) -> tuple:
+    """The LoRAs and hypernetworks as a prompt's tags would name them."""
+    return tuple((kind, *parse_scale(f)) for kind in ("lora", "hypernet") for f in getattr(args, kind))
+
+
+def check_vary(args) -> None:
+    """Refuse before a model is opened what no sheet can be made of."""
+    found = axes.parse(args.vary)
+    if args.n > 1:
+        raise ValueError("--vary draws one picture for each pair of values; leave out --n, or vary the seed")
+    if len(args.prompt) > 1 and ("prompt" in found or len(found) == 2):
+        raise ValueError(f"{len(args.prompt)} prompts and --vary of {' and '.join(found)}: give one prompt")
+    if "prompt" in found:
+        args.prompt = found["prompt"]
+    if "strength" in found and not (args.lora or args.hypernet or "file" in found):
+        raise ValueError("--vary strength needs a --lora or --hypernet, whose strength it is")
+    for file in found.get("file", []):
+        check_file(file, f"--vary file {file}")
+    for sampler in found.get("sampler", []):
+        samplers.sigmas_and_timesteps(sampler, None, args.steps) if sampler not in samplers.SAMPLERS else None
+    if bad := [v for v in found.get("steps", []) if v < 1]:
+        raise ValueError(f"--vary steps: {bad[0]}, but must be at least 1")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from hanokdiff.files import replacing
 
@@ -153,3 +153,79 @@ def grid(pictures: list[Image.Image], columns: int, zoom: int = 1, gap: int = 2)
         p = p.resize((w, h), Image.Resampling.NEAREST) if zoom > 1 else p
         out.paste(p, (i % columns * (w + gap), i // columns * (h + gap)))
     return out
+
+
+TILE = (192, 320)  # a picture on a sheet is shown at a side between these
+KOREAN_FONTS = (
+    "NanumGothic.ttf", "NotoSansCJK-Regular.ttc", "NotoSansKR-Regular.otf", "malgun.ttf", "AppleGothic.ttf",
+)  # fmt: skip
+INK, LETTERS = (90, 90, 90), 16
+
+
+def labelled_sheet(
+    tiles: list[list[Image.Image | None]], rows: list[str], columns: list[str], title: str = ""
+) -> Image.Image:
+    """Pictures in rows and columns with their names, and a title below; small ones enlarged so that they can
+    be seen, large ones reduced. None leaves its place empty."""
+    side = next(p.size for row in tiles for p in row if p)
+    zoom = max(1, TILE[0] // min(side)) if min(side) < TILE[0] else min(1, TILE[1] / max(side))
+    w, h = (round(n * zoom) for n in side)
+    line = LETTERS + 3
+    texts, heads = [wrapped(name, 200) for name in rows], [wrapped(name, w) for name in columns]
+    left = max([text_width(t) for lines in texts for t in lines], default=0) + 12
+    top = max(map(len, heads), default=0) * line + 8
+    width, bottom = left + len(columns) * (w + 4), top + len(rows) * (h + 4)
+    foot = wrapped(title, width - 8) if title else []
+    out = Image.new("RGB", (width, bottom + len(foot) * line + 8 * bool(foot)), "white")
+    for c, lines in enumerate(heads):
+        write(out, (left + c * (w + 4), top - 4 - len(lines) * line), lines)
+    method = Image.Resampling.NEAREST if zoom >= 1 else Image.Resampling.LANCZOS
+    for r, lines in enumerate(texts):
+        y = top + r * (h + 4)
+        write(out, (4, y + max(0, h - len(lines) * line) // 2), lines)
+        for c, p in enumerate(tiles[r]):
+            if p:
+                out.paste(p.resize((w, h), method), (left + c * (w + 4), y))
+    write(out, (4, bottom + 4), foot)
+    return out
+
+
+@cache
+def font(korean: bool = False):
+    """Pillow's own font; for Korean, which it lacks, one of the system's, if there is any."""
+    for name in KOREAN_FONTS if korean else ():
+        try:
+            return ImageFont.truetype(name, LETTERS)
+        except OSError:
+            continue
+    return ImageFont.load_default(LETTERS)
+
+
+def text_width(line: str) -> int:
+    return round(font(not line.isascii()).getlength(line))
+
+
+def wrapped(text: str, width: int, most: int = 4) -> list[str]:
+    """The text in lines of this width in pixels; what is beyond the last one is cut, with dots."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if text_width(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    cut = [lines[most - 1] + " ..."] if len(lines) > most else lines[most - 1 : most]
+    return [fitting(line, width) for line in lines[: most - 1] + cut if line]
+
+
+def fitting(line: str, width: int) -> str:
+    """The line, or its beginning, as far as there is room."""
+    while line and text_width(line) > width:
+        line = line.removesuffix("...")[:-1].rstrip() + "..." if len(line) > 4 else ""
+    return line
+
+
+def write(image: Image.Image, place: tuple[int, int], lines: list[str]) -> None:
+    pen = ImageDraw.Draw(image)
+    for i, line in enumerate(lines):
+        pen.text((place[0], place[1] + i * (LETTERS + 3)), line, INK, font(not line.isascii()))

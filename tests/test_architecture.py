@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train_ti", "train_dreambooth", "train_lora", "train_hypernet", "sample", "clipscore")
 COMMANDS = ("alert", "caption", "convert")
 BASICS = (
+    "axes",
     "device",
     "errors",
     "files",

@@ -316,7 +316,7 @@ def test_text_encoder_of_another_width(copy):
 
 
 @pytest.mark.parametrize("option, value", [
-    ("beta_schedule", "squaredcos_cap_v2"), ("prediction_type", "sample"), ("rescale_betas_zero_snr", True),
+    ("beta_schedule", "squaredcos_cap_v2"), ("prediction_type", "sample"),
     ("trained_betas", [0.1, 0.2]), ("_class_name", "FlowMatchEulerDiscreteScheduler"),
 ])  # fmt: skip
 def test_schedule_that_we_do_not_know(copy, option, value):

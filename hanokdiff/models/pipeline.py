@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from hanokdiff.images import grid
+from hanokdiff.images import labelled_sheet
 from hanokdiff.models import samplers
 from hanokdiff.models.attend import SCALE, Attend
 from hanokdiff.models.memory import given_kv, project_kv, to_device
@@ -172,7 +172,7 @@ class StableDiffusion:
         """What training shows along the way, at the side in pixels that it trains at: the word, and whether
         it still goes with others."""
         prompts = [word, f"{word} in the snow", f"{word} at night", f"{word} with trees"]
-        return grid(self.draw(prompts, range(4), size=(side, side)), 4)
+        return labelled_sheet([self.draw(prompts, range(4), size=(side, side))], [""], prompts)
 
     @torch.inference_mode()
     def latents(self, picture: Image.Image) -> Tensor:

@@ -1,0 +1,89 @@
+"""Labelled sheets and X/Y plots: what is written on them, and that each place shows what its labels say."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_scripts import refused
+
+import sample
+import train_lora
+from hanokdiff import axes
+from hanokdiff.images import labelled_sheet, text_width, wrapped
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("warnings.showwarning", warnings.showwarning)
+
+
+def test_axes():
+    assert axes.parse(["seed=1-4", "strength=0.4, 1"]) == {"seed": [1, 2, 3, 4], "strength": [0.4, 1.0]}
+    assert axes.parse(["prompt=a barn, red|a castle"]) == {"prompt": ["a barn, red", "a castle"]}
+    assert axes.label("file", Path("runs/house/lora.safetensors")) == "house"
+    assert axes.label("cfg", 3.0) == "cfg 3" and axes.label("sampler", "ddim") == "ddim"
+
+
+def test_sheet_places_and_labels():
+    """Each picture is where its row and column are, enlarged by a whole number; letters are beside them."""
+    colours = [["red", "green"], ["blue", None]]
+    tiles = [[c and Image.new("RGB", (64, 64), c) for c in row] for row in colours]
+    sheet = np.asarray(labelled_sheet(tiles, ["one", "two"], ["a", "b"], "title"))
+    for colour in ((255, 0, 0), (0, 128, 0), (0, 0, 255)):
+        assert (sheet == colour).all(-1).sum() == 192 * 192
+    red, blue = (np.argwhere((sheet == c).all(-1)).min(0) for c in ((255, 0, 0), (0, 0, 255)))
+    assert blue[0] == red[0] + 196 and blue[1] == red[1]
+    ink = (sheet < 200).all(-1)
+    assert ink[: red[0]].any() and ink[red[0] :, : red[1]].any() and ink[-24:].any()
+
+
+def test_long_labels_stay_in_their_room():
+    lines = wrapped("a very long prompt that goes on and on " * 9, 192)
+    assert len(lines) == 4 and lines[-1].endswith("...") and all(text_width(line) <= 192 for line in lines)
+    assert wrapped("x" * 300, 100)[0].endswith("...")
+
+
+def picture(path: str) -> bytes:
+    return Image.open(path).convert("RGB").tobytes()
+
+
+def test_an_x_y_plot_shows_what_it_says(capsys):
+    """Strength x seed and cfg x file: every picture is that of the plain command with these values."""
+    common = "--steps 2 --batch-size 2 --images 2 --preview-every 0 --class-images 0 --lr 0.05 --device cpu"
+    for name in ("a", "b"):
+        more = ["--seed", "7"] * (name == "b")
+        assert train_lora.main([*common.split(), *more, "--rank", "2", "--out", f"runs/{name}"]) == 0
+    files = [f"runs/{name}/lora.safetensors" for name in "ab"]
+    plain = "--steps 2 --device cpu --out".split()
+    argv = ["* in the snow", "--lora", files[0], "--vary", "strength=0.5,1", "seed=3,4", *plain, "v"]
+    assert sample.main(argv) == 0
+    for k, (strength, seed) in enumerate(((0.5, 3), (0.5, 4), (1, 3), (1, 4))):
+        lone = ["* in the snow", "--lora", f"{files[0]}:{strength}", "--seed", seed, *plain, f"p{k}"]
+        assert sample.main(list(map(str, lone))) == 0
+        assert picture(f"v/{k:05d}-{seed}.png") == picture(f"p{k}/00000-{seed}.png")
+    assert f"lora.safetensors:{0.5}" in Image.open("v/00000-3.png").info["parameters"]
+    assert sample.main(["*", "--vary", "cfg=1,5", f"file={'|'.join(files)}", *plain, "w"]) == 0
+    for k, (cfg, file) in enumerate((c, f) for c in (1, 5) for f in files):
+        assert sample.main(["*", "--lora", file, "--cfg", str(cfg), *plain, f"q{k}"]) == 0
+        assert picture(f"w/{k:05d}-0.png") == picture(f"q{k}/00000-0.png")
+    assert Image.open("w/grid.png").width > 2 * 192
+
+
+@pytest.mark.parametrize(("argv", "word"), [
+    ("* --vary colour=1,2", "AXIS one of prompt, seed"),
+    ("* --vary cfg=1", "1 values"),
+    ("* --vary cfg=1,x", '"x" is not a number'),
+    ("* --vary cfg=1,2 seed=1,2 steps=1,2", "3 axes"),
+    ("* --vary cfg=1,2 cfg=3,4", "names cfg twice"),
+    ("* --vary strength=0.5,1", "needs a --lora"),
+    ("* --vary file=a.safetensors|b.safetensors", "no such file"),
+    ("* --vary seed=1-3 --n 2", "leave out --n"),
+    ("a b --vary seed=1-3 cfg=1,2", "give one prompt"),
+    ("* --vary sampler=ddim,nonsense", "nonsense"),
+    ("* --vary steps=0,2", "at least 1"),
+])  # fmt: skip
+def test_refused(argv, word, capsys):
+    refused(sample, [*argv.split(), "--device", "cpu"], [word], capsys)
