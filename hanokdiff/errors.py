@@ -19,6 +19,7 @@ LESS_MEMORY = (
     "--micro-batch 1", "--checkpointing", "a lower --batch-size", "a lower --resolution", "a smaller --size",
     "a lower --beams",
 )  # fmt: skip
+notes: list[str] = []  # what this command has warned of
 made: list[Path] = []  # folders that this command may have made, the outermost first
 
 
@@ -28,7 +29,8 @@ def report_errors(main: Callable) -> Callable:
 
     @functools.wraps(main)
     def wrapper(argv=None) -> int:
-        warnings.showwarning = lambda message, *_, **__: print(f"note: {message}", file=sys.stderr)
+        notes.clear()
+        warnings.showwarning = show_note
         # piped on Korean Windows it is cp949, which lacks most of Unicode
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="backslashreplace")
@@ -51,6 +53,12 @@ def report_errors(main: Callable) -> Callable:
             lock.release()
 
     return wrapper
+
+
+def show_note(message, *_, **__) -> None:
+    """A warning in one line, kept for the run's page."""
+    notes.append(str(message))
+    print(f"note: {message}", file=sys.stderr)
 
 
 def is_out_of_memory(e: Exception) -> bool:

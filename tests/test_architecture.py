@@ -17,6 +17,7 @@ SCRIPTS = ("train_ti", "train_dreambooth", "train_lora", "train_hypernet", "samp
 COMMANDS = ("alert", "caption", "convert")
 BASICS = (
     "axes",
+    "chart",
     "device",
     "errors",
     "files",

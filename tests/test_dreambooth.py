@@ -231,6 +231,8 @@ def test_what_learns(sd1, base, whole, home):
     assert sorted(p.name for p in (home / "whole").iterdir()) == [
         "class.json",
         "config.json",
+        "index.html",
+        "log.csv",
         "log.jsonl",
         "model",
         "model-000002",

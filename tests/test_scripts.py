@@ -140,6 +140,8 @@ def test_train_lora(sd1, photos, tmp_path, capsys):
         assert words in said, (words, said)
     assert sorted(p.name for p in out.iterdir()) == [
         "config.json",
+        "index.html",
+        "log.csv",
         "log.jsonl",
         "lora.safetensors",
         "previews",
@@ -183,6 +185,8 @@ def test_the_base_stays_frozen_to_the_bit(trained):
     assert len(before) > 500 and before == after
     assert sorted(p.name for p in out.iterdir()) == [
         "config.json",
+        "index.html",
+        "log.csv",
         "log.jsonl",
         "lora-000002.safetensors",
         "lora.safetensors",

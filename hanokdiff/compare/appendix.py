@@ -1,9 +1,9 @@
 """The page of a comparison, second part: scores, likeness, steps, costs, and what the numbers cannot say.
 
-Read next: hanokdiff/compare/chart.py (what a page is made of).
+Read next: hanokdiff/chart.py (what a page is made of).
 """
 
-from hanokdiff.compare import chart
+from hanokdiff import chart
 from hanokdiff.compare.sections import SHARES, View, decimal, name_of, percent
 from hanokdiff.compare.summary import TEXTS, find
 

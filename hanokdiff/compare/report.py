@@ -9,7 +9,7 @@ import io
 import json
 from pathlib import Path
 
-from hanokdiff.compare import chart
+from hanokdiff import chart
 from hanokdiff.compare.appendix import Appendix
 from hanokdiff.compare.sections import Answers, certainty, decimal, first, name_of, percent
 from hanokdiff.compare.summary import SHARES, summarise

@@ -5,7 +5,7 @@ Read next: hanokdiff/compare/appendix.py (the rest of the page), chart.py (what 
 
 from pathlib import Path
 
-from hanokdiff.compare import chart
+from hanokdiff import chart
 from hanokdiff.compare.summary import LEAST_SETS, SHARES, counted, find, point
 
 # --------------------------------------------------------------------------------------------------- words
@@ -261,6 +261,9 @@ class Answers(View):
         page.heading("Pictures")
         page.text(f"""The first four of each cell, not chosen, of set {self.settings["seeds"][0]}. The
             same place shows the same noise.""")
+        pages = {f"{m}, {n}": f"{c['folder']}/run/index.html" for (m, n), c in cells.items()}
+        if pages := {name: to for name, to in pages.items() if (self.out / to).is_file()}:
+            page.links("Every training has a page of its own:", pages)
         for q in self.settings["questions"]:
             tiles = [[self.tile(cells.get((m, n)), q["key"]) for m in self.recipes] for n in self.sizes]
             if not (q["literal_tokens"] or q["development"]) and any(tile for row in tiles for tile in row):

@@ -13,7 +13,7 @@ from hanokdiff.models import memory
 from hanokdiff.models.pipeline import LARGEST_SIDE, latent_size
 from hanokdiff.models.tokens import MOST_VECTORS
 from hanokdiff.options import Options
-from hanokdiff.training import distributed
+from hanokdiff.training import distributed, page
 from hanokdiff.training.dataset import LatentDataset, Photo, load_photos, photo_files, prepare_captions
 from hanokdiff.training.prior import number_or_folder
 from hanokdiff.training.state import differences
@@ -320,8 +320,15 @@ def trainer_options(
         "config": config(args, dataset, validation_photos, class_dataset) | {"base": sd.digest},
         "resume": args.resume is not None,
         "validate": validate,
+        "page": run_page(dataset),
         "preview": lambda: sd.preview(args.token, args.resolution),
     }
+
+
+def run_page(dataset: LatentDataset) -> Callable:
+    """What writes the run's page: the photos and their prompts are the same all along."""
+    photos = page.sheet(dataset.shown) if dataset.shown else None
+    return lambda out, artefact: page.write(out, artefact, photos, dataset.prompts)
 
 
 def config(args: argparse.Namespace, dataset, validation_photos: list[Photo], class_dataset) -> dict:

@@ -304,12 +304,18 @@ def check_word(captions: list[str], token: str, log: Log) -> None:
 # ---------------------------------------------------------------------------------------------------- latents
 
 
+SHOWN = 24
+
+
 class LatentDataset:
     """Photos encoded once. `dataset[batch]` -> latents (B, 4, h, w) float32, prompts [B]."""
 
     def __init__(self, vae, images: list[Image.Image], prompts: list[str], flip: bool = False, device="cpu"):
         assert len(images) == len(prompts) > 0, f"{len(images)} images, {len(prompts)} prompts"
         self.prompts, self.flip, self.device = list(prompts), flip, device
+        self.shown = [image.copy() for image in images[:SHOWN]]  # on the run's page
+        for image in self.shown:
+            image.thumbnail((128, 128))
         seen = hashlib.sha256(repr(self.prompts).encode())
         for image in images:
             seen.update(image.tobytes())

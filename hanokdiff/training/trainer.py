@@ -30,6 +30,7 @@ from hanokdiff.training.noise import Batch
 
 CLIP = 1.0  # gradient norm
 LOG_EVERY = 10  # steps
+PAGE_EVERY = 10.0  # seconds between two versions of a run's page
 VALIDATIONS = 10  # per run, and one at the start
 
 
@@ -47,6 +48,7 @@ class Trainer:
     micro_batch    photos at once; their gradients add up to those of `batch_size`. 0: all at once
     preview        draws a picture of the present state; called every `preview_every` steps
     metrics        returns more numbers for each line of the log
+    page           writes the run's page, from its folder and the artefact's name
     validate       returns the loss of held-out photos; logged at the start and VALIDATIONS times along the
                    way
     resume, force  go on from the folder's newest state; with `force` also under another config, if the
@@ -72,6 +74,7 @@ class Trainer:
         preview_every: int = 0,
         metrics: Callable[[], dict] | None = None,
         validate: Callable[[], float] | None = None,
+        page: Callable[[Path, str], None] | None = None,
         resume: bool = False,
         force: bool = False,
     ):
@@ -80,10 +83,11 @@ class Trainer:
         self.indices = distributed.shard(batch_size)
         # the main process validates, draws and saves; the others wait in their next step
         if distributed.RANK:
-            save, preview, validate, metrics = lambda path: None, None, None, None
+            save, preview, validate, metrics, page = lambda path: None, None, None, None, None
         self.save, self.save_every, self.artefact = save, save_every, artefact
         self.preview, self.preview_every = preview, preview_every
-        self.metrics, self.validate = metrics, validate
+        self.metrics, self.validate, self.page = metrics, validate, page
+        self.page_time = -math.inf
 
         self.parameters = list(trainable.values())
         self.masters = [fp32_master(p) for p in self.parameters]
@@ -228,6 +232,8 @@ class Trainer:
             self.save_state()
         if self._preview_is_due():
             self._preview()
+        if not last and self.step % LOG_EVERY == 0:
+            self._write_page(PAGE_EVERY)
         if stops:
             self.bar.close()
             distributed.barrier()  # torchrun ends all processes when one ends
@@ -239,6 +245,7 @@ class Trainer:
         if distributed.RANK == 0:
             self.save(artefact)
             state.delete_states(self.out)
+        self._write_page()
         self.bar.close()
         speed = self.steps / max(self.seconds, 1e-9)
         print(f"{self.seconds:.1f} s of training, {speed:.1f} steps/s; wrote {artefact}")
@@ -286,6 +293,14 @@ class Trainer:
         if not (self.preview and self.preview_every and self.step):
             return False
         return self.step % self.preview_every == 0 or self.step == self.steps
+
+    def _write_page(self, seconds: float = 0.0) -> None:
+        """The run's page, if the last one is so many seconds old."""
+        start = time.perf_counter()
+        if self.page and start - self.page_time >= seconds:
+            self.page(self.out, self.artefact)
+            self.page_time = time.perf_counter()
+            self.clock += self.page_time - start  # not training time
 
     @property
     def _preview_file(self) -> Path:

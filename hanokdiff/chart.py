@@ -23,14 +23,41 @@ STYLE = """
 body { margin: 0 auto; padding: 1rem; max-width: 60rem; color: var(--ink); background: var(--paper);
        font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
-.wide { overflow-x: auto; margin: 1rem 0; } figure { margin: 1rem 0; }
+.wide { overflow-x: auto; margin: 1rem 0; padding-bottom: .2rem;
+        background: linear-gradient(90deg, var(--paper) 1rem, transparent 2rem) local,
+                    linear-gradient(270deg, var(--paper) 1rem, transparent 2rem) 100% 0 local,
+                    linear-gradient(90deg, var(--line), transparent .5rem) scroll,
+                    linear-gradient(270deg, var(--line), transparent .5rem) 100% 0 scroll;
+        background-repeat: no-repeat; }
+figure { margin: 1rem 0; } nav ul { columns: 14rem; padding-left: 1.2rem; }
+pre { overflow-x: auto; background: var(--soft); padding: .6rem; font-size: .9rem; }
 figcaption { font-size: .9rem; opacity: .85; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
 th { background: var(--soft); } svg { display: block; min-width: 34rem; width: 100%; height: auto; }
-.wide img { display: block; min-width: 34rem; max-width: 100%; height: auto; }
+.wide img { display: block; max-width: 100%; height: auto; cursor: zoom-in; }
+.wide img.large { max-width: none; min-width: 60rem; cursor: zoom-out; }
 code { background: var(--soft); padding: 0 .2rem; }
 """
+
+
+# a picture becomes large at a click, and small at the next
+SCRIPT = """document.addEventListener("click", function (e) {
+  if (e.target.tagName === "IMG") { e.target.classList.toggle("large"); }
+});"""
+
+
+def embedded(image: Image.Image, caption: str) -> tuple[str, bytes]:
+    """An <img> with the picture in it, and the picture as a PNG."""
+    png = io.BytesIO()
+    image.save(png, "png")
+    source = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+    size = f'width="{image.width}" height="{image.height}"'
+    return f'<img src="{source}" {size} alt="{escape(caption)}"/>', png.getvalue()
+
+
+def framed(html: str, caption: str) -> str:
+    return f'<figure><div class="wide">{html}</div><figcaption>{escape(caption)}</figcaption></figure>'
 
 
 # -------------------------------------------------------------------------------------------------- a page
@@ -42,13 +69,15 @@ class Page:
     def __init__(self, title: str, refresh: int = 0):
         self.title, self.refresh = title, refresh  # the browser reloads after so many seconds
         self.html_blocks, self.markdown_blocks = [f"<h1>{escape(title)}</h1>"], [f"# {title}"]
+        self.headings: list[str] = []
 
     def add(self, html: str, markdown: str) -> None:
         self.html_blocks.append(html)
         self.markdown_blocks.append(markdown)
 
     def heading(self, text: str) -> None:
-        self.add(f"<h2>{escape(text)}</h2>", f"## {text}")
+        self.headings.append(text)
+        self.add(f'<h2 id="part{len(self.headings)}">{escape(text)}</h2>', f"## {text}")
 
     def text(self, text: str) -> None:
         """A paragraph, wherever its lines break. What stands between backticks is code."""
@@ -78,17 +107,30 @@ class Page:
 
     def picture(self, image: Image.Image, file: Path, caption: str) -> None:
         """Embedded in the HTML, and a file beside the Markdown."""
-        png = io.BytesIO()
-        image.save(png, "png")
-        source = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
-        size = f'width="{image.width}" height="{image.height}"'
-        html = f'<img src="{source}" {size} alt="{escape(caption)}"/>'
-        self.figure(html, file, png.getvalue(), caption)
+        html, png = embedded(image, caption)
+        self.figure(html, file, png, caption)
+
+    def embed(self, image: Image.Image, caption: str) -> None:
+        """A picture in the HTML alone."""
+        self.add(framed(embedded(image, caption)[0], caption), caption)
+
+    def svg(self, svg: str, caption: str) -> None:
+        """A chart in the HTML alone."""
+        self.add(framed(svg, caption), caption)
+
+    def links(self, words: str, targets: dict[str, str]) -> None:
+        """A line of links: name -> address, from this page's folder."""
+        html = ", ".join(f'<a href="{escape(to)}">{escape(name)}</a>' for name, to in targets.items())
+        markdown = ", ".join(f"[{name}](<{to}>)" for name, to in targets.items())
+        self.add(f"<p>{escape(words)} {html}</p>", f"{words} {markdown}")
+
+    def code(self, text: str) -> None:
+        self.add(f"<pre><code>{escape(text, False)}</code></pre>", f"    {text}")
 
     def figure(self, html: str, file: Path, content: bytes, caption: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
-        html = f'<figure><div class="wide">{html}</div><figcaption>{escape(caption)}</figcaption></figure>'
+        html = framed(html, caption)
         caption = caption.replace("*", "\\*")
         self.add(html, f"![{caption}]({file.parent.name}/{file.name})\n\n{caption}")
 
@@ -97,8 +139,15 @@ class Page:
         return (
             f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>{again}<meta name="viewport" '
             f'content="width=device-width, initial-scale=1"/><title>{escape(self.title)}</title>'
-            f"<style>{STYLE}</style></head><body>\n" + "\n".join(self.html_blocks) + "\n</body></html>\n"
+            f"<style>{STYLE}</style></head><body>\n{self.html_blocks[0]}\n{self.contents()}\n"
+            + "\n".join(self.html_blocks[1:])
+            + f"\n<script>{SCRIPT}</script></body></html>\n"
         )
+
+    def contents(self) -> str:
+        """Links to the sections."""
+        links = [f'<li><a href="#part{i}">{escape(t)}</a></li>' for i, t in enumerate(self.headings, 1)]
+        return f"<nav><ul>{''.join(links)}</ul></nav>" if len(links) > 3 else ""
 
     def markdown(self) -> str:
         return "\n\n".join(self.markdown_blocks) + "\n"
@@ -144,7 +193,7 @@ def fitting(text: str, font, width: float) -> str:
 
 # -------------------------------------------------------------------------------------------------- charts
 
-W, H, LEFT, BOTTOM, TOP = 720, 300, 64, 44, 34  # of the drawing, and its margins
+W, H, LEFT, BOTTOM, TOP = 720, 300, 84, 44, 34  # of the drawing, and its margins
 
 
 def dots(groups: list[str], series: list[str], values: list[list], y: str) -> str:
