@@ -86,7 +86,7 @@ def read(path: Path):
     lines = path.read_text().splitlines()
     if path.name == "log.jsonl":
         lines = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
-    return flat(lines) if path.name != "class.json" else {}
+    return flat(lines) if path.name not in ("class.json", "index.html", "log.csv") else {}
 
 
 def difference(a: dict, b: dict) -> str:

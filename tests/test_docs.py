@@ -120,9 +120,9 @@ def test_languages_have_the_same_parts(korean):
     assert scripts[0] == scripts[1], f"{name(english)} and {name(korean)} show other commands"
 
 
-@pytest.mark.parametrize("doc", sorted(ROOT.glob("README*.md")), ids=name)
+@pytest.mark.parametrize("doc", sorted(ROOT.glob("docs/reading*.md")), ids=name)
 def test_quoted_line_stands_in_the_loop(doc):
-    """The answer to the README's question where noise is added."""
+    """The answer to the question where noise is added."""
     (line,) = re.findall(r"`(x_t = [^`]+)`", doc.read_text("utf-8"))
     for method in plan.METHODS:
         assert line in (ROOT / f"train_{method}.py").read_text("utf-8")

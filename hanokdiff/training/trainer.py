@@ -384,7 +384,7 @@ class Trainer:
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as e:
             raise ValueError(
                 f"{file} does not fit what these options train, or is no state at all "
-                f"({type(e).__name__}); "
+                f"({e if isinstance(e, ValueError) else type(e).__name__}); "
                 "leave out the options that differ, or start again without --resume"
             ) from None
         if self.step > self.steps:
@@ -398,8 +398,11 @@ class Trainer:
 
     def _apply_state(self, content: dict) -> None:
         shapes = {k: p.shape for k, p in self.trainable.items()}
-        if {k: t.shape for k, t in content["learns"].items()} != shapes:
-            raise KeyError("other parameters")
+        saved = {k: t.shape for k, t in content["learns"].items()}
+        if saved != shapes:
+            odd = next(k for k in (*shapes, *saved) if shapes.get(k) != saved.get(k))
+            was, now = (f"of shape {tuple(s[odd])}" if odd in s else "not there" for s in (saved, shapes))
+            raise ValueError(f"{odd} was {was} and is now {now}")
         with torch.no_grad():
             for (name, p), m in zip(self.trainable.items(), self.masters, strict=True):
                 m.copy_(content["learns"][name])
