@@ -98,7 +98,7 @@ def main(argv=None):
     # 2. The photos, and class pictures drawn by the model as it still is
     photos, dataset, held_out = load_data(args, sd, world.photos)
     more = world.CLASS_PROMPTS if args.model == "tiny" else None
-    class_dataset, seconds = prior.load(args, sd, photos, dataset.prompts, more)
+    class_dataset, seconds = prior.load(args, sd, photos, dataset, more)
 
     # 3. What is trained: everything, but of the token table the pseudo word's own rows only
     embedding, rates, ids = None, {"unet": args.lr}, sd.text.words[args.token]

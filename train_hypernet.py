@@ -109,7 +109,7 @@ def main(argv=None):
     # 2. The photos, encoded once, and class pictures drawn by the model as it still is
     photos, dataset, held_out = load_data(args, sd, world.photos)
     more = world.CLASS_PROMPTS if args.model == "tiny" else None
-    class_dataset, seconds = prior.load(args, sd, photos, dataset.prompts, more)
+    class_dataset, seconds = prior.load(args, sd, photos, dataset, more)
 
     # 3. What is trained: a pair of networks per width, in front of to_k and to_v, and with
     # --vectors the word's

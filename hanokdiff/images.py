@@ -104,10 +104,10 @@ def to_8_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(eight)
 
 
-def crop_to_square(image: Image.Image, resolution: int) -> Image.Image:
-    """The largest centred square, resized to resolution x resolution; the aspect is kept."""
-    method = Image.Resampling.LANCZOS if min(image.size) > resolution else Image.Resampling.BICUBIC
-    return ImageOps.fit(image, (resolution, resolution), method)
+def crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The largest centred part of this shape, resized to it; the aspect is kept."""
+    method = Image.Resampling.LANCZOS if min(image.size) > min(size) else Image.Resampling.BICUBIC
+    return ImageOps.fit(image, size, method)
 
 
 def webui_parameters(

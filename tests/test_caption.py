@@ -285,7 +285,9 @@ def test_an_odd_folder(tmp_path, run, blip):
     assert "left alone: 'utf16.txt' is neither UTF-8 nor cp949" in out
     for name in ("기와집 1.jpg", "a.png", "bom.webp", "cp949.png"):  # and training reads them
         assert (
-            load_photo(folder / name, 8).caption == read_caption((folder / name).with_suffix(".txt"))[0] != ""
+            load_photo(folder / name, [(8, 8)]).caption
+            == read_caption((folder / name).with_suffix(".txt"))[0]
+            != ""
         )
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from hanokdiff.images import crop_to_square, read_photo
+from hanokdiff.images import crop, read_photo
 from hanokdiff.models.pipeline import to_tensor
 from hanokdiff.models.tokens import contains_word as contains
 from hanokdiff.models.vae import VAE, VAEConfig
@@ -149,11 +149,7 @@ def test_fit_crops_and_never_squashes():
     tall = Image.new("RGB", (200, 1000), RED)
     tall.paste(WHITE, (0, 400, 200, 600))
     ImageDraw.Draw(tall).ellipse((20, 420, 180, 580), fill=BLUE)
-    for image in (
-        crop_to_square(tall, 64),
-        crop_to_square(tall.rotate(90, expand=True), 64),
-        crop_to_square(tall, 400),
-    ):
+    for image in (crop(tall, (64, 64)), crop(tall.rotate(90, expand=True), (64, 64)), crop(tall, (400, 400))):
         pixels = np.asarray(image).astype(int)
         assert image.size in {(64, 64), (400, 400)}
         assert (pixels[..., 2] > 200).all()  # no red: blue and white both have a full blue channel
@@ -164,7 +160,7 @@ def test_fit_crops_and_never_squashes():
 
 def test_fit_leaves_the_right_size_alone():
     image = Image.effect_noise((64, 64), 80).convert("RGB")
-    assert crop_to_square(image, 64).tobytes() == image.tobytes()
+    assert crop(image, (64, 64)).tobytes() == image.tobytes()
 
 
 @pytest.mark.parametrize("raw,text,notes", [
@@ -243,7 +239,7 @@ def test_photos_come_with_captions_and_a_summary(tmp_path):
     assert photos["a.png"].changed == ""
     assert photos["c.png"].changed == "transparency laid over white, enlarged"
     done = "1 transparency laid over white ('c.png'); 1 enlarged ('c.png')"
-    assert said == [f"3 photos from {tmp_path}, 1 with captions; {done}"]
+    assert said[-1:] == [f"3 photos from {tmp_path}, 1 with captions; {done}"]
 
 
 def test_cp949_caption_is_read_with_a_notice(tmp_path):
@@ -453,5 +449,5 @@ def test_shots_of_a_bf16_vae_are_float32(vae, pictures):
     half = VAE(vae.config).to(torch.bfloat16)
     half.load_state_dict(vae.state_dict())
     coarse, fine = LatentDataset(half, pictures[:1], ["x"]), LatentDataset(vae, pictures[:1], ["x"])
-    assert coarse.mean.dtype == coarse.std.dtype == torch.float32
-    torch.testing.assert_close(coarse.mean, fine.mean, atol=0.1, rtol=0.1)
+    assert coarse.mean[0].dtype == coarse.std[0].dtype == torch.float32
+    torch.testing.assert_close(coarse.mean[0], fine.mean[0], atol=0.1, rtol=0.1)

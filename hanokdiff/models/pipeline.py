@@ -168,11 +168,11 @@ class StableDiffusion:
             places = [i for i, n in enumerate(lengths) if n == length]
             yield from (places[k : k + size] for k in range(0, len(places), size))
 
-    def preview(self, word: str, side: int) -> Image.Image:
-        """What training shows along the way, at the side in pixels that it trains at: the word, and whether
+    def preview(self, word: str, size: tuple[int, int]) -> Image.Image:
+        """What training shows along the way, at the size in pixels that it trains at: the word, and whether
         it still goes with others."""
         prompts = [word, f"{word} in the snow", f"{word} at night", f"{word} with trees"]
-        return labelled_sheet([self.draw(prompts, range(4), size=(side, side))], [""], prompts)
+        return labelled_sheet([self.draw(prompts, range(4), size=size)], [""], prompts)
 
     @torch.inference_mode()
     def latents(self, picture: Image.Image) -> Tensor:

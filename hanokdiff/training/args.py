@@ -127,6 +127,7 @@ def training_parser(doc: str, defaults: dict[str, dict]) -> tuple[Parser, Callab
     data("--held-out", "do not train on the last N photos, but log their loss", type=int, default=0)
     data("--literal-tokens", "leave the pseudo word to the tokenizer, which fuses *,", action="store_true")
     data("--resolution", "side in pixels (default: the model's own)", type=int)
+    data("--square", "crop all photos to squares, instead of sizes near their shapes", action="store_true")
     data("--flip", "mirror every other photo", action="store_true", default=False)
     train("--steps", "optimiser steps", type=int)
     train("--batch-size", "photos a step", type=int)
@@ -282,7 +283,8 @@ def run_folder(args: argparse.Namespace, method: str, artefact: str) -> Path:
 def load_data(args: argparse.Namespace, sd, draw: Callable) -> tuple[list[Photo], LatentDataset, list[Photo]]:
     """The photos to train on, the same encoded with their prompts, and the held-out photos. Without --data,
     `draw` draws them."""
-    how = dict(photo_set=args.photo_set)
+    step = None if args.square else sd.vae.config.factor * 2 ** (len(sd.unet.config.block_out_channels) - 1)
+    how = dict(photo_set=args.photo_set, step=step)
     photos, held_out = load_photos(args.data or draw, args.resolution, args.images, args.held_out, **how)
     args.images = len(photos)
     prompts = prepare_captions(photos, args.token, args.replace, args.caption)
@@ -312,8 +314,7 @@ def trainer_options(
         captions = prepare_captions(
             validation_photos, args.token, args.replace, args.caption, log=lambda _: None
         )
-        held_out = LatentDataset(sd.vae, [p.image for p in validation_photos], captions, device=sd.device)
-        validate = functools.partial(validation_loss, sd, held_out)
+        validate = by_size(sd, [p.image for p in validation_photos], captions)
     names = ("steps", "batch_size", "micro_batch", "lr", "seed", "save_every", "preview_every", "force")
     return {
         **{name: getattr(args, name) for name in names},
@@ -321,8 +322,23 @@ def trainer_options(
         "resume": args.resume is not None,
         "validate": validate,
         "page": run_page(dataset),
-        "preview": lambda: sd.preview(args.token, args.resolution),
+        "preview": lambda: sd.preview(args.token, most_common(dataset)),
     }
+
+
+def by_size(sd, images: list, captions: list[str]) -> Callable[[], float]:
+    """The loss of held-out photos, those of each size by themselves."""
+    parts = []
+    for size in sorted({image.size for image in images}):
+        chosen = [i for i, image in enumerate(images) if image.size == size]
+        own = [images[i] for i in chosen], [captions[i] for i in chosen]
+        parts.append(LatentDataset(sd.vae, *own, device=sd.device))
+    return lambda: sum(validation_loss(sd, part) * len(part) for part in parts) / len(images)
+
+
+def most_common(dataset: LatentDataset) -> tuple[int, int]:
+    """The size that most photos have."""
+    return max(zip(dataset.groups, dataset.sizes, strict=True), key=lambda x: len(x[0]))[1]
 
 
 def run_page(dataset: LatentDataset) -> Callable:

@@ -11,8 +11,9 @@ import math
 import os
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,12 +22,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hanokdiff.files import parse_json, read_text
-from hanokdiff.images import SUFFIXES, crop_to_square, listed, read_photo
+from hanokdiff.images import SUFFIXES, crop, listed, read_photo
 from hanokdiff.models.memory import to_device
 from hanokdiff.models.pipeline import to_tensor
 from hanokdiff.models.tokens import contains_word, word_pattern
+from hanokdiff.training import buckets
 
 Log = Callable[[str], None]
+LOSSY = 0.1  # share of a photo that may be cropped away without a word
 
 
 @dataclass
@@ -34,10 +37,11 @@ class Photo:
     """One training example before encoding."""
 
     name: str
-    image: Image.Image  # RGB, upright, resolution x resolution
+    image: Image.Image  # RGB, upright, in one of the sizes that are trained at
     caption: str | None
     changed: str  # what the reader did, "" if nothing: "rotated by EXIF, enlarged"
     repeats: int = 1  # how often it comes in one pass, against the others: of a folder 10_NAME 10
+    cut: float = 0.0  # the share that was cropped away
 
 
 # --------------------------------------------------------------------------------------------------- one file
@@ -115,11 +119,13 @@ def load_photos(
     log: Log = print,
     option: str = "--data",
     photo_set: int = 0,
+    step: int | None = None,
 ) -> tuple[list[Photo], list[Photo]]:
     """The first `images` readable ones of a folder (None: all) in its fixed order, and its last `held_out`,
     which are not among them. `source` may also be a function that draws them, such as tiny.world.photos.
     `option`: what named the folder, for messages. `photo_set` 1, 2, ... take the photos in other orders;
-    those held out stay the same."""
+    those held out stay the same. `step`: pixels by which the sizes of photos that are not square differ; None
+    crops all to squares."""
     if images is not None and images < 1:
         raise ValueError(f"--images {images}: at least 1 is needed; leave it out to take them all")
     if callable(source):
@@ -132,12 +138,13 @@ def load_photos(
     files = photo_files(Path(source), option)
     # those that cannot be read are reported below
     captions = functools.cache(Captions)  # of each folder
-    validation_photos, _ = read_until(held_out, files[::-1], resolution, lambda _: None, captions)
+    shapes = buckets.sizes(resolution, step) if step else [(resolution, resolution)]
+    validation_photos, _ = read_until(held_out, files[::-1], shapes, lambda _: None, captions)
     aside = {photo.name for photo in validation_photos}
     rest = [f for f in files if f.name not in aside]
     if photo_set:
         rest.sort(key=lambda f: name_hash(f"{photo_set} {f.name}"))
-    photos, unreadable = read_until(images, rest, resolution, log, captions)
+    photos, unreadable = read_until(images, rest, shapes, log, captions)
     if len(photos) < (images or 1) or len(validation_photos) < held_out:
         asked = " and ".join(
             [f"--images {images}"] * bool(images) + [f"--held-out {held_out}"] * bool(held_out)
@@ -156,6 +163,12 @@ def load_photos(
     several = [captions(d).shared([f.name for f in files if f.parent == d]) for d in folders]
     if several := next(filter(None, several), None):
         log(f"two pictures share one caption: {' and '.join(several)}; is that meant?")
+    if lossy := [f"{p.name} {100 * p.cut:.0f} %" for p in photos if p.cut > LOSSY]:
+        more = f" and {len(lossy) - 9} more" if len(lossy) > 9 else ""
+        log(f"cropped by more than {100 * LOSSY:.0f} %: {', '.join(lossy[:9])}{more}")
+    shown = Counter(p.image.size for p in photos)
+    if len(shown) > 1:
+        log("sizes: " + ", ".join(f"{w}x{h} {n} times" for (w, h), n in shown.most_common()))
     note = summary(photos, f"photos from {source}") + bad
     photos, often = repeated(photos)
     log(note + often + held_out_note(validation_photos))
@@ -179,11 +192,13 @@ def held_out_note(validation_photos: list[Photo]) -> str:
 def drawn_photos(draw: Callable, n: int, resolution: int, held_out: bool) -> list[Photo]:
     """The embedded photos, or those that no method sees."""
     pictures = enumerate(draw(n, held_out) if n else [])
-    return [Photo(f"hanok {i}", crop_to_square(image, resolution), text, "") for i, (image, text) in pictures]
+    return [
+        Photo(f"hanok {i}", crop(image, (resolution, resolution)), text, "") for i, (image, text) in pictures
+    ]
 
 
 def read_until(
-    images: int | None, files: list[Path], resolution: int, log: Log, captions: Callable
+    images: int | None, files: list[Path], shapes: list[buckets.Size], log: Log, captions: Callable
 ) -> tuple[list[Photo], list[str]]:
     """The first `images` that can be read, and what is wrong with those that could not be."""
     photos, unreadable = [], []
@@ -191,7 +206,7 @@ def read_until(
         if len(photos) == images:
             break
         try:
-            photos.append(load_photo(path, resolution, captions(path.parent)))
+            photos.append(load_photo(path, shapes, captions(path.parent)))
         except ValueError as e:
             log(f"Skipped, going on with the others: {e}")
             unreadable.append(str(e))
@@ -231,17 +246,18 @@ def name_hash(name: str) -> bytes:
     return hashlib.sha256(unicodedata.normalize("NFC", name).encode("utf-8", "surrogateescape")).digest()
 
 
-def load_photo(path: Path, resolution: int, captions: Captions | None = None) -> Photo:
-    """A picture file and its caption."""
+def load_photo(path: Path, shapes: list[buckets.Size], captions: Captions | None = None) -> Photo:
+    """A picture file, cropped to the most similar of these sizes, and its caption."""
     image, note = read_photo(path)
-    small = "enlarged" if min(image.size) < resolution else ""
+    size = buckets.nearest(image.size, shapes)
+    lost, small = buckets.cut(image.size, size), "enlarged" if min(image.size) < min(size) else ""
     caption, how = (captions or Captions(path.parent)).of(path.name)
     number = NUMBERED.match(path.parent.name)
     if number and not caption:  # kohya's: the folder's name is the caption
         caption = number[2]
     repeats = max(1, int(number[1])) if number else 1
-    image = crop_to_square(image, resolution)
-    return Photo(path.name, image, caption or None, listed(note, small, how), repeats)
+    image = crop(image, size)
+    return Photo(path.name, image, caption or None, listed(note, small, how), repeats, lost)
 
 
 def summary(photos: list[Photo], what: str) -> str:
@@ -320,26 +336,51 @@ class LatentDataset:
         for image in images:
             seen.update(image.tobytes())
         self.hash = seen.hexdigest()[:16]  # to notice, on resume, that photos or captions have changed
-        ways = [images, [ImageOps.mirror(image) for image in images]] if flip else [images]
-        encoded = [encode(vae, way) for way in ways]
-        self.mean, self.std = (torch.stack(t).to(device) for t in zip(*encoded))  # (1 or 2, N, 4, h, w)
-        bad = (~torch.isfinite(self.mean + self.std)).flatten(2).any(-1).any(0)  # (N,)
+        self.sizes = sorted({image.size for image in images})  # each batch is of one
+        self.groups = [[i for i, image in enumerate(images) if image.size == size] for size in self.sizes]
+        self.turns = buckets.Turns([len(group) for group in self.groups])
+        self.follows: LatentDataset | None = None  # whose sizes these pictures take, turn by turn
+        self.mean, self.std = [], []  # of each size (1 or 2, N, 4, h, w)
+        for group in self.groups:
+            own = [images[i] for i in group]
+            ways = [own, [ImageOps.mirror(image) for image in own]] if flip else [own]
+            encoded = [encode(vae, way) for way in ways]
+            mean, std = (torch.stack(t).to(device) for t in zip(*encoded))
+            self.check_finite(mean + std, [prompts[i] for i in group])
+            self.mean.append(mean)
+            self.std.append(std)
+
+    def check_finite(self, latents: Tensor, prompts: list[str]) -> None:
+        bad = (~torch.isfinite(latents)).flatten(2).any(-1).any(0)  # (N,)
         wrong = [] if bad.is_meta else [p for p, b in zip(prompts, bad.tolist(), strict=True) if b]
         if wrong:  # fp16 ends at 65504
             raise ValueError(
-                f"of {len(wrong)} of {len(images)} pictures (such as {wrong[0]!r}) the autoencoder makes "
+                f"of {len(wrong)} of {len(prompts)} pictures (such as {wrong[0]!r}) the autoencoder makes "
                 "numbers that are not finite; try --dtype fp32"
             )
 
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def turn(self, step: int) -> tuple[int, int]:
+        """Which size a step has, and how often it has had it before."""
+        if self.follows is None:
+            return self.turns.at(step)
+        group, before = self.follows.turn(step)
+        return self.sizes.index(self.follows.sizes[group]), before
+
     def __getitem__(self, batch) -> tuple[Tensor, list[str]]:
-        photos = batch.photos(len(self))
+        which = 0
+        order = batch
+        if len(self.sizes) > 1:
+            which, turn = self.turn(batch.step)
+            order = replace(batch, step=turn)
+        group = self.groups[which]
+        photos = order.photos(len(group))
         mirrored = batch.uniform("flip") < 0.5 if self.flip else torch.zeros(len(photos))
         index = to_device(mirrored.long(), self.device), to_device(torch.tensor(photos), self.device)
-        mean, std = self.mean[index], self.std[index]  # (B, 4, h, w)
-        return mean + std * batch.normal(mean.shape, "latent"), [self.prompts[i] for i in photos]
+        mean, std = self.mean[which][index], self.std[which][index]  # (B, 4, h, w)
+        return mean + std * batch.normal(mean.shape, "latent"), [self.prompts[group[i]] for i in photos]
 
 
 @torch.no_grad()

@@ -17,11 +17,12 @@ from tqdm import tqdm
 
 from hanokdiff.errors import make_folder
 from hanokdiff.files import read_text, write_json
-from hanokdiff.images import read_photo, write_png
+from hanokdiff.images import crop, read_photo, write_png
 from hanokdiff.models import samplers
 from hanokdiff.models.prompt import escape_prompt
 from hanokdiff.models.tokens import word_pattern
 from hanokdiff.training import distributed
+from hanokdiff.training.buckets import Turns
 from hanokdiff.training.dataset import LatentDataset, Photo, load_photos
 
 
@@ -67,16 +68,19 @@ def check(args: argparse.Namespace) -> None:
 
 
 def load(
-    args: argparse.Namespace, sd, photos: list[Photo], photo_prompts: list[str], more: Path | None = None
+    args: argparse.Namespace, sd, photos: list[Photo], dataset: LatentDataset, more: Path | None = None
 ) -> tuple[LatentDataset | None, float]:
     """The class pictures, encoded, and the seconds that it took to draw them; None without any. To be called
-    while the model is untouched. `more`: prompts besides the photos' own, if --class-prompts names none."""
+    while the model is untouched. `more`: prompts besides the photos' own, if --class-prompts names none. They
+    are of the photos' sizes in the photos' shares, and come in the photos' turns."""
+    photo_prompts = dataset.prompts
     if not (args.class_images and args.prior_weight):
         return None, 0.0
     phrase = args.class_phrase or args.replace
     if isinstance(args.class_images, Path):
         own, _ = load_photos(args.class_images, args.resolution, option="--class-images")
-        images, seconds = [p.image for p in own], 0.0
+        images = [crop(p.image, size) for p, size in zip(own, sizes_for(dataset, len(own)), strict=True)]
+        seconds = 0.0
         texts = prompts([p.caption or phrase for p in own], args.token, phrase)
     else:
         if not (args.class_phrase or args.resume or any(phrase in (p.caption or "") for p in photos)):
@@ -86,8 +90,24 @@ def load(
             )
         more = None if str(args.class_prompts) == "none" else args.class_prompts or more
         texts = prompts(photo_prompts, args.token, phrase, more and Path(more))
-        images, texts, seconds = pictures(sd, texts, args.class_images, args.resolution, args.seed)
-    return LatentDataset(sd.vae, images, texts, args.flip, sd.device), seconds
+        sizes = sizes_for(dataset, args.class_images)
+        images, texts, seconds = pictures(sd, texts, args.class_images, sizes, args.seed)
+    found = LatentDataset(sd.vae, images, texts, args.flip, sd.device)
+    found.follows = dataset if len(dataset.sizes) > 1 else None
+    return found, seconds
+
+
+def sizes_for(dataset: LatentDataset, n: int) -> list[tuple[int, int]]:
+    """Of n class pictures each one's size."""
+    if n < len(dataset.sizes):
+        raise ValueError(
+            f"--class-images is {n}, but the photos have {len(dataset.sizes)} sizes, and each needs class "
+            "pictures; take more, or crop all photos: --square"
+        )
+    turns = Turns([len(group) for group in dataset.groups])
+    found = [dataset.sizes[turns.at(i)[0]] for i in range(n)]
+    missing = [size for size in dataset.sizes if size not in found]
+    return found[: n - len(missing)] + missing
 
 
 def note(out: Path, dataset: LatentDataset | None, seconds: float) -> None:
@@ -126,27 +146,32 @@ def read_prompts(file: Path, token: str) -> list[str]:
 
 
 @distributed.main_process_first()
-def pictures(sd, texts: list[str], n: int, resolution: int, seed: int, root: Path = Path("runs") / "class"):
+def pictures(sd, texts: list[str], n: int, sizes: list, seed: int, root: Path = Path("runs") / "class"):
     """n class pictures: ([PIL pictures], [prompts], seconds spent on drawing). Picture i has text i, texts
     repeat. Their folder's name holds all of the model that they depend on."""
+    sizes = [(sizes, sizes)] * n if isinstance(sizes, int) else sizes
     start, texts = time.perf_counter(), [texts[i % len(texts)] for i in range(n)]
     how = f"{sd.digest} {sd.dtype} {sd.schedule.prediction_type} {samplers.DEFAULT} {sd.cfg:g}"
     how += f" clip skip {sd.text.clip_skip}"
     folder = root / hashlib.sha256(how.encode()).hexdigest()[:12]
     make_folder(folder, "the class pictures' folder")
     key = [
-        hashlib.sha256(f"{t} {seed + i} {resolution}".encode()).hexdigest()[:16] for i, t in enumerate(texts)
+        hashlib.sha256(f"{t} {seed + i} {sizes[i]}".encode()).hexdigest()[:16] for i, t in enumerate(texts)
     ]
     files = [folder / f"{k}.png" for k in key]
-    words, at_once = [escape_prompt(t) for t in texts], 32 if resolution <= 64 else 4
+    words, at_once = [escape_prompt(t) for t in texts], 32 if max(map(max, sizes)) <= 96 else 4
     # always in the same batches, whose company moves a picture by a grey level: stopped or not, it is the
     # same picture
     todo = {i for i, file in enumerate(files) if not file.exists()}
-    parts = [part for part in sd.batches(words, at_once) if todo & set(part)]
+    parts = [
+        [places[i] for i in part]
+        for size in dict.fromkeys(sizes)
+        for places in [[i for i, own in enumerate(sizes) if own == size]]
+        for part in sd.batches([words[i] for i in places], at_once)
+    ]
+    parts = [part for part in parts if todo & set(part)]
     for part in tqdm(parts, "class pictures", unit="batch", leave=False, disable=None):
-        drawn = sd.draw(
-            [words[i] for i in part], [seed + i for i in part], at_once, size=(resolution, resolution)
-        )
+        drawn = sd.draw([words[i] for i in part], [seed + i for i in part], at_once, size=sizes[part[0]])
         for i, picture in zip(part, drawn, strict=True):
             if i in todo:
                 write_png(files[i], picture)
