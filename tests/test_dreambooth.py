@@ -4,7 +4,6 @@ it leaves.
 All runs share a home folder, so that its class pictures are drawn once; and they are drawn in two steps, not
 twenty."""
 
-import copy
 import hashlib
 import json
 import shutil
