@@ -3,8 +3,11 @@
 import argparse
 import functools
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 from hanokdiff import lock
 from hanokdiff.errors import check_folder
@@ -145,6 +148,11 @@ def training_parser(doc: str, defaults: dict[str, dict]) -> tuple[Parser, Callab
     train(
         "--checkpointing", "run blocks again in the backward pass: slower, less memory", action="store_true"
     )
+    train(
+        "--deterministic",
+        "on a GPU the same bits each time, slower; a CPU gives them anyway",
+        action="store_true",
+    )
     train("--compile", "torch.compile of each block: minutes at the start", action="store_true")
     out("--out", "folder of the run (default: runs/METHOD, numbered if taken)", type=Path)
     out("--save-every", "steps between saved states and files, 0 for none", type=int)
@@ -207,6 +215,9 @@ def check_training(args) -> None:
             "--dtype fp16 is for drawing: in training many gradients are too small for it and become 0; take "
             "bf16, which has fp32's range, or fp32"
         )
+    if getattr(args, "deterministic", False):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # before cuBLAS is first asked
+        torch.use_deterministic_algorithms(True)
     distributed.shard(args.batch_size)  # refuses fewer photos than processes
     if not args.token.strip():
         raise ValueError('--token is empty; name the pseudo word, such as "*" or "sks"')

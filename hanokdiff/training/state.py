@@ -15,7 +15,7 @@ import torch
 from hanokdiff.files import read_json, replacing, write_text
 
 # change results by rounding at most
-HARMLESS = ("device", "checkpointing", "compile", "save_every", "preview_every")
+HARMLESS = ("device", "deterministic", "checkpointing", "compile", "save_every", "preview_every")
 
 
 def state_files(out: Path) -> list[Path]:
