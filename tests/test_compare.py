@@ -582,7 +582,7 @@ def test_several_trainings_are_compared(done):
     )
     assert test["each"] == [-0.0625] + [0.875] * 7 and test["p"] == 4 / 256
     text = compose(done, {**found, "cells": cells}, summary).markdown()
-    assert "1 of 8 [2, 47] %" in text and "8 trainings per cell" in text and "0.0156" in text
+    assert "1 of 8 [2, 47] %" in text and "8 trainings per cell at most" in text and "0.0156" in text
 
 
 def test_workers(tmp_path, capsys):

@@ -61,8 +61,9 @@ def certainty(settings: dict) -> str:
         )
     whose = "with the same photos" if settings["same_photos"] else "each with its own photos"
     return (
-        f"{len(seeds)} trainings per cell ({', '.join(map(str, seeds))}), {whose}, start, order and noise. "
-        "Intervals (95 %): a bootstrap over these sets, then over pictures. Every dot is one training."
+        f"{len(seeds)} trainings per cell at most (sets {', '.join(map(str, seeds))}), {whose}, start, order "
+        "and noise. Intervals (95 %): a bootstrap over these sets, then over pictures. Every dot is one "
+        "training."
     )
 
 
@@ -186,17 +187,10 @@ class Answers(View):
             for m in self.recipes:
                 for r in filter(None, self.by_size(m)):
                     k, n, low, high = r["failures"]
-                    rows.append(
-                        [
-                            m,
-                            r["photos"],
-                            each(r["both_each"]),
-                            f"{k} of {n} [{100 * low:.0f}, {100 * high:.0f}] %",
-                        ]
-                    )
-            page.table(
-                ["recipe", "photos", f"sets {' '.join(map(str, self.settings['seeds']))}", "failed"], rows
-            )
+                    failed = f"{k} of {n} [{100 * low:.0f}, {100 * high:.0f}] %"
+                    sets = " ".join(map(str, r["sets"]))
+                    rows.append([m, r["photos"], sets, each(r["both_each"]), failed])
+            page.table(["recipe", "photos", "sets", "joint share of each, %", "failed"], rows)
 
     def differences(self) -> None:
         tests = self.summary["tests"]
