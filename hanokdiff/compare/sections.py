@@ -152,7 +152,9 @@ class Answers(View):
         page.text(certainty(s))
         page.text("""A recipe is a method with all its options; two recipes of one method may differ by
             more than two methods do.""")
-        rows = [[name, f"train_{words}".replace(" ", ".py ", 1)] for name, words in s["recipes"].items()]
+        rows = [
+            [name, f"train_{words} ".replace(" ", ".py ", 1).strip()] for name, words in s["recipes"].items()
+        ]
         page.table(["recipe", "options (the rest: the script's defaults)"], rows)
 
     def in_short(self) -> None:
