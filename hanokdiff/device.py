@@ -26,8 +26,6 @@ def choose_device(device: str | None = None, dtype: str = "auto") -> tuple[torch
     except (RuntimeError, AssertionError) as e:
         reason = str(e).splitlines()[0]
         raise ValueError(f'device "{device}" cannot be used ({reason}); try cpu, or leave it out') from None
-    if chosen.type == "meta":
-        raise ValueError(f'device "{device}" holds no numbers; try cpu, or leave it out')
     if chosen.type == "cpu" and sys.platform == "linux":
         keep_freed_memory()
     if chosen.type == "cuda" and WORLD_SIZE > 1:

@@ -19,7 +19,7 @@ held: list[Path] = []  # the locks of this process
 
 def take(folder: Path) -> None:
     """Lock an existing folder for this process, or refuse with the owner's name."""
-    file = folder / "lock.json"
+    file = folder.absolute() / "lock.json"
     if file in held:
         return
     me = {"pid": os.getpid(), "machine": socket.gethostname(), "started": started(os.getpid())}
@@ -31,7 +31,7 @@ def take(folder: Path) -> None:
         owner = {}
         with suppress(ValueError):  # half written by a kill
             owner = read_json(file)
-        if is_alive(owner, file):
+        if owner != me and is_alive(owner, file):
             who = f"process {owner.get('pid')} on {owner.get('machine')}"
             raise ValueError(
                 f"{folder} is being written by {who}; wait until it ends, or stop it (if there is no such "
@@ -75,6 +75,6 @@ def refresh() -> None:
 
 def release(folder: Path | None = None) -> None:
     """Give back a folder's lock, or all that this process holds."""
-    for file in [f for f in held if folder is None or f.parent == folder]:
+    for file in [f for f in held if folder is None or f.parent == folder.absolute()]:
         held.remove(file)
         file.unlink(missing_ok=True)

@@ -391,8 +391,8 @@ def test_the_pages(done):
     sources = [e.get("src") for e in page.iter("img")]
     assert len(sources) == 6 and all(s.startswith("data:image/png;base64,") for s in sources)
     assert all(e.get("alt") for e in page.iter("img")) and len(list(page.iter("svg"))) == 6
-    files = re.findall(r"\]\((.+?)\)", words)
-    assert len(files) == 6 + 6 and all((done / f).is_file() for f in files)
+    files = [f.strip("<>") for f in re.findall(r"\]\((.+?)\)", words)]
+    assert len(files) == 6 + 6 + 2 and all((done / f).is_file() for f in files)
     assert all(ElementTree.parse(done / f).getroot().get("color") for f in files if f.endswith("svg"))
     plain = "".join(page.itertext())
     for text in (

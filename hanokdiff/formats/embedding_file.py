@@ -60,6 +60,8 @@ def read_file(path: Path) -> tuple[str, Tensor, dict]:
 def from_picture(path: Path) -> dict:
     """The table in a picture that carries an embedding: the WebUI's PNG, whose text chunk sd-ti-embedding is
     JSON in base64, tensors as nested lists."""
+    if not path.is_file():
+        raise ValueError(f"no embedding file at {path}")
     try:
         with Image.open(path) as image:
             image.load()

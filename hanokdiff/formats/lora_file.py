@@ -29,6 +29,7 @@ REFUSED = {  # what in a tensor's name gives another kind of file away, as a reg
     r"^(unet|text_encoder):\d+:": "a LoRA in cloneofsimo's layout, which counts its layers instead of "
     "naming them",
 }  # fmt: skip
+SDXL_CONTEXT = re.compile(r"attn2_to_[kv]$")
 BUNDLED = "bundle_emb.{}.string_to_param.*"  # the WebUI's name for a word's vectors in a LoRA file
 # metadata that a rewritten file outdates
 STALE_METADATA = ("lora_adapter_metadata", "sshs_model_hash", "sshs_legacy_hash")
@@ -167,6 +168,13 @@ def read_file(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, str]]
                 f"{path} mixes two spellings ({first} and {key}); load the files it was put together from"
             )
         out[name][kind] = tensor
+    wide = [n for n, t in out.items() if "down" in t and t["down"].shape[-1:] == (2048,)]
+    sdxl = [n for n in wide if SDXL_CONTEXT.search(n)]
+    if sdxl:
+        raise ValueError(
+            f"{path} holds a LoRA for SDXL ({sdxl[0]} reads a context of width 2048), which hanokdiff does "
+            "not apply; only plain LoRA for Stable Diffusion 1 and 2"
+        )
     half = [n for n, t in out.items() if not {"down", "up"} <= t.keys()]
     if not out or half:
         what = f"{half[0]} has no lora_down or lora_up" if half else "there are no tensors in it"

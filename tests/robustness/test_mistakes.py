@@ -302,7 +302,7 @@ sample "*" --lora model.safetensors
 sample "*" --lora lora-sd2.safetensors
     lora-sd2.safetensors: ... the LoRA was made for another architecture
 sample "*" --lora lora-sdxl.safetensors
-    lora-sdxl.safetensors: 0 of 1 modules matched tiny, 1 ... it was made for another architecture
+    lora-sdxl.safetensors holds a LoRA for SDXL ... only plain LoRA for Stable Diffusion 1 and 2
 sample "*" --lora lora.safetensors:strong
     --lora lora.safetensors:strong: the strength is 'strong', ... be a number, as in lora.safetensors:0.8
 sample "*" --lora lora.safetensors:nan
@@ -506,7 +506,7 @@ convert lora.safetensors a.pt
 convert lora.safetensors a.safetensors --to kohya
     nothing to do: lora.safetensors is a LoRA in the kohya layout already
 convert lora-sdxl.safetensors new/a.safetensors
-    lora_unet_input_blocks_4_1_attentions_0_transformer_blocks_0_attn2_to_k ... in kohya's layout
+    lora-sdxl.safetensors holds a LoRA for SDXL ... only plain LoRA for Stable Diffusion 1 and 2
 convert word.safetensors a.bin
     a.bin does not end in .safetensors or .pt, which is what an embedding is written as
 convert word.safetensors word-too.safetensors
