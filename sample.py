@@ -289,16 +289,16 @@ def read_tags(args) -> dict[str, tuple[str, tuple]]:
 
 
 @contextlib.contextmanager
-def with_tags(sd, tags: tuple):
+def with_tags(sd, tags: tuple, log=print):
     """The model with the artefacts that a prompt names, and afterwards without them."""
     undo, words, table = [], sd.text.words, sd.text.encoder.embeddings.token_embedding
     for kind, file, scale in tags:
         if kind == "lora":
-            loras, metadata = lora_file.apply_file(sd, file, scale)
+            loras, metadata = lora_file.apply_file(sd, file, scale, log)
             undo.append(functools.partial(lora.unmerge, sd, lora.merge(sd, loras)))
             word = metadata.get("hanokdiff_token")
         else:
-            net, metadata = hypernet_file.apply_file(sd, file, scale)
+            net, metadata = hypernet_file.apply_file(sd, file, scale, log)
             undo.append(functools.partial(hypernetwork.remove, sd, net))
             word = hypernet_file.pseudo_word(metadata)
         if word and word not in sd.text.words:
@@ -306,10 +306,8 @@ def with_tags(sd, tags: tuple):
     yield
     for take_out in reversed(undo):
         take_out()
-    sd.text.words, sd.text.encoder.embeddings.token_embedding = (
-        words,
-        table,
-    )  # without the words that came along
+    # without the words that came along
+    sd.text.words, sd.text.encoder.embeddings.token_embedding = words, table
 
 
 def from_alert(args, sd, reading: alert.Reading) -> str:
@@ -362,7 +360,8 @@ def parameters(prompt: str, seed: int, size: tuple[int, int], args) -> str:
 def main(argv=None):
     args = options().parse_args(argv)
     check(args)
-    if args.vary:
+    args.axes = axes.parse(args.vary)
+    if args.axes:
         check_vary(args)
     reading = None if args.alert is None else alert.drawable(args.alert)
     tagged = read_tags(args)
@@ -378,8 +377,7 @@ def main(argv=None):
     args.cfg = sd.cfg if args.cfg is None else args.cfg
     sd.text.literal_tokens = args.literal_tokens
     sd.text.skip(args.clip_skip)
-    moved = {"strength", "file"} & axes.parse(args.vary).keys()
-    apply_files(sd, args, but_scaled=bool(moved))
+    apply_files(sd, args, but_scaled=bool({"strength", "file"} & args.axes.keys()))
     if args.compile:
         print("--compile: each block is compiled at its first step, which takes a minute or more")
         memory.compile(sd.unet)
@@ -393,7 +391,7 @@ def main(argv=None):
     out = make_folder(args.out or free_folder(Path("runs") / "samples"))
     number = 1 + max((int(p.name[:5]) for p in out.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")), default=-1)
     what = functools.partial(draw, sd, size=size, init_latents=init_latents, out=out, understood=understood)
-    if args.vary:
+    if args.axes:
         tiles, rows, columns, count = draw_varied(what, sd, args, tagged, number)
     else:
         pictures = what(args, tagged, number)
@@ -401,8 +399,8 @@ def main(argv=None):
         rows, columns = args.prompt, [f"seed {args.seed + i}" for i in range(args.n)]
         count = len(pictures)
     print(f"wrote {count} pictures to {out}")
-    if args.grid or args.vary:
-        alone = [args.prompt[0]] if args.vary and len(args.prompt) == 1 else []
+    if args.grid or args.axes:
+        alone = [args.prompt[0]] if args.axes and len(args.prompt) == 1 else []
         about = [*alone, args.model, f"{args.steps} steps of {args.sampler}", f"cfg {args.cfg:g}"]
         about += [str(f) for f in (*args.lora, *args.hypernet, *args.embedding, *args.delta)]
         write_png(out / "grid.png", labelled_sheet(tiles, rows, columns, ", ".join(about)))
@@ -444,7 +442,7 @@ def draw_varied(draw, sd, args, tagged: dict, number: int) -> tuple[list, list[s
         for c in columns:
             now = with_values(args, {down: r, across: c})
             named = {prompt: tagged.get(prompt, (prompt, ())) for prompt in now.prompt}
-            with with_tags(sd, given_files(now) if moved else ()):
+            with with_tags(sd, given_files(now) if moved else (), log=None):  # the sheet's labels say it
                 tiles[-1] += draw(now, named, number)
             number += 1
     names = [[axes.label(axis, v) for v in values] for axis, values in ((down, rows), (across, columns))]
@@ -453,7 +451,7 @@ def draw_varied(draw, sd, args, tagged: dict, number: int) -> tuple[list, list[s
 
 def sheet_axes(args) -> list[tuple[str, list]]:
     """The axis of the rows and that of the columns; with one axis the rows are the prompts."""
-    found = list(axes.parse(args.vary).items())
+    found = list(args.axes.items())
     return found if len(found) == 2 else [("prompt", args.prompt), *found]
 
 
@@ -483,7 +481,7 @@ def given_files(args) -> tuple:
 
 def check_vary(args) -> None:
     """Refuse before a model is opened what no sheet can be made of."""
-    found = axes.parse(args.vary)
+    found = args.axes
     if args.n > 1:
         raise ValueError("--vary draws one picture for each pair of values; leave out --n, or vary the seed")
     if len(args.prompt) > 1 and ("prompt" in found or len(found) == 2):

@@ -42,6 +42,7 @@ from hanokdiff.training.args import (
 from hanokdiff.training.trainer import Trainer
 
 # the tiny UNet has cross-attention at one level only, so there self-attention is changed too
+# SD: rate and layers of the WebUI's training tab; it names no steps: as many as textual inversion's
 DEFAULTS = {
     "tiny": dict(steps=350, batch_size=8, lr=4e-3, widths="all", layers=[1, 2, 1], activation="relu",
                  vectors=4, word_lr=1e-2, class_images=64, min_snr=5.0, save_every=100, preview_every=175),

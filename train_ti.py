@@ -39,6 +39,7 @@ from hanokdiff.training.args import (
 from hanokdiff.training.prior import number_or_folder
 from hanokdiff.training.trainer import Trainer
 
+# SD: rate of the WebUI's training tab, steps and one vector of diffusers' textual_inversion example
 DEFAULTS = {
     "tiny": dict(steps=300, batch_size=8, lr=1e-2, vectors=8, min_snr=5.0, save_every=100, preview_every=150,
                  init="a wide house with a grey curved roof and white walls"),

@@ -6,10 +6,13 @@ light and in dark; a sheet is transparent, with grey letters, for the same reaso
 
 import base64
 import io
+import math
 from html import escape
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from hanokdiff.images import fitting
 
 COLOURS = ["#4e79a7", "#e8833a", "#4c9f70", "#b0679b", "#9c8453"]
 COLOURS += ["#7f8c8d", "#c0504d", "#5fa8b8", "#8a77c4", "#a3a847"]
@@ -168,7 +171,7 @@ def sheet(tiles: list[list[list[Path]]], rows: list[str], columns: list[str]) ->
     out = Image.new("RGBA", (left + len(columns) * (2 * side + gap), line + len(rows) * (high + gap)))
     pen = ImageDraw.Draw(out)
     for c, text in enumerate(columns):
-        pen.text((left + c * (2 * side + gap), 0), fitting(text, font, 2 * side), GREY, font)
+        pen.text((left + c * (2 * side + gap), 0), fitting(text, 2 * side, font.getlength), GREY, font)
     for r, text in enumerate(rows):
         pen.text((0, line + r * (high + gap) + high // 2 - 12), text, GREY, font)
         for c, tile in enumerate(tiles[r]):
@@ -180,15 +183,6 @@ def sheet(tiles: list[list[list[Path]]], rows: list[str], columns: list[str]) ->
                 x, y = left + c * (2 * side + gap) + i % 2 * side, line + r * (high + gap) + i // 2 * side
                 out.paste(image, (x, y))
     return out
-
-
-def fitting(text: str, font, width: float) -> str:
-    """The text, or its beginning, as far as there is room."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
 
 
 # -------------------------------------------------------------------------------------------------- charts
@@ -281,7 +275,8 @@ def lines(series: list[str], points: list[list], x: str, y: str, ring: bool = Tr
     begin at 0."""
     xs, ys = ([p[i] for line in points for p in line] for i in (0, 1))
     low, most, far = min(ys), max(ys), max(xs) or 1
-    low, most = low - 0.05 * (most - low + 1e-9), most + 0.05 * (most - low + 1e-9)
+    floor = 0.0 if low >= 0 else -math.inf  # what is never negative has no such axis
+    low, most = max(floor, low - 0.05 * (most - low + 1e-9)), most + 0.05 * (most - low + 1e-9)
 
     def across(v: float) -> float:
         return LEFT + (W - LEFT - 20) * v / far

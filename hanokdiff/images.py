@@ -1,7 +1,7 @@
 """Pictures: read from files as RGB and upright, cropped, laid out in a grid. Imports no torch."""
 
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
@@ -218,9 +218,9 @@ def wrapped(text: str, width: int, most: int = 4) -> list[str]:
     return [fitting(line, width) for line in lines[: most - 1] + cut if line]
 
 
-def fitting(line: str, width: int) -> str:
+def fitting(line: str, width: float, measure: Callable[[str], float] = text_width) -> str:
     """The line, or its beginning, as far as there is room."""
-    while line and text_width(line) > width:
+    while line and measure(line) > width:
         line = line.removesuffix("...")[:-1].rstrip() + "..." if len(line) > 4 else ""
     return line
 

@@ -105,7 +105,7 @@ def test_sign_flips():
     assert sign_flip([1, 1, 1, 1, -1]) == (12 / 32, 2 / 32)  # all alike or one other: 1 + 5 flips, twice
     assert sign_flip([0.3, -0.3])[0] == 1.0 and sign_flip([0, 0, 0])[0] == 1.0
     p, floor = sign_flip(np.linspace(0.1, 1, 20))
-    assert floor < p < 1e-3 or p == floor
+    assert p == floor == 1 / 20_001  # no flip of 20,000 is as far as all 20 alike
 
 
 def test_intervals_over_sets():
@@ -295,6 +295,7 @@ def test_sets_of_a_folder(tmp_path):
 
 def test_points_of_one_training(context):
     """Strengths and steps are drawn from one training; textual inversion has no strength."""
+    assert [plan.step_at(at, 350) for at in (0.25, 0.5, 0.01)] == [85, 170, 17]  # not 88 and 175
     argv = [*recipe("lora", "ti"), "--strengths", 0.5, 1, "--at", 0.5, 1, "--steps", 4]
     manifest = plan.plan(arguments(*argv), context)
     cells = manifest["cells"][3:]
@@ -586,8 +587,7 @@ def test_several_trainings_are_compared(done):
 
 
 def test_workers(tmp_path, capsys):
-    """Two at once, as processes: the same results as one after another, up to the threads' rounding; then one
-    that fails stops all, says why, and what is finished stays."""
+    """Two at once, as processes, each with its share of the threads; a second start finds all done."""
     argv = [*SMALL[:-2], *ONE, *recipe("ti"), "--seeds", "1", "2", "--jobs", "2", "--out", "a"]
     assert compare.main(argv) == 0
     out = capsys.readouterr().out
@@ -597,8 +597,6 @@ def test_workers(tmp_path, capsys):
     threads = {c["times"]["threads"] for c in cells if c["photos"]}
     assert not found["missing"] and threads == {max(1, workers.cores() // 2)}
     assert compare.main(argv) == 0 and results("a") == found
-    wrong = [*argv[:-1], "b", "--recipe", "bad=lora --class-images 2 --init xyzzy.txt --data nowhere"]
-    refused(wrong, ["may not set --data"], capsys)
 
 
 @pytest.mark.parametrize("press", [False, True])

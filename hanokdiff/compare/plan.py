@@ -136,7 +136,7 @@ def training(args, words: str, photos: int, held_out: int, seed: int) -> tuple[l
     own = parsed_options(method, options, words)
     steps = args.steps or own["steps"] or script(method).DEFAULTS["tiny" if tiny else "sd"]["steps"]
     steps = max(1, round(steps * photos / EPOCHS_AT)) if args.budget == "epochs" else steps
-    saves = [round(at * steps) for at in args.at if at < 1]
+    saves = [step_at(at, steps) for at in args.at if at < 1]
     model = str(Path(args.model).resolve()) if Path(args.model).exists() and not tiny else args.model
     argv = ["--model", model, "--images", photos, "--held-out", held_out, "--token", args.token]
     argv += ["--photo-set", 0 if args.same_photos else seed, "--seed", seed]
@@ -151,6 +151,13 @@ def training(args, words: str, photos: int, held_out: int, seed: int) -> tuple[l
     check_training(argparse.Namespace(**{"data": None, **known}))
     elsewhere = ("model", "data", "device", "out", "resume")  # no part of the result, or hashed by content
     return argv, {k: v for k, v in parsed.items() if k not in elsewhere}
+
+
+def step_at(at: float, steps: int) -> int:
+    """The step that --at means, to a twentieth of them: a training saves at all multiples of what these steps
+    have in common, which for 88 and 175 of 350 would be every step."""
+    unit = max(1, steps // 20)
+    return max(unit, round(at * steps / unit) * unit)
 
 
 def parsed_options(method: str, options: list[str], words: str) -> dict:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 RECIPES = {  # name -> method and options of its train_METHOD.py; what is not said is the script's default
-    # each method's best, as docs/LOG.md section 16 chose it: the scripts' own defaults
+    # each method's best, as docs/LOG.md sections 16 and 18 chose it: the scripts' own defaults
     "LoRA": "lora",
     "DreamBooth": "dreambooth",
     "Hypernetwork": "hypernet",

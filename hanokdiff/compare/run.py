@@ -154,7 +154,8 @@ def applied(context: plan.Context, cell: dict, run: Path):
 def artefact(cell: dict, run: Path) -> Path:
     """What a training has left, at the step that the cell is about."""
     file = run / plan.METHODS.get(cell["method"], "")
-    return file if cell["at"] == 1 else file.with_stem(f"{file.stem}-{round(cell['at'] * cell['steps']):06d}")
+    step = plan.step_at(cell["at"], cell["steps"])
+    return file if cell["at"] == 1 else file.with_stem(f"{file.stem}-{step:06d}")
 
 
 def draw(context: plan.Context, cell: dict, folder: Path, drawing: dict) -> None:

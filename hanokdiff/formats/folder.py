@@ -68,8 +68,6 @@ def from_hub(model: str) -> Path:
             return Path(snapshot_download(model, local_files_only=True))
         names = HfApi().list_repo_files(model)
         return Path(snapshot_download(model, allow_patterns=wanted_files(names)))
-    except ValueError:
-        raise
     except Exception as e:  # offline, unknown id, no permission: the hub has a class for each
         with contextlib.suppress(Exception):  # fetched before
             return Path(snapshot_download(model, local_files_only=True))

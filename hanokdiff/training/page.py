@@ -80,7 +80,9 @@ def curves(page: chart.Page, rows: list[dict]) -> None:
         points = {k: line for k, line in points.items() if len(line) > 1}
         if points:
             series = [k.replace("_", " ") for k in points]
-            page.svg(chart.lines(series, list(points.values()), "step", title, ring=title == "loss"), title)
+            page.svg(
+                chart.lines(series, list(points.values()), "step", title, ring="held_out" in points), title
+            )
 
 
 def commands(page: chart.Page, out: Path, artefact: str, config: dict) -> None:
