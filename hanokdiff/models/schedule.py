@@ -50,8 +50,8 @@ class Schedule:
         if self.rescale_betas_zero_snr:
             if self.prediction_type != "v_prediction":  # of noise alone, eps says nothing about the picture
                 raise ValueError(
-                    "a schedule that ends in noise alone needs a model that predicts v, not epsilon: leave out "
-                    "--zero-terminal-snr, or say --prediction v_prediction if it does"
+                    "a schedule that ends in noise alone needs a model that predicts v, not epsilon; leave "
+                    "out --zero-terminal-snr, or say --prediction v_prediction if it does"
                 )
             alpha_bar = zero_terminal_snr(alpha_bar)
         object.__setattr__(self, "alpha_bar", alpha_bar)
