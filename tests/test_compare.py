@@ -64,7 +64,11 @@ def elsewhere(tmp_path, monkeypatch):
 
 def train_here(argv, home):
     """Train in this process, which spares a start of seconds; the miniature's LoRA is a real one."""
-    with open(home / "log.txt", "a") as log, contextlib.redirect_stdout(log), contextlib.chdir(home):
+    with (
+        open(home / "log.txt", "a") as log,
+        contextlib.redirect_stdout(log),
+        contextlib.chdir(home.parent.parent),
+    ):
         code = plan.script(Path(argv[1]).stem.removeprefix("train_")).main([str(a) for a in argv[2:]])
     return code, 100.0, None, False
 
@@ -470,7 +474,8 @@ def test_a_stopped_training_is_resumed(tmp_path, monkeypatch):
         run.train(lora, tmp_path)
     run.train(lora, tmp_path)
     run.train(lora, tmp_path)
-    assert asked == [[*lora["options"], "--out", "run"], ["--resume", "run", "--device", "cpu"]]
+    inside = f"{tmp_path.parent.name}/{tmp_path.name}/run"
+    assert asked == [[*lora["options"], "--out", inside], ["--resume", inside, "--device", "cpu"]]
     assert [a["seconds"] for a in run.read_lines(tmp_path / "attempts.jsonl")] == [1.5, 1.5]
 
 

@@ -7,7 +7,7 @@
 
     python -m hanokdiff.compare            each method's best, 5, 50, 100 photos; 10 minutes on 2 CPU cores
     python -m hanokdiff.compare --quick    a first look in two to three minutes
-    python -m hanokdiff.compare --preset factorial --seeds 1 2 3 4 5 6 7 8    what each switch does
+    python -m hanokdiff.compare --preset best switches --seeds 1 2 3 4 5 6 7 8 --n 32    the study
     python -m hanokdiff.compare --recipe LoRA --recipe "small=lora --rank 4"  your own question
     python -m hanokdiff.compare --model MODEL --data PHOTOS --clip openai/clip-vit-base-patch32
     python -m hanokdiff.compare --shard 1/4 --out runs/part1            on each of 4 machines, then, on one,
@@ -69,7 +69,7 @@ def options():
     add("--device", help="default: the first GPU, else the CPU")
     add = p.add_argument_group("pictures").add_argument
     add("--prompts", nargs="+", default=list(PROMPTS), help="{token} is the pseudo word (the paper's 3)")
-    add("--n", type=int, help="pictures per cell and prompt (default: 32, quick 8)")
+    add("--n", type=int, help="pictures per cell and prompt (default: 16, quick 8)")
     add("--sampling-steps", type=int, help="default: 20, quick 10")
     add("--resolution", type=int, help="of photos and pictures, in pixels (default: the model's own)")
     add = p.add_argument_group("scores").add_argument
@@ -89,7 +89,7 @@ def check(args) -> tuple[int, int]:
     """Refuse what cannot be, before anything is opened; fill in what depends on --quick. Returns the
     shard."""
     args.sizes = args.sizes or ([50] if args.quick else [5, 50, 100])
-    args.n = (8 if args.quick else 32) if args.n is None else args.n
+    args.n = (8 if args.quick else 16) if args.n is None else args.n
     args.sampling_steps = (10 if args.quick else 20) if args.sampling_steps is None else args.sampling_steps
     for name, values in vars(args).items():
         values = values if isinstance(values, list) else [values]

@@ -49,16 +49,17 @@ def read_lines(path: Path) -> list[dict]:
 
 
 def train(cell: dict, folder: Path) -> None:
-    """Run the cell's train_X.py in the cell's folder, or resume it. Class pictures are drawn there too: every
-    training pays for its own."""
+    """Run the cell's train_X.py, or resume it, in the comparison's folder: trainings on the same photos find
+    each other's class pictures in its runs/class. What they cost is counted for each (`times`)."""
     run = folder / "run"
     if cell["method"] == "untouched" or (run / plan.METHODS[cell["method"]]).exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    argv = [*cell["options"], "--out", "run"]
+    inside = f"{folder.parent.name}/{folder.name}/run"
+    argv = [*cell["options"], "--out", inside]
     if (run / "config.json").exists():
         at = argv.index("--device") if "--device" in argv else len(argv)
-        argv = ["--resume", "run", *argv[at : at + 2]]
+        argv = ["--resume", inside, *argv[at : at + 2]]
     script = plan.SCRIPTS / f"train_{cell['method']}.py"
     code, seconds, peak, stopped = process([sys.executable, script, *argv], folder)
     attempt = {"seconds": round(seconds, 2), "peak_bytes": peak, "machine": machine()}
@@ -80,8 +81,8 @@ def last_error(log: Path) -> str:
 
 
 def process(argv: list, folder: Path) -> tuple[int, float, int | None, bool]:
-    """(exit code, seconds, peak bytes, stopped) of a child. Ctrl-C is passed on: the child saves its state
-    and stops.
+    """(exit code, seconds, peak bytes, stopped) of a child that runs two folders above this one and logs into
+    it. Ctrl-C is passed on: the child saves its state and stops.
 
     Its peak is read from Linux while it runs: wait4's would begin with the parent's own, from before the
     exec."""
@@ -90,7 +91,7 @@ def process(argv: list, folder: Path) -> tuple[int, float, int | None, bool]:
     with open(folder / "log.txt", "ab") as log:
         child = subprocess.Popen(
             [str(a) for a in argv],
-            cwd=folder,
+            cwd=folder.parent.parent,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -263,9 +264,10 @@ def times(cell: dict, folder: Path) -> dict:
     log = [entry for entry in read_lines(folder / "run" / "log.jsonl") if "seconds" in entry]
     drawn = read_lines(folder / cell["pictures"] / "times.jsonl")
     classes = folder / "run" / "class.json"
-    class_seconds = read_json(classes)["seconds"] if classes.exists() else 0.0
-    seconds = log[-1]["seconds"] if log else 0.0
-    wall = max(sum(a["seconds"] for a in attempts), class_seconds + seconds)
+    told = read_json(classes) if classes.exists() else {"seconds": 0.0}
+    class_seconds, seconds = told["seconds"], log[-1]["seconds"] if log else 0.0
+    found = class_seconds - told.get("of_this_run", class_seconds)  # drawn for a training before
+    wall = max(sum(a["seconds"] for a in attempts) + found, class_seconds + seconds)
     made = artefact(cell, folder / "run")
     files = [f for f in ([made] if made.is_file() else made.rglob("*")) if f.is_file()]
     return {

@@ -3,7 +3,8 @@
     L = own loss + w * class loss      prior preservation, Ruiz et al. 2022, arXiv:2208.12242, equation 2
 
 Drawn once and kept in runs/class/MODEL, one PNG per prompt and seed: a run that is stopped loses none, and
-the next run finds them.  A few hundred cost minutes on a GPU; their time is reported apart from training's.
+the next run finds them.  A few hundred cost minutes on a GPU; each PNG says how long it took, so that their
+time can be told apart from training's, whoever drew them.
 """
 
 import argparse
@@ -69,18 +70,19 @@ def check(args: argparse.Namespace) -> None:
 
 def load(
     args: argparse.Namespace, sd, photos: list[Photo], dataset: LatentDataset, more: Path | None = None
-) -> tuple[LatentDataset | None, float]:
-    """The class pictures, encoded, and the seconds that it took to draw them; None without any. To be called
-    while the model is untouched. `more`: prompts besides the photos' own, if --class-prompts names none. They
-    are of the photos' sizes in the photos' shares, and come in the photos' turns."""
+) -> tuple[LatentDataset | None, tuple[float, float]]:
+    """The class pictures, encoded, or None; and the seconds that drawing them took, (all of them whenever
+    drawn, those of this run). To be called while the model is untouched. `more`: prompts besides the photos'
+    own, if --class-prompts names none. They are of the photos' sizes in the photos' shares, and come in the
+    photos' turns."""
     photo_prompts = dataset.prompts
     if not (args.class_images and args.prior_weight):
-        return None, 0.0
+        return None, (0.0, 0.0)
     phrase = args.class_phrase or args.replace
     if isinstance(args.class_images, Path):
         own, _ = load_photos(args.class_images, args.resolution, option="--class-images")
         images = [crop(p.image, size) for p, size in zip(own, sizes_for(dataset, len(own)), strict=True)]
-        seconds = 0.0
+        seconds = 0.0, 0.0
         texts = prompts([p.caption or phrase for p in own], args.token, phrase)
     else:
         if not (args.class_phrase or args.resume or any(phrase in (p.caption or "") for p in photos)):
@@ -110,10 +112,12 @@ def sizes_for(dataset: LatentDataset, n: int) -> list[tuple[int, int]]:
     return found[: n - len(missing)] + missing
 
 
-def note(out: Path, dataset: LatentDataset | None, seconds: float) -> None:
-    """class.json: how many class pictures there are and what drawing them took. A resumed run draws none."""
+def note(out: Path, dataset: LatentDataset | None, seconds: tuple[float, float]) -> None:
+    """class.json: how many class pictures there are and what drawing them took, in all and in this run. A
+    resumed run draws none."""
     if dataset and distributed.RANK == 0 and not (out / "class.json").exists():
-        write_json(out / "class.json", {"pictures": len(dataset), "seconds": round(seconds, 3)})
+        took = {"seconds": round(seconds[0], 3), "of_this_run": round(seconds[1], 3)}
+        write_json(out / "class.json", {"pictures": len(dataset), **took})
 
 
 def prompts(captions: list[str], token: str, phrase: str, more: Path | None = None) -> list[str]:
@@ -147,7 +151,7 @@ def read_prompts(file: Path, token: str) -> list[str]:
 
 @distributed.main_process_first()
 def pictures(sd, texts: list[str], n: int, sizes: list, seed: int, root: Path = Path("runs") / "class"):
-    """n class pictures: ([PIL pictures], [prompts], seconds spent on drawing). Picture i has text i, texts
+    """n class pictures: ([PIL pictures], [prompts], seconds as of `load`). Picture i has text i, texts
     repeat. Their folder's name holds all of the model that they depend on."""
     sizes = [(sizes, sizes)] * n if isinstance(sizes, int) else sizes
     start, texts = time.perf_counter(), [texts[i % len(texts)] for i in range(n)]
@@ -171,20 +175,26 @@ def pictures(sd, texts: list[str], n: int, sizes: list, seed: int, root: Path = 
     ]
     parts = [part for part in parts if todo & set(part)]
     for part in tqdm(parts, "class pictures", unit="batch", leave=False, disable=None):
+        begun = time.perf_counter()
         drawn = sd.draw([words[i] for i in part], [seed + i for i in part], at_once, size=sizes[part[0]])
+        each = (time.perf_counter() - begun) / len(todo & set(part))
         for i, picture in zip(part, drawn, strict=True):
             if i in todo:
-                write_png(files[i], picture)
+                write_png(files[i], picture, {"seconds": f"{each:.6f}"})
     seconds = time.perf_counter() - start
     print(
         f'class: {n} pictures such as "{texts[0]}", {len(todo)} drawn in {seconds:.1f} s, the others from '
         f"{folder}"
     )
-    return [read(file) for file in files], texts, seconds
+    images, each = zip(*map(read, files), strict=True)
+    return list(images), texts, (sum(each), seconds)
 
 
-def read(file: Path) -> Image.Image:
+def read(file: Path) -> tuple[Image.Image, float]:
+    """A class picture and the seconds that drawing it took, 0 where it does not say."""
     try:
-        return read_photo(file)[0]
+        picture, _ = read_photo(file)
     except ValueError as e:
         raise ValueError(f"{e}; delete {file}, it will be drawn again") from None
+    with Image.open(file) as opened:
+        return picture, float(opened.info.get("seconds", 0))

@@ -433,7 +433,7 @@ compare --n 100000
 compare --sampling-steps 2000
     steps is 2000, but must be between 1 and 1000
 compare --preset best worst
-    --preset is worst, but must be one of best, paper, factorial, frontier
+    --preset is worst, but must be one of best, paper, switches, factorial, frontier
 compare --at 0.5
     --at 0.5: shares of the steps, above 0 and up to 1, and 1 itself among them, such as 0.5 1
 compare --strengths nan 1
