@@ -1,6 +1,7 @@
 """LoRA: low-rank adaptation (Hu et al. 2021, arXiv:2106.09685, equation 3).
 
-    y = W x + scale * up(down(x)),     scale = alpha / rank,     down: in -> rank,  up: rank -> out
+    y = (W + scale * up down) x = W x + scale * up(down(x))
+    scale = alpha / rank,     down: in -> rank,  up: rank -> out
 
 W is frozen; `up` starts at zero, so step 0 is exactly the base model.  The file: formats/lora_file.py.
 """
@@ -44,7 +45,21 @@ class LoRA(nn.Module):
         return self.strength * self.alpha / self.rank
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.scale * self.up_down(x)
+        if not self.is_narrow():
+            return self.base(x) + self.scale * self.up_down(x)
+        base, weight = self.base, self.base.weight + self.delta()
+        if weight.dim() == 2:
+            return F.linear(x, weight, base.bias)
+        return F.conv2d(x, weight, base.bias, base.stride, base.padding)
+
+    def is_narrow(self) -> bool:
+        """Whether one product with W + delta is less work than W's and two more. Per row of x its gradient
+        costs in * out, theirs with their forward pass 3 * rank * (in + out), and as much again in passes over
+        memory (docs/LOG.md, section 20). In fp32 only: bf16 would round a small delta away."""
+        if not isinstance(self.base, nn.Linear | nn.Conv2d) or self.base.weight.dtype != torch.float32:
+            return False
+        rank, inputs, outputs = self.rank, self.down[0].numel(), len(self.up)
+        return inputs * outputs <= 6 * rank * (inputs + outputs)
 
     def up_down(self, x: Tensor) -> Tensor:
         """up(down(x)), in x's precision; a convolution's `down` has its stride and padding, `up` is 1x1."""
