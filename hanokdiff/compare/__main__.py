@@ -42,7 +42,8 @@ def options():
     p = Options(prog="python -m hanokdiff.compare", description=__doc__)
     add = p.add_argument_group("the matrix").add_argument
     known = "; ".join(f"{name}: {', '.join(names)}" for name, (names, _) in recipes.PRESETS.items())
-    add("--preset", nargs="+", choices=recipes.PRESETS, help=f"groups of recipes (default: best). {known}")
+    known = f"groups of recipes (default: best). {known}"
+    add("--preset", nargs="+", choices=recipes.PRESETS, metavar="NAME", help=known)
     own = 'one of those by its name, or your own: --recipe "small=lora --rank 4" (repeatable)'
     add("--recipe", action="append", default=[], metavar='"NAME=METHOD OPTIONS"', help=own)
     add("--sizes", nargs="+", type=int, help="numbers of photos (default: 5 50 100, quick 50)")
