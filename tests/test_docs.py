@@ -11,7 +11,6 @@ Two languages with the same commands run them once.
 import ast
 import importlib
 import re
-import runpy
 import shlex
 import shutil
 import sys
@@ -229,11 +228,6 @@ def run(words: list[str], text: str, first_runs) -> int:
         method = script.removeprefix("train_").removesuffix(".py")
         artefact = Path(argv[argv.index("--resume") + 1]) / plan.METHODS[method]
         shutil.rmtree(artefact) if artefact.is_dir() else artefact.unlink()
-    if script == "hanokdiff.tiny.world":  # has no main
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", [script, *argv])
-            runpy.run_module(script, run_name="__main__", alter_sys=False)
-        return 0
     try:
         return importlib.import_module(script.removesuffix(".py")).main(argv) or 0
     except SystemExit as e:  # argparse
