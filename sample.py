@@ -311,13 +311,14 @@ def with_tags(sd, tags: tuple, log=print):
 
 
 def from_alert(args, sd, reading: alert.Reading) -> str:
-    """The alert becomes the prompt; returns how it was understood, as one line."""
+    """The alert becomes the prompt; prints how it was understood and returns it as one line of JSON."""
     if len(sd.text.words) > 1 and not args.token:
         raise ValueError(f"the pseudo words are {', '.join(sd.text.words)}; name the hanok's: --token WORD")
     word = args.token or next(iter(sd.text.words), None)
     prompt, notes = alert.prompt(reading, word, alert.tiny_words() if sd.resolution <= 64 else None)
     args.prompt = [prompt]
-    return alert.line(reading, prompt, notes)
+    print(alert.two_lines(reading, prompt, notes))
+    return alert.as_json(reading, prompt, notes)
 
 
 def initial_picture(args, sd, size):
@@ -383,7 +384,6 @@ def main(argv=None):
         memory.compile(sd.unet)
     understood = reading and from_alert(args, sd, reading)
     if understood:
-        print(understood)
         tagged = {prompt: (prompt, ()) for prompt in args.prompt}
         check_attend(args.prompt, args.attend)
     init_latents = None if init is None else sd.latents(init)

@@ -1,7 +1,8 @@
 """A Korean disaster alert to a prompt: what is happening, to what kind of place, at what time of day.
 
     python -m hanokdiff.alert "[행정안전부] 오늘 14:20 전주 한옥마을 화재 발생. 인근 주민은 대피 바랍니다"
-    {"kind": "alert", "disaster": ["fire"], "place": "hanok", "time": "day", "prompt": "* on fire, in the d...
+    alert: fire; place: hanok; time: day
+    prompt: * on fire, in the daytime
 
 Tables of words (alert_words.py) and five rules; no model. A wrong picture is worse than none, so nothing is
 guessed:
@@ -11,12 +12,13 @@ guessed:
    put off).
 3. Every disaster word gets a status from what follows it, up to the next one. Over or denied (OVER) beats
    all; else the first of advice (ADVICE), a danger (RISK) or happening (EVENT; forecasts and warnings are)
-   counts; in a sentence with OTHER_NEWS it is advice. In a list ("산사태, 침수 우려") the last one's counts.
+   counts; in a sentence with OTHER_NEWS it is advice. In a list ("산사태, 침수 우려") the last one's counts,
+   but what was MEASURED happens ("시간당 72mm 강한 비, 침수에 유의").
 4. All that happen are drawn (태풍 + 침수), the first named leads. A mere danger is drawn only where nothing
    happens and the message calls for action (ACTION). What comes with another is left out (ABSORBS): a
    tsunami's earthquake.
 5. The place is the nearest one before the disaster, else the first one after it in its sentence or the next;
-   not one that people should go to or keep away from (ELSEWHERE).
+   not one that people should go to or keep away from (ELSEWHERE), nor a river that may yet overflow.
 
 kind is alert, drill, all-clear or unknown; only an alert has a prompt.
 Read next: sample.py (--alert draws it), hanokdiff/tiny/scenes.py (the words that the tiny world knows).
@@ -27,10 +29,12 @@ import re
 import sys
 import unicodedata
 from dataclasses import dataclass
+from pathlib import Path
 
 from hanokdiff import alert_words as words
 from hanokdiff.alert_words import DISASTERS, PLACES, either
 from hanokdiff.errors import report_errors
+from hanokdiff.files import read_json
 from hanokdiff.options import Options
 from hanokdiff.tiny import world
 
@@ -99,8 +103,10 @@ def find_disasters(text: str) -> list[Mention]:
         tail = text[m.end : following]
         if following == len(text) or not re.search(words.LIST, tail):
             status = status_from(tail)
-        elif re.search(words.WARNING, tail) and status != "over":  # in a list; else the next one's status
-            status = "event"
+        elif status != "over" and (
+            re.search(words.WARNING, tail) or re.search(words.MEASURED, text[: m.start])
+        ):
+            status = "event"  # in a list; else the next one's status
         disasters.insert(0, Mention(m.start, m.end, m.name, status))
         following = m.start
     return disasters
@@ -139,10 +145,13 @@ def choose_events(text: str, disasters: list[Mention]) -> list[Mention]:
 def find_place(text: str, events: list[Mention], disasters: list[Mention]) -> str | None:
     """Where it happens: rule 5."""
     ends = [d.start for d in disasters] + [len(text)]
+    dangers = [d.start for d in disasters if d.status != "event" and d not in events]
     places = []
     for p in find_mentions(PLACES, text):
-        tail = text[p.end : min(end for end in ends if end >= p.end)]
-        if not re.search(words.ELSEWHERE, tail):
+        end = min(end for end in ends if end >= p.end)
+        tail = text[p.end : end]
+        may_overflow = p.name == "river" and end in dangers and not tail.strip()  # "하천 범람에 유의"
+        if not may_overflow and not re.search(words.ELSEWHERE, tail):
             places.append(p)
     for event in events:
         before = [p for p in places if p.start <= event.start]
@@ -233,34 +242,54 @@ def prompt(reading: Reading, word: str | None = "*", known: set[str] | None = No
     return ", ".join(parts), notes
 
 
-def line(reading: Reading, prompt: str | None, notes: list[str]) -> str:
+def two_lines(reading: Reading, prompt: str | None, notes: list[str]) -> str:
+    """The reading for a person: what was understood, and what is to be drawn."""
+    if prompt is None:
+        return f"{reading.kind}: {'; '.join(reading.why)}\nno prompt: nothing is to be drawn"
+    understood = f"place: {reading.place or 'not named'}; time: {reading.time or 'not named'}"
+    remarks = f" ({'; '.join(notes)})" if notes else ""
+    return f"alert: {' + '.join(reading.disaster)}; {understood}\nprompt: {prompt}{remarks}"
+
+
+def as_json(reading: Reading, prompt: str | None, notes: list[str]) -> str:
     """The reading as one line of JSON."""
     row = dict(kind=reading.kind, disaster=list(reading.disaster), place=reading.place, time=reading.time)
     row |= dict(prompt=prompt, notes=[*reading.why, *notes], alert=reading.text)
     return json.dumps(row, ensure_ascii=False)
 
 
-def printable(line: str) -> str:
-    """The JSON line, in ASCII where the terminal cannot print what is in the message."""
-    try:
-        line.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        return json.dumps(json.loads(line))
-    return line
+def word_of(file: Path) -> str:
+    """The pseudo word of a trained file, which stands in the config.json of its run."""
+    for folder in (file, *file.parents[:2]):
+        if (config := folder / "config.json").is_file() and (word := read_json(config).get("token")):
+            return word
+    raise ValueError(f"--adapter {file}: no run's config.json beside it names its word; give it as --token")
 
 
 @report_errors
 def main(argv=None) -> None:
     p = Options(prog="python -m hanokdiff.alert", description=__doc__)
     p.add_argument("text", help="the message")
-    word_help = 'the pseudo word of the hanok; "" if none was learnt (default: *)'
-    p.add_argument("--token", default="*", help=word_help)
+    p.add_argument("--token", help='the pseudo word of the hanok; "" if none was learnt (default: *)')
+    p.add_argument("--adapter", type=Path, metavar="FILE", help="a run or its file, whose word it is instead")
+    p.add_argument("--json", action="store_true", help="one line of JSON, the message in it")
     args = p.parse_args(argv)
     if not args.text.strip():
         raise ValueError("the message is empty; give its text, in quotes")
+    if args.token is not None and args.adapter:
+        raise ValueError("--token and --adapter both give the pseudo word; leave one out")
+    word = word_of(args.adapter) if args.adapter else "*" if args.token is None else args.token
     reading = read(args.text)
-    english, notes = prompt(reading, args.token) if reading.kind == "alert" else (None, [])
-    print(printable(line(reading, english, notes)))
+    english, notes = prompt(reading, word) if reading.kind == "alert" else (None, [])
+    if not args.json:
+        print(two_lines(reading, english, notes))
+        return
+    line = as_json(reading, english, notes)
+    try:
+        line.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:  # a terminal without Korean: JSON has escapes of its own
+        line = json.dumps(json.loads(line))
+    print(line)
 
 
 if __name__ == "__main__":

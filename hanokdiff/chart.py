@@ -7,7 +7,9 @@ light and in dark; a sheet is transparent, with grey letters, for the same reaso
 import base64
 import io
 import math
-from html import escape
+import re
+from collections.abc import Callable
+from html import escape, unescape
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -25,6 +27,7 @@ STYLE = """
 }
 body { margin: 0 auto; padding: 1rem; max-width: 60rem; color: var(--ink); background: var(--paper);
        font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
+:lang(ko) { word-break: keep-all; }
 h1 { font-size: 1.6rem; line-height: 1.2; } h2 { font-size: 1.25rem; margin-top: 2.5rem; }
 .wide { overflow-x: auto; margin: 1rem 0; padding-bottom: .2rem;
         background: linear-gradient(90deg, var(--paper) 1rem, transparent 2rem) local,
@@ -38,9 +41,14 @@ figcaption { font-size: .9rem; opacity: .85; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
 th { background: var(--soft); } svg { display: block; min-width: 34rem; width: 100%; height: auto; }
-.wide img { display: block; max-width: 100%; height: auto; cursor: zoom-in; }
+.wide img { display: block; max-width: max(100%, 40rem); height: auto; cursor: zoom-in; }
 .wide img.large { max-width: none; min-width: 60rem; cursor: zoom-out; }
 code { background: var(--soft); padding: 0 .2rem; }
+@media (max-width: 40rem) {
+  th:first-child, td:first-child { position: sticky; left: 0; min-width: 6rem; max-width: 9rem;
+                                   white-space: normal; }
+  td:first-child { background: var(--paper); }
+}
 """
 
 
@@ -67,11 +75,13 @@ def framed(html: str, caption: str) -> str:
 
 
 class Page:
-    """A title and blocks, added from top to bottom; the same ones in HTML and in Markdown."""
+    """A title and blocks, added from top to bottom; the same ones in HTML and in Markdown. Every text goes
+    through `say`, which may translate it."""
 
-    def __init__(self, title: str, refresh: int = 0):
-        self.title, self.refresh = title, refresh  # the browser reloads after so many seconds
-        self.html_blocks, self.markdown_blocks = [f"<h1>{escape(title)}</h1>"], [f"# {title}"]
+    def __init__(self, title: str, refresh: int = 0, language: str = "en", say: Callable[[str], str] = str):
+        self.title, self.refresh = say(title), refresh  # the browser reloads after so many seconds
+        self.language, self.say = language, say
+        self.html_blocks, self.markdown_blocks = [f"<h1>{escape(self.title)}</h1>"], [f"# {self.title}"]
         self.headings: list[str] = []
 
     def add(self, html: str, markdown: str) -> None:
@@ -79,12 +89,13 @@ class Page:
         self.markdown_blocks.append(markdown)
 
     def heading(self, text: str) -> None:
+        text = self.say(text)
         self.headings.append(text)
         self.add(f'<h2 id="part{len(self.headings)}">{escape(text)}</h2>', f"## {text}")
 
     def text(self, text: str) -> None:
         """A paragraph, wherever its lines break. What stands between backticks is code."""
-        parts = " ".join(text.split()).split("`")
+        parts = self.say(" ".join(text.split())).split("`")
         html = [
             f"<code>{escape(p, False)}</code>" if i % 2 else escape(p, False) for i, p in enumerate(parts)
         ]
@@ -92,17 +103,21 @@ class Page:
         self.add(f"<p>{''.join(html)}</p>", "`".join(markdown))
 
     def table(self, head: list, rows: list[list]) -> None:
+        head, *rows = [[self.say(str(cell)) for cell in row] for row in (head, *rows)]
+
         def line(cells, tag):
-            return "<tr>" + "".join(f"<{tag}>{escape(str(c))}</{tag}>" for c in cells) + "</tr>"
+            return "<tr>" + "".join(f"<{tag}>{escape(c)}</{tag}>" for c in cells) + "</tr>"
 
         inner = f"<thead>{line(head, 'th')}</thead><tbody>{''.join(line(r, 'td') for r in rows)}</tbody>"
-        lines = [" | ".join(map(str, r)).replace("*", "\\*") for r in (head, ["---"] * len(head), *rows)]
+        lines = [" | ".join(r).replace("*", "\\*") for r in (head, ["---"] * len(head), *rows)]
         markdown = "\n".join(f"| {r} |" for r in lines)
         self.add(f'<div class="wide"><table>{inner}</table></div>', markdown)
 
     def chart(self, svg: str, file: Path, caption: str) -> None:
         """Drawn in the HTML, where its letters have the page's colour; a file with grey ones beside the
         Markdown."""
+        svg = re.sub(r"(?<=>)[^<>]+(?=</text>)", lambda m: escape(self.say(unescape(m[0]))), svg)
+        svg = re.sub(r'(?<=aria-label=")[^"]+', escape(self.say(caption)), svg)
         alone = (
             f'<svg xmlns="http://www.w3.org/2000/svg" color="#808080" width="{W}" font-family="sans-serif" '
         )
@@ -110,7 +125,7 @@ class Page:
 
     def picture(self, image: Image.Image, file: Path, caption: str) -> None:
         """Embedded in the HTML, and a file beside the Markdown."""
-        html, png = embedded(image, caption)
+        html, png = embedded(image, self.say(caption))
         self.figure(html, file, png, caption)
 
     def embed(self, image: Image.Image, caption: str) -> None:
@@ -123,6 +138,7 @@ class Page:
 
     def links(self, words: str, targets: dict[str, str]) -> None:
         """A line of links: name -> address, from this page's folder."""
+        words = self.say(words)
         html = ", ".join(f'<a href="{escape(to)}">{escape(name)}</a>' for name, to in targets.items())
         markdown = ", ".join(f"[{name}](<{to}>)" for name, to in targets.items())
         self.add(f"<p>{escape(words)} {html}</p>", f"{words} {markdown}")
@@ -133,6 +149,7 @@ class Page:
     def figure(self, html: str, file: Path, content: bytes, caption: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
+        caption = self.say(caption)
         html = framed(html, caption)
         caption = caption.replace("*", "\\*")
         self.add(html, f"![{caption}]({file.parent.name}/{file.name})\n\n{caption}")
@@ -140,8 +157,9 @@ class Page:
     def html(self) -> str:
         again = f'<meta http-equiv="refresh" content="{self.refresh}"/>' if self.refresh else ""
         return (
-            f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>{again}<meta name="viewport" '
-            f'content="width=device-width, initial-scale=1"/><title>{escape(self.title)}</title>'
+            f'<!DOCTYPE html>\n<html lang="{self.language}"><head><meta charset="utf-8"/>{again}'
+            '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
+            f"<title>{escape(self.title)}</title>"
             f"<style>{STYLE}</style></head><body>\n{self.html_blocks[0]}\n{self.contents()}\n"
             + "\n".join(self.html_blocks[1:])
             + f"\n<script>{SCRIPT}</script></body></html>\n"

@@ -1,4 +1,6 @@
-"""Every change of layout, by one command:   python -m hanokdiff.convert IN OUT
+"""Models, LoRAs, embeddings and hypernetworks from one layout to another.
+
+    python -m hanokdiff.convert IN OUT
 
     IN                                       OUT
     model folder, hub id or "tiny"           NAME.safetensors   a single file, for the WebUI and ComfyUI

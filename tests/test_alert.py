@@ -130,6 +130,35 @@ def test_several_disasters(text, expected):
     assert alert.read(text).disaster == expected
 
 
+@pytest.mark.parametrize("text, expected", [
+    ("[기상청] 02:20 서산시 인근 시간당 72mm 이상 매우 강한 비, 침수와 하천 범람에 유의하시기 바랍니다",
+     ("heavy rain - night")),
+    ("매우 강한 비가 내리고 있습니다. 저지대 침수와 하천 범람에 유의 바랍니다", "heavy rain - -"),
+    ("침수와 하천 범람에 유의하세요", "- - -"),
+    ("시간당 50mm 강한 비 지속. 산사태 위험지역 주민은 사전 대피 바랍니다", "heavy rain - -"),
+    ("강한 비와 함께 돌풍·천둥·번개가 예상되오니 시설물 관리에 유의", "heavy rain+lightning+strong wind - -"),
+    ("밤사이 많은 눈으로 도로 결빙이 예상되오니 감속 운행 바랍니다", "heavy snow+icy road road night"),
+    ("댐 방류량 증가로 하천 수위가 급격히 상승하고 있으니 하천 접근 금지", "flood river -"),
+    ("[남양주시] 왕숙천 진관교 홍수경보 발령, 하천변 출입 금지", "flood river -"),
+    ("하천 범람 우려, 하천변 주민은 즉시 대피", "flood river -"),
+    ("호우경보 발효, 한옥마을 침수 우려", "heavy rain hanok -"),
+    ("제11호 태풍 북상 중. 남해안은 강풍과 폭우 예상", "heavy rain+strong wind+typhoon coast -"),
+    ("20시 현재 대설특보 발효 중. 빙판길 안전에 주의하세요", "heavy snow - night"),
+    ("아침 최저기온 영하 18도 한파. 수도계량기 동파에 유의 바랍니다", "cold - morning"),
+    ("14:29 포항시 북구 북쪽 9km 지역 규모 5.4 지진 발생/낙하물 주의", "earthquake - day"),
+    ("15:20 서귀포시 서남서쪽 41km 해역 규모 4.9 지진 발생. 지진해일에 주의", "earthquake coast day"),
+    ("산림청] 오늘 06:00 경북 전역 산사태 위기경보 '심각' 발령. 산지 야외활동 금지", "landslide - morning"),
+    ("북촌 한옥마을에서 실종된 김순자씨(여, 78세)를 찾습니다. 비 오는 날 실종, 검은 점퍼 ☎182", "- - -"),
+    ("민방위 공습경보 발령. 지하대피소로 대피하세요", "- - -"),
+    ("[남원시] 한옥마을 일원 정전. 복구 작업 중", "- - -"),
+])  # fmt: skip
+def test_kinds_of_alerts(text, expected):
+    """The wording of real alerts of many kinds: disasters, place and time, - where there is none."""
+    kind, disasters, place, time = reading_of(text)
+    assert " ".join(["+".join(sorted(disasters)) or "-", place, time]) == expected
+    assert (kind == "alert") == bool(disasters)
+
+
 @pytest.mark.parametrize("text, place", [
     ("한옥마을 화재 발생", "hanok"), ("한옥마을 내 주택 화재 발생", "hanok"),
     ("한옥마을 인근 주택 화재 발생", "house"), ("한옥마을 인근 야산 산불 발생", "mountain"),
@@ -230,16 +259,35 @@ def test_without_a_pseudo_word_the_hanok_is_named_with_a_note():
     ("안녕하세요", [], dict(kind="unknown", prompt=None, notes=["no disaster found"])),
 ])  # fmt: skip
 def test_command_line_prints_one_line_of_json(text, more, expected, capsys):
-    assert alert.main([text, *more]) == 0
+    assert alert.main([text, "--json", *more]) == 0
     [line] = capsys.readouterr().out.splitlines()
     row = json.loads(line)
     assert row["alert"] == text and expected.items() <= row.items()
 
 
+def test_command_line_prints_two_lines(tmp_path, capsys):
+    """With the word of the run that is named, of --token, or "*"."""
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    (run / "config.json").write_text('{"token": "sks"}')
+    hanok = "alert: fire; place: hanok; time: day\nprompt: {} on fire, in the daytime\n"
+    for more, word in (([], "*"), (["--token", "gate"], "gate"), *((["--adapter", str(run / f)], "sks")
+                       for f in ("", "model", "lora.safetensors"))):  # fmt: skip
+        assert alert.main([FIRE, *more]) == 0 and capsys.readouterr().out == hanok.format(word)
+    assert alert.main(["울산 지진 발생"]) == 0
+    assert capsys.readouterr().out == (
+        "alert: earthquake; place: not named; time: not named\nprompt: an earthquake damaging a building\n"
+    )
+    assert alert.main(["소방훈련 안내"]) == 0
+    assert capsys.readouterr().out == "drill: this is a drill or a test\nno prompt: nothing is to be drawn\n"
+    for more in (["--adapter", "nowhere"], ["--adapter", str(run), "--token", "a"]):
+        assert alert.main([FIRE, *more]) == 2 and "--token" in capsys.readouterr().err
+
+
 def test_a_terminal_without_korean_gets_ascii(monkeypatch, tmp_path):
     with open(tmp_path / "out", "w", encoding="cp1252") as out:
         monkeypatch.setattr("sys.stdout", out)
-        alert.main(["🔥 " + FIRE])
+        alert.main(["🔥 " + FIRE, "--json"])
     written = (tmp_path / "out").read_text("ascii")
     assert json.loads(written)["alert"] == "🔥 " + FIRE
 
@@ -264,7 +312,8 @@ def test_an_alert_is_drawn_and_its_reading_kept(tmp_path, capsys):
         t["parameters"].startswith("Gate on fire, in the daytime\n") for t in texts
     )
     row = json.loads(texts[0]["alert"])
-    assert texts[0]["alert"] in out.splitlines() and texts[0]["alert"] == texts[1]["alert"]
+    assert "alert: fire; place: hanok; time: day\nprompt: Gate on fire, in the daytime\n" in out
+    assert texts[0]["alert"] == texts[1]["alert"]
     assert (row["kind"], row["disaster"], row["place"], row["time"]) == ("alert", ["fire"], "hanok", "day")
     assert row["alert"] == FIRE and row["prompt"] == "Gate on fire, in the daytime"
 

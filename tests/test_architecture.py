@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from hanokdiff import __main__ as listing
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train_ti", "train_dreambooth", "train_lora", "train_hypernet", "sample", "clipscore")
-COMMANDS = ("alert", "caption", "convert")
+COMMANDS = ("alert", "caption", "convert", "__main__")
 BASICS = (
     "axes",
     "chart",
@@ -37,7 +39,7 @@ MAY_IMPORT = {  # room -> the other rooms that it may import; within a room modu
     "scoring": {"basics"},
     "tiny": {"basics", "models"},
     "tiny/build.py": {"basics", "models", "formats", "scoring", "tiny"},  # trains the tiny world's weights
-    "commands": LIBRARY - {"commands"},  # alert.py, caption.py, convert.py
+    "commands": LIBRARY - {"commands"},  # alert.py, caption.py, convert.py, __main__.py
     "compare": LIBRARY,
     "bench": LIBRARY,
     "scripts": LIBRARY,
@@ -91,7 +93,7 @@ def room(module: str) -> str:
         return "tiny/build.py"
     if len(inner) == 1 and inner[0] in BASICS:
         return "basics"
-    if len(inner) == 1 and inner[0].split("_")[0] in COMMANDS:  # alert_words.py belongs to alert.py
+    if len(inner) == 1 and inner[0].removesuffix("_words") in COMMANDS:  # alert_words.py belongs to alert.py
         return "commands"
     return inner[0] if inner else "basics"  # hanokdiff/__init__.py is empty
 
@@ -192,6 +194,24 @@ def test_architecture_page_has_the_same_table():
     rows = dict(re.findall(r"^\| `([\w/.]+?)/?` \| ([^|]*) \|", page, re.MULTILINE))
     table = {name: set(re.findall(r"`([\w/.]+?)/?`", cell)) for name, cell in rows.items()}
     assert table == MAY_IMPORT
+
+
+def test_every_command_is_listed(capsys):
+    """What runs as a program is what `python -m hanokdiff` lists; only compare runs its worker."""
+    runs = {
+        m.removesuffix(".__main__")
+        for m, p in modules(ROOT).items()
+        if "\nif __name__ ==" in p.read_text("utf-8")
+    }
+    runs -= {"hanokdiff", "hanokdiff.compare.worker"}
+    assert {c.removesuffix(".py") for c in listing.COMMANDS} == runs
+    assert listing.main([]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(listing.COMMANDS) and "README" in last
+    for command, line in zip(listing.COMMANDS, lines, strict=True):
+        start, _, said = line.partition(command)
+        assert start == ("python " if command.endswith(".py") else "python -m ") and len(line) < 140
+        assert said.strip() in listing.source(command).read_text("utf-8") and len(said.split()) > 4
 
 
 # -------------------------------------------------------------------------------------------------- packaging

@@ -1,6 +1,7 @@
 """The comparison: statistics against closed forms, the plan, and a miniature of the whole: run, stopped,
 split."""
 
+import ast
 import contextlib
 import csv
 import errno
@@ -24,7 +25,7 @@ import pytest
 from PIL import Image
 
 from hanokdiff.compare import __main__ as compare
-from hanokdiff.compare import plan, recipes, run, workers
+from hanokdiff.compare import appendix, korean, plan, recipes, run, sections, workers
 from hanokdiff.compare.report import compose
 from hanokdiff.compare.results import collect
 from hanokdiff.compare.summary import find, pooled, summarise
@@ -394,10 +395,10 @@ def test_the_pages(done):
     page = ElementTree.fromstring(html)  # raises if a tag is left open
     assert "http" not in html.replace("http-equiv", "") and "@import" not in html and "url(" not in html
     sources = [e.get("src") for e in page.iter("img")]
-    assert len(sources) == 6 and all(s.startswith("data:image/png;base64,") for s in sources)
+    assert len(sources) == 7 and all(s.startswith("data:image/png;base64,") for s in sources)
     assert all(e.get("alt") for e in page.iter("img")) and len(list(page.iter("svg"))) == 6
     files = [f.strip("<>") for f in re.findall(r"\]\((.+?)\)", words)]
-    assert len(files) == 6 + 6 + 2 and all((done / f).is_file() for f in files)
+    assert len(files) == 7 + 6 + 2 and all((done / f).is_file() for f in files)
     assert all(ElementTree.parse(done / f).getroot().get("color") for f in files if f.endswith("svg"))
     plain = "".join(page.itertext())
     for text in (
@@ -407,6 +408,83 @@ def test_the_pages(done):
     ):  # fmt: skip
         assert text in plain and text in words.replace("\\*", "*"), text
     assert "A QUICK LOOK" not in plain and "UNFINISHED" not in plain
+
+
+def test_every_sentence_has_its_korean():
+    """Whatever is written in the two modules in four words or more stands in korean.txt."""
+    known = korean.FILE.read_text("utf-8")
+    for module in (sections, appendix):
+        tree = ast.parse(Path(module.__file__).read_text("utf-8"))
+        plain = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+        docs = [ast.get_docstring(n, clean=False) for n in ast.walk(tree) if hasattr(n, "body") and n.body
+                and isinstance(n, ast.Module | ast.FunctionDef | ast.ClassDef)]  # fmt: skip
+        sentences = {
+            " ".join(s.split()) for s in plain if s not in docs and len(re.findall(r"[a-z]+ ", s)) > 3
+        }
+        heads = {s for s in sentences if s.startswith(("recipe photos", "picture,such"))}  # of a table each
+        assert len(heads) == 1 and len(sentences) > 30
+        assert [s for s in sentences - heads if s not in known] == []
+
+
+def test_a_korean_page(done, monkeypatch):
+    """No text of any branch is left as it is, but for data: names, labels, numbers."""
+    found, images = collect(done, json.loads((done / "manifest.json").read_text("utf-8")))
+    s = found["settings"]
+    s |= {"language": "ko", "quick": True, "budget": "epochs", "seeds": list(range(8))}
+    own = [c for c in found["cells"] if c["photos"]]
+    found["cells"] += [{**c, "seed": seed} for c in own for seed in range(2, 8)]
+    summary = summarise(found)
+    best = {"recipe": "lora", "photos": 5, "at": 0.5, "strength": 0.5, "development": [0.5, 0.4, 0.6]}
+    summary["best_points"] = [best | {"both": best["development"]}]
+    found["missing"] = ["lora, 5 photos, set 9"]
+    said, say = {}, korean.say
+    monkeypatch.setattr(korean, "say", lambda text: said.setdefault(text, say(text)))
+    page = compose(done, found, summary, images)
+    data = [s[k] for k in ("recipes", "kinds", "conditions", "questions", "drawing", "scorer", "model")]
+    data += [[c["ask"] for c in found["cells"]], [c["times"]["machine"] for c in own], "CLIP-T MiB train_ py"]
+    names = set(re.findall("[A-Za-z]{2,}", json.dumps(data)))
+    left = [text for text, korean in said.items() if text == korean]
+    assert len(said) > 150
+    assert [text for text in left if set(re.findall("[A-Za-z]{2,}", text)) - names] == []
+    html = page.html()
+    assert '<html lang="ko">' in html and '<h2 id="part1">요약</h2>' in html and "{" not in page.markdown()
+    assert "빠른 확인" in html and "진행 중: 조합" in html and "이미지 비율, %</text>" in html
+
+
+def test_one_picture_of_each_failure(done):
+    """By the rule: the most frequent labels, of each the clearest picture; at the end the nearest copy."""
+    found, images = collect(done, json.loads((done / "manifest.json").read_text("utf-8")))
+    own = [i for i in images if i["photos"] and i["question"] in "ABC"]
+    planted = ["campfire"] * 5 + ["snow"] * 4 + ["none"] * 2 + ["night"]
+    assert len(own) == len(planted)
+    for n, (i, condition) in enumerate(zip(own, planted, strict=True)):
+        i |= {
+            "kind": "hanok",
+            "subject": 1,
+            "condition": condition,
+            "wanted": 0,
+            "copy": 0,
+            "likeness": n / 100,
+        }
+    own[3]["likeness"], own[5]["likeness"] = 0.9, 0.8
+    own[11] |= {"kind": "barn", "subject": 0, "wanted": 1, "condition": "fire", "copy": 1, "nearest": 0.99}
+    other = {**own[0], "question": "word", "likeness": 2}
+    text = compose(done, found, summarise(found), [*images, other]).markdown()
+    table = text.partition("One picture of each failure")[2].partition("\n\n##")[0].splitlines()
+    rows = [line.strip("| ").split(" | ") for line in table if re.match(r"\| \d", line)]
+    shown = [[*r[1:5], r[5], r[8], r[9]] for r in rows]
+    expected = [
+        (own[3], 5, ""),
+        (own[5], 4, ""),
+        (own[10], 2, ""),
+        (own[11], 1, "0.990"),
+        (own[11], 1, "0.990"),
+    ]
+    assert shown == [
+        [str(count), i["kind"], i["condition"], near, i["recipe"], i["question"], str(i["index"])]
+        for i, count, near in expected
+    ]  # fmt: skip
+    assert "There is none of them" in compose(done, found, summarise(found), []).markdown()
 
 
 def test_the_second_start_does_nothing(done, monkeypatch, capsys):
@@ -587,7 +665,7 @@ def test_several_trainings_are_compared(done):
         test["p"] == test["p_holm"] == pytest.approx(sign_flip(test["each"])[0]) and test["floor"] == 2 / 256
     )
     assert test["each"] == [-0.0625] + [0.875] * 7 and test["p"] == 4 / 256
-    text = compose(done, {**found, "cells": cells}, summary).markdown()
+    text = compose(done, {**found, "cells": cells}, summary, []).markdown()
     assert "1 of 8 [2, 47] %" in text and "8 trainings per cell at most" in text and "0.0156" in text
 
 

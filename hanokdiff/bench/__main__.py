@@ -1,4 +1,4 @@
-"""Time and peak memory of a training step of each method and of a picture, here and in diffusers and peft.
+"""Time and peak memory of training steps and of sampling, here and in diffusers and peft.
 
     python -m hanokdiff.bench                                  ours, on the tiny world
     python -m hanokdiff.bench --size small --vs diffusers      beside diffusers and peft, where installed

@@ -81,6 +81,7 @@ def options():
     add("--conditions", help='"a building on fire|a building|...", the wanted one first')
     add = p.add_argument_group("output").add_argument
     add("--out", type=Path, default=Path("runs/compare"), help="folder (default: runs/compare)")
+    add("--lang", choices=("en", "ko"), default="en", help="of the report; sheets keep English labels")
     add("--shard", default="1/1", metavar="I/N", help="only every N-th training, from the I-th on")
     add("--merge", nargs="+", type=Path, metavar="FOLDER", help="only join the finished cells of these")
     return p
@@ -188,6 +189,7 @@ def main(argv=None):
         manifest = plan.plan(args, context)
         make_folder(args.out)
         lock.take(args.out)
+    manifest["settings"]["language"] = args.lang
     write_json(args.out / "manifest.json", manifest)
     if not args.merge:
         before = signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -19,7 +19,7 @@ from hanokdiff.files import write_text
 def write(out: Path, results: dict, images: list[dict]) -> str:
     """The four files, whole or not at all. Returns a table for the terminal."""
     summary = summarise(results)
-    page = compose(out, results, summary)
+    page = compose(out, results, summary, images)
     files = {
         "results.json": json.dumps(
             {**results, "summary": summary}, indent=1, ensure_ascii=False, allow_nan=False
@@ -34,9 +34,9 @@ def write(out: Path, results: dict, images: list[dict]) -> str:
     return terminal(results, summary)
 
 
-def compose(out: Path, results: dict, summary: dict) -> chart.Page:
+def compose(out: Path, results: dict, summary: dict, images: list[dict]) -> chart.Page:
     """The page, from top to bottom."""
-    answers, appendix = Answers(out, results, summary), Appendix(out, results, summary)
+    answers, appendix = (part(out, results, summary, images) for part in (Answers, Appendix))
     appendix.page = answers.page
     answers.write()
     appendix.write()

@@ -3,10 +3,15 @@
 Read next: hanokdiff/compare/appendix.py (the rest of the page), chart.py (what a page is made of).
 """
 
+from collections import Counter
 from pathlib import Path
 
+from PIL import Image
+
 from hanokdiff import chart
+from hanokdiff.compare import korean
 from hanokdiff.compare.summary import LEAST_SETS, SHARES, counted, find, point
+from hanokdiff.images import labelled_sheet
 
 # --------------------------------------------------------------------------------------------------- words
 
@@ -90,8 +95,8 @@ def budget(results: dict) -> str:
 class View:
     """The results, and what every section needs of them."""
 
-    def __init__(self, out: Path, results: dict, summary: dict):
-        self.out, self.results, self.summary = out, results, summary
+    def __init__(self, out: Path, results: dict, summary: dict, images: list[dict]):
+        self.out, self.results, self.summary, self.images = out, results, summary, images
         self.settings = s = results["settings"]
         self.recipes, self.sizes, self.keys = list(s["recipes"]), sorted(s["sizes"]), counted(s)
         self.size_names = [f"{n} photos" for n in self.sizes]
@@ -102,7 +107,8 @@ class View:
         self.untouched = [c for c in results["cells"] if not c["photos"]]
         self.first_set = [c for c in self.trained if c["seed"] == s["seeds"][0]]
         title = "Teaching a model one subject" + (", a quick look" if s["quick"] else "")
-        self.page = chart.Page(title, refresh=20 if results["missing"] else 0)
+        refresh, language = 20 if results["missing"] else 0, s.get("language", "en")
+        self.page = chart.Page(title, refresh, language, korean.say if language == "ko" else str)
 
     def rows(self, *questions: str) -> list[dict]:
         """The rows of these questions, each recipe as it is: at its last step and at full strength."""
@@ -134,6 +140,7 @@ class Answers(View):
         self.pictures()
         self.presence()
         self.taken_for()
+        self.failures()
 
     def opening(self) -> None:
         s, page, missing = self.settings, self.page, self.results["missing"]
@@ -302,3 +309,46 @@ class Answers(View):
                 for r in of_all
             ]
             page.table(["recipe", "photos", *labels], rows)
+
+    def failures(self) -> None:
+        """One picture of each, by a rule that leaves no choice: the clearest by the scores of images.csv."""
+        page, own = self.page, [i for i in self.images if i["photos"] and i["question"] in self.keys]
+        own = [i for i in own if (i["at"], i["strength"]) == (1, 1) and (self.out / i["file"]).is_file()]
+        chosen = [
+            *clearest([i for i in own if i["subject"] and not i["wanted"]], "condition", "likeness", 3),
+            *clearest(
+                [i for i in own if i["wanted"] and not i["subject"]], "kind", "likeness", 2, least=True
+            ),
+            *clearest([i for i in own if i["copy"]], "copy", "nearest", 1),
+        ]
+        page.heading("One picture of each failure")
+        page.text(f"""Of {len(own)} pictures of the prompts, by the scores in images.csv. The subject without
+            what was asked for: of the three conditions seen most often instead, the picture most like the
+            held-out photos. What was asked for on another building: of the two kinds seen most often, the
+            picture least like them. A suspected copy: the picture nearest to a training photo.""")
+        if not chosen:
+            page.text("There is none of them.")
+            return
+        rows, pictures = [], []
+        for n, (i, count) in enumerate(chosen, 1):
+            with Image.open(self.out / i["file"]) as picture:
+                pictures.append(picture.convert("RGB"))
+            near = f"{i['nearest']:.3f}" if i["copy"] else ""
+            where = [i["recipe"], i["photos"], i["seed"], i["question"], i["index"]]
+            rows.append([n, count, i["kind"], i["condition"], near, *where])
+        sheet = labelled_sheet([pictures], [""], [f"{n}: {r[2]}, {r[3]}" for n, r in enumerate(rows, 1)])
+        caption = "The clearest picture of each failure; where it is from stands in the table."
+        page.picture(sheet, self.out / "grids" / "failures.png", caption)
+        columns = "picture,such pictures,recognised as,and as,nearest photo,recipe,photos,set,prompt,number"
+        page.table(columns.split(","), rows)
+
+
+def clearest(images: list[dict], label: str, score: str, most: int, least=False) -> list[tuple[dict, int]]:
+    """Of each of the most frequent labels, the picture with the highest (or least) score, and how many have
+    that label."""
+    counts = Counter(i[label] for i in images)
+    pick = min if least else max
+    return [
+        (pick((i for i in images if i[label] == name), key=lambda i: i[score]), n)
+        for name, n in counts.most_common(most)
+    ]

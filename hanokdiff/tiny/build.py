@@ -1,4 +1,6 @@
-"""Train the embedded world's weights, one command each, on any device (times on 2 CPU cores):
+"""The weights of the tiny world, trained anew.
+
+One command each, on any device (times on 2 CPU cores):
 
     python -m hanokdiff.tiny.build autoencoder     ->  tiny/sd/vae                       20 minutes
     python -m hanokdiff.tiny.build widen           ->  the same, with more colours        5 minutes

@@ -21,7 +21,9 @@ from random import Random
 
 from PIL import Image
 
+from hanokdiff.errors import report_errors
 from hanokdiff.images import grid
+from hanokdiff.options import Options
 from hanokdiff.tiny.drawing import SIZE, draw
 from hanokdiff.tiny.scenes import (
     BASE_KINDS,
@@ -74,11 +76,17 @@ def photos(n: int = 100, held_out: bool = False, photo_set: int = 0) -> list[tup
     return [(draw(s), photo_caption(s)) for s in scenes]
 
 
-def main(path: str = "sheet.png") -> None:
+@report_errors
+def main(argv=None) -> None:
+    p = Options(prog="python -m hanokdiff.tiny.world", description=__doc__)
+    p.add_argument("sheet", nargs="?", type=Path, default=Path("sheet.png"), help="default: sheet.png")
+    path = p.parse_args(argv).sheet
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path}: the sheet is a PNG; name it so, such as sheet.png")
     scenes = [scene(f"sheet {k} {c}", (k,), (c,)) for k in KINDS for c in CONDITIONS]
     grid([draw(s) for s in scenes], len(CONDITIONS), 2).save(path)
     print(f"{path}: rows {', '.join(KINDS)}; columns {', '.join(CONDITIONS)}")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:2])
+    sys.exit(main())

@@ -415,6 +415,10 @@ alert
     the following arguments are required: text; see --help
 alert ""
     the message is empty; give its text, in quotes
+alert "한옥 화재 발생" --adapter photos
+    --adapter photos: no run's config.json beside it names its word; give it as --token
+alert "한옥 화재 발생" --adapter photos --token a
+    --token and --adapter both give the pseudo word; leave one out
 alert 한옥마을 화재 발생
     화재 is not known here: see --help; what has spaces in it needs quotes
 # comparisons
