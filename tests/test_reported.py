@@ -224,6 +224,48 @@ def test_the_same_bits_twice_with_two_threads(script, monkeypatch):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_torchrun_ends_with_our_sentence(monkeypatch, capsys):
+    """Below its own traceback it prints what a failed process has left for it; not of one that was only left
+    alone by another."""
+    errors = pytest.importorskip("torch.distributed.elastic.multiprocessing.errors")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "error.json")
+    peer = RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.1]:1")
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        patch.setattr(train_lora, "check_training", lambda args: raised(peer))
+        assert train_lora.main([]) == 2 and not Path("error.json").exists()
+    assert capsys.readouterr().err == "error: another process has ended\n"
+    refused(train_lora, ["--steps", "0", "--device", "cpu"], ["--steps is 0"], capsys)
+    failure = errors.ProcessFailure(0, 1, 2, "error.json")
+    said = errors.ChildFailedError("train_lora.py", {0: failure}).format_msg()
+    assert "traceback : --steps is 0, but must be greater than 0\n" in said
+
+
+def raised(error: Exception):
+    raise error
+
+
+def test_a_killed_process_leaves_no_semaphore():
+    """Where processes are spawned (a Mac, Windows), tqdm's lock was one of the system's: Python named it as
+    leaked."""
+    code = """
+import multiprocessing, os
+multiprocessing.set_start_method("spawn")
+from tqdm import tqdm
+from hanokdiff.errors import report_errors
+@report_errors
+def main(argv=None):
+    next(iter(tqdm(range(2))))
+    os.kill(os.getpid(), 9)
+main()
+"""
+    root = str(Path(lock.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": root}, timeout=60
+    )
+    assert done.returncode == -9 and "leaked" not in done.stderr
+
+
 # ------------------------------------------------------------------------------------------------ colours
 # sd-scripts#2179
 
