@@ -12,6 +12,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from hanokdiff.files import replacing
 from hanokdiff.images import fitting
 
 COLOURS = ["#4e79a7", "#e8833a", "#4c9f70", "#b0679b", "#9c8453"]
@@ -132,7 +133,8 @@ class Page:
 
     def figure(self, html: str, file: Path, content: bytes, caption: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content)
+        with replacing(file) as aside:
+            aside.write_bytes(content)
         html = framed(html, caption)
         caption = caption.replace("*", "\\*")
         self.add(html, f"![{caption}]({file.parent.name}/{file.name})\n\n{caption}")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +83,16 @@ def sync_rename(part: Path, path: Path) -> None:
     with open(part, "rb+") as f:
         os.fsync(f.fileno())
     os.replace(part, path)
+
+
+def replace_folder(aside: Path, path: Path) -> None:
+    """Give a folder that was written aside its name. What had that name goes away whole, never half."""
+    old = path.with_name(path.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)  # left by a kill
+    if path.exists():
+        path.rename(old)
+    aside.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path, text: str, newline: str | None = None) -> None:
