@@ -29,12 +29,14 @@ from hanokdiff import lock
 from hanokdiff.formats import embedding_file, folder, lora_file, lora_names, single_file
 from hanokdiff.formats.load import TINY_MODEL, load_model
 from hanokdiff.formats.lora_names import UNET
+from hanokdiff.formats.tensors import read_safetensors
 from hanokdiff.images import read_photo
 from hanokdiff.methods import lora, textual_inversion
 from hanokdiff.models import memory
 from hanokdiff.models.prompt_schedule import plain_text
 from hanokdiff.models.schedule import Schedule
 from hanokdiff.models.text_encoder import TextEncoder
+from hanokdiff.models.unet import UNet
 from hanokdiff.training import prior
 from hanokdiff.training.dataset import Captions, load_photos, prepare_captions
 from hanokdiff.training.noise import Batch
@@ -710,6 +712,56 @@ def test_another_autoencoder(sd1, small):
         load_model(str(sd1.folder), "cpu", log=None, vae=str(TINY_MODEL))
     with pytest.raises(ValueError, match="no such file"):
         load_model("tiny", "cpu", log=None, vae="nowhere")
+
+
+LONG = " ".join(["a barn on fire"] * 40)  # 160 tokens, none a comma
+
+
+def test_captions_over_75_tokens(sd1):
+    """In chunks of 75, each between begin and end and read alone, end to end; by transformers' encoder. Then
+    the prompt of sampling, and in a batch with a short caption the same as alone."""
+    sd, pipeline = load_model(str(sd1.folder), "cpu", log=None), sd1.pipeline
+    tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
+    ids = tokenizer(LONG, add_special_tokens=False).input_ids
+    assert 150 < len(ids) < 225
+    rows = [[tokenizer.bos_token_id, *ids[k : k + 75], tokenizer.eos_token_id] for k in (0, 75, 150)]
+    rows = torch.tensor([row + [tokenizer.pad_token_id] * (77 - len(row)) for row in rows])
+    expected = encoder(rows)[0].flatten(0, 1)  # (231, D)
+    for most in (75, 150, 225):
+        sd.text.max_tokens = most
+        sd.text._warned.clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            context = sd.text([LONG])[0]
+        assert torch.allclose(context, expected[: most // 75 * 77], atol=1e-5)
+        assert [f"cut at {most}" in str(w.message) for w in caught] == [True] * (most < 225)
+    assert torch.equal(context, sd.text.prompts([LONG])[0])
+    two, both = sd.text(["a barn " * 50, LONG]), sd.text(["a barn", LONG])
+    assert two.shape[1] == 6 * 77 and both.shape[1] == 3 * 77
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor([9])
+    alone = sd.unet(x, t, sd.text(["a barn"]))
+    assert torch.allclose(sd.unet(x, t, both[:1]), alone, atol=1e-5)
+    assert not torch.allclose(sd.unet(x, t, both[1:]), alone, atol=1e-3)
+    sd.text.cache_prompts(["a barn", LONG])
+    assert torch.allclose(sd.text(["a barn", LONG]), both, atol=1e-6)
+
+
+def test_long_captions_in_training(monkeypatch):
+    """Trained on whole, noted in the file as kohya's scripts do; a word beyond the 75th token learns."""
+    photo("p.png")
+    Path("p.txt").write_text(LONG + " sks")
+    argv = [*COMMON, "run", "--data", ".", "--token", "sks", "--resolution", "64", "--batch-size", "1"]
+    argv[argv.index("--images") + 1] = "1"
+    widths, seen = [], UNet.forward
+    monkeypatch.setattr(UNet, "forward", lambda s, x, t, c: widths.append(c.shape[1]) or seen(s, x, t, c))
+    assert train_lora.main([*argv, "--max-tokens", "225", "--vectors", "1", "--rank", "2"]) == 0
+    assert set(widths) == {231}
+    tensors, about = read_safetensors(Path("run/lora.safetensors"), "LoRA")
+    start = textual_inversion.initial_vectors(
+        load_model("tiny", "cpu", log=None), "a building with a roof", 1
+    )
+    assert about["ss_max_token_length"] == "225"
+    assert not torch.equal(tensors["bundle_emb.sks.string_to_param.*"], start)
 
 
 def test_clip_skip_in_training(monkeypatch):

@@ -111,6 +111,7 @@ def metadata(
     batch_size: int,
     resolution: int,
     seed: int,
+    max_tokens: int = 75,
     **_,
 ) -> dict[str, str]:
     """The file's metadata in kohya's names, so that other tools show them, and the pseudo word under ours."""
@@ -134,6 +135,7 @@ def metadata(
         "ss_batch_size_per_device": batch_size,
         "ss_resolution": f"({resolution}, {resolution})",
         "ss_seed": seed,
+        "ss_max_token_length": max_tokens if max_tokens > 75 else None,
         "ss_optimizer": "torch.optim.adamw.AdamW",
     }
     return {k: str(v) for k, v in meta.items()}
