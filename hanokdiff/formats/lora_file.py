@@ -135,6 +135,7 @@ def metadata(
         "ss_batch_size_per_device": batch_size,
         "ss_resolution": f"({resolution}, {resolution})",
         "ss_seed": seed,
+        "ss_clip_skip": sd.text.clip_skip if sd.text.clip_skip > 1 else None,
         "ss_max_token_length": max_tokens if max_tokens > 75 else None,
         "ss_optimizer": "torch.optim.adamw.AdamW",
     }
@@ -306,4 +307,9 @@ def apply_file(
     if log:
         bundled = f', and "{", ".join(words)}"' if words else ""
         log(f"LoRA {path}: all {len(out)} modules matched{bundled}, strength {strength:g}")
+    skip = metadata.get("ss_clip_skip", "")
+    if skip.isdigit() and int(skip) not in (0, sd.text.clip_skip):
+        warnings.warn(
+            f"{path} was trained with --clip-skip {skip}, and is used with {sd.text.clip_skip}", stacklevel=2
+        )
     return out, metadata
