@@ -283,8 +283,8 @@ def read_tags(args) -> dict[str, tuple[str, tuple]]:
         files = {kind: [parse_scale(f)[0] for f in getattr(args, kind)] for kind in ("lora", "hypernet")}
         found = tuple((k, find_artefact(k, name, args.lora_dir, files[k]), scale) for k, name, scale in tags)
         out[prompt] = text, found
-        if strange := not_understood(prompt):
-            warnings.warn(f"drawn as plain text: {', '.join(strange)}; see --help", stacklevel=2)
+    if strange := [x for prompt in (*out, args.negative) for x in not_understood(prompt)]:
+        warnings.warn(f"drawn as plain text: {', '.join(dict.fromkeys(strange))}; see --help", stacklevel=2)
     return out
 
 

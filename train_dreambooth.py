@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from hanokdiff.errors import report_errors
-from hanokdiff.files import write_json
+from hanokdiff.files import replace_folder, write_json
 from hanokdiff.formats import delta_file, embedding_file
 from hanokdiff.formats.folder import save_folder
 from hanokdiff.formats.load import load_model
@@ -91,7 +91,7 @@ def main(argv=None):
     # 1. The base model, in half precision with fp32 masters
     sd = load_model(args.model, args.device, args.dtype, **model_options(args), masters=True)
     sd.text.skip(args.clip_skip)
-    sd.text.literal_tokens = args.literal_tokens
+    sd.text.literal_tokens, sd.text.max_tokens = args.literal_tokens, args.max_tokens
     sd.text.add_word(args.token)
     args.resolution = check_resolution(args.resolution, sd)
 
@@ -164,8 +164,7 @@ def save_model(path: Path, sd, token: str, embedding, ids: list[int]) -> None:
     with folded:
         save_folder(aside, sd.unet, sd.vae, sd.text.encoder, sd.text.tokenizer, sd.schedule, dtype)
     write_json(aside / "hanokdiff.json", {"token": token})
-    shutil.rmtree(path, ignore_errors=True)  # of the same step, before a run was resumed
-    aside.rename(path)
+    replace_folder(aside, path)  # one of the same step is of before a run was resumed
 
 
 if __name__ == "__main__":

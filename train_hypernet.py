@@ -103,7 +103,7 @@ def main(argv=None):
     # 1. The base model, frozen
     sd = load_model(args.model, args.device, args.dtype, **model_options(args))
     sd.text.skip(args.clip_skip)
-    sd.text.literal_tokens = args.literal_tokens
+    sd.text.literal_tokens, sd.text.max_tokens = args.literal_tokens, args.max_tokens
     sd.text.add_word(args.token)
     args.resolution = check_resolution(args.resolution, sd)
 

@@ -1,7 +1,8 @@
 """Captions for photos: BLIP writes NAME.txt beside each, and the subject's phrase becomes the pseudo word.
 
     python -m hanokdiff.caption PHOTOS                                          captions what has none
-    python -m hanokdiff.caption PHOTOS --replace "a building with a roof" "*"   and puts in the pseudo word
+    python -m hanokdiff.caption PHOTOS --replace "a building with a roof" "*"   and puts in the pseudo word,
+                                                                                which --token may name too
 
 Both parts go on where they stopped: a caption that exists is kept, one that has the pseudo word is left as
 it is. If every photo has a caption, BLIP is not opened. Training can do the second part on the fly (its own
@@ -34,7 +35,7 @@ from hanokdiff.errors import report_errors
 from hanokdiff.files import write_text
 from hanokdiff.images import read_photo
 from hanokdiff.models.tokens import contains_word, word_pattern
-from hanokdiff.options import Options
+from hanokdiff.options import Options, Replace
 from hanokdiff.pretrained import open_pretrained
 from hanokdiff.scoring.clip import MEAN, STD
 from hanokdiff.training.dataset import Captions, photo_files, read_caption
@@ -241,8 +242,9 @@ def options() -> Options:
     p = Options("hanokdiff.caption", description=__doc__)
     add = p.add_argument
     add("folder", metavar="FOLDER", type=Path, help="photos; their captions are NAME.txt beside them")
-    replace_help = "put WORD in PHRASE's place in all captions"
-    add("--replace", nargs=2, metavar=("PHRASE", "WORD"), help=replace_help)
+    replace_help = "put the pseudo word, --token or WORD, in PHRASE's place in all captions"
+    add("--replace", nargs=2, action=Replace, metavar=("PHRASE", "[WORD]"), help=replace_help)
+    add("--token", default="*", help="the pseudo word (default: *)")
     add("--exact", action="store_true", help="with --replace: the phrase itself, no variants")
     add("--overwrite", action="store_true", help="caption all photos anew; stopped, it starts over")
     add("--dry-run", action="store_true", help="say what is to be done; write nothing, open no BLIP")
@@ -265,7 +267,7 @@ def check(args) -> None:
         raise ValueError(
             f"--min-length {args.min_length} is more than --max-length {args.max_length}; lower it"
         )
-    if args.replace and not all(part.strip() for part in args.replace):
+    if args.replace is not None and not (args.replace.strip() and args.token.strip()):
         example = '"a building with a roof" "*"'
         raise ValueError(f"--replace needs a phrase and a word, such as {example}; one is empty")
     if args.exact and not args.replace:
@@ -289,7 +291,7 @@ def main(argv=None) -> None:
         else:
             texts |= caption(todo, cache(lambda: Blip(*model)), args.batch_size, outcomes)
         if args.replace:
-            replace(texts, *args.replace, args.exact, args.dry_run)
+            replace(texts, args.replace, args.token, args.exact, args.dry_run)
     finally:  # interrupted or not: what is done is done, and the same command goes on from here
         done = set().union(*outcomes.values())
         outcomes["not reached yet"] = [photo for photo in todo if photo not in done]

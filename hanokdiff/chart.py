@@ -14,6 +14,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from hanokdiff.files import replacing
 from hanokdiff.images import fitting
 
 COLOURS = ["#4e79a7", "#e8833a", "#4c9f70", "#b0679b", "#9c8453"]
@@ -148,7 +149,8 @@ class Page:
 
     def figure(self, html: str, file: Path, content: bytes, caption: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(content)
+        with replacing(file) as aside:
+            aside.write_bytes(content)
         caption = self.say(caption)
         html = framed(html, caption)
         caption = caption.replace("*", "\\*")

@@ -5,12 +5,17 @@ Imports no torch: `python -m hanokdiff.alert` runs without it.
 
 import contextlib
 import functools
+import json
 import os
 import re
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from tqdm import tqdm
 
 from hanokdiff import lock
 from hanokdiff.options import Options
@@ -36,15 +41,21 @@ def report_errors(main: Callable) -> Callable:
             sys.stdout.reconfigure(errors="backslashreplace")
         made.clear()
         Options.names = []
+        # tqdm's own is a semaphore of the system's, which a killed process would leave behind
+        tqdm.set_lock(threading.RLock())
         try:
             with only_main_process_prints():
                 return main(argv) or 0
         except (ValueError, OSError, MemoryError, RuntimeError) as e:
             remove_empty_folders()
-            memory = is_out_of_memory(e)
-            if os.environ.get("HANOKDIFF_DEBUG") or not (memory or isinstance(e, ValueError | OSError)):
+            memory, left = is_out_of_memory(e), is_left_alone(e)
+            mistake = memory or left or isinstance(e, ValueError | OSError)
+            if os.environ.get("HANOKDIFF_DEBUG") or not mistake:
                 raise
-            print(f"error: {one_line(memory_message(e) if memory else e)}", file=sys.stderr)
+            text = one_line(memory_message(e) if memory else "another process has ended" if left else e)
+            print(f"error: {text}", file=sys.stderr)
+            if not left:
+                tell_torchrun(text)
             return 2
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
@@ -66,6 +77,21 @@ def is_out_of_memory(e: Exception) -> bool:
     if isinstance(e, MemoryError) or any(c.__name__ == "OutOfMemoryError" for c in type(e).__mro__):
         return True
     return isinstance(e, RuntimeError) and "can't allocate memory" in str(e)
+
+
+def is_left_alone(e: Exception) -> bool:
+    """Whether another process of this training has ended; that one says why."""
+    alone = "WORLD_SIZE" not in os.environ or not isinstance(e, RuntimeError)
+    return not alone and bool(re.search("(closed|reset) by peer", str(e)))
+
+
+def tell_torchrun(text: str) -> None:
+    """torchrun prints a traceback of its own and at the end what it finds in this file, which is then our
+    sentence."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        more = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": text, "extraInfo": more}}))
 
 
 def memory_message(e: Exception) -> str:

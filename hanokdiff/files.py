@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,6 +57,21 @@ def check_file_size(path: Path, max_bytes: int) -> None:
         )
 
 
+def what_else(path: Path) -> str:
+    """What a file that cannot be read is instead, by its first bytes, if it is one of the usual mistakes."""
+    with contextlib.suppress(OSError), open(path, "rb") as f:
+        head = f.read(64)
+        if head.startswith(b"version https://git-lfs"):
+            return "a Git LFS pointer, not the file itself; fetch that with git lfs pull"
+        if head.lstrip().lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+            return "a web page, such as one that asks to log in; open its address in a browser"
+        if head[8:9] == b"{" and path.suffix != ".safetensors":
+            return "a .safetensors file by what is in it; give its name that ending"
+        if head[:2] in (b"PK", b"\x80\x02") and path.suffix == ".safetensors":
+            return "what torch.save writes; end its name in .ckpt for a model, else in .pt"
+    return ""
+
+
 def reason(e: Exception) -> str:
     """An exception in one line: a plain ValueError's text, of others the class too: KeyError('betas')."""
     return (getattr(e, "strerror", None) or (str(e) if type(e) is ValueError else repr(e))).split("\n")[0]
@@ -82,6 +98,16 @@ def sync_rename(part: Path, path: Path) -> None:
     with open(part, "rb+") as f:
         os.fsync(f.fileno())
     os.replace(part, path)
+
+
+def replace_folder(aside: Path, path: Path) -> None:
+    """Give a folder that was written aside its name. What had that name goes away whole, never half."""
+    old = path.with_name(path.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)  # left by a kill
+    if path.exists():
+        path.rename(old)
+    aside.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def write_text(path: Path, text: str, newline: str | None = None) -> None:

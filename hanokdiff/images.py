@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageCms, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from hanokdiff.files import replacing
+from hanokdiff.files import replacing, what_else
 
 SUFFIXES = {
     ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif",
@@ -34,7 +34,12 @@ def read_photo(path: str | Path) -> tuple[Image.Image, str]:
             image, colours = to_srgb(image)
             image, note = to_rgb(image)
     except UnidentifiedImageError:
-        problem = "not a picture, or broken at its beginning; if other programs show it, save it as JPEG"
+        other = what_else(path)
+        problem = (
+            f"it is {other}"
+            if other
+            else ("not a picture, or broken at its beginning; if other programs show it, save it as JPEG")
+        )
         raise ValueError(f"{path.name!r} cannot be read: {problem}") from None
     except Exception as e:  # by format, Pillow raises OSError, SyntaxError, struct.error, EOFError...
         raise ValueError(f"{path.name!r} cannot be read: {str(e) or type(e).__name__}") from e

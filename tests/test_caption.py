@@ -12,6 +12,7 @@ from conftest import randomise
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import train_ti
 from hanokdiff import caption
 from hanokdiff.models.tokens import contains_word
 from hanokdiff.training.dataset import Photo, load_photo, prepare_captions, read_caption
@@ -318,6 +319,23 @@ def test_overwrite(tmp_path, run, blip):
     assert len(texts(tmp_path)) == 2 and all(
         "mine" not in t and len(t.split()) > 3 for t in texts(tmp_path).values()
     )
+
+
+def test_one_replace_for_captions_and_training():
+    """A phrase, and the word after it or in --token; the folder before or after it."""
+    for argv in (
+        "photos --replace P W",
+        "--replace P W photos",
+        "photos --replace P --token W",
+        "photos --replace P W --exact",
+    ):
+        args = caption.options().parse_args(argv.split())
+        assert (args.folder, args.replace, args.token) == (Path("photos"), "P", "W")
+    parser = train_ti.options()
+    for argv in ("--replace P W", "--replace P --token W", "--token W --replace P W"):
+        args, given = parser.parse(argv.split()), parser.given(argv.split())
+        assert (args.replace, args.token) == ("P", "W") and given == {"replace": "P", "token": "W"}
+    assert parser.parse(["--replace", "P"]).token == caption.options().parse_args(["photos"]).token == "*"
 
 
 @pytest.mark.parametrize("args", [(), ("--replace", PHRASE, "*"), ("--overwrite",)])

@@ -29,12 +29,15 @@ from hanokdiff import lock
 from hanokdiff.formats import embedding_file, folder, lora_file, lora_names, single_file
 from hanokdiff.formats.load import TINY_MODEL, load_model
 from hanokdiff.formats.lora_names import UNET
+from hanokdiff.formats.tensors import read_safetensors
 from hanokdiff.images import read_photo
 from hanokdiff.methods import lora, textual_inversion
-from hanokdiff.models import memory
-from hanokdiff.models.prompt_schedule import plain_text
+from hanokdiff.methods.losses import min_snr_weight
+from hanokdiff.models import memory, samplers
+from hanokdiff.models.prompt_schedule import not_understood, plain_text
 from hanokdiff.models.schedule import Schedule
 from hanokdiff.models.text_encoder import TextEncoder
+from hanokdiff.models.unet import UNet
 from hanokdiff.training import prior
 from hanokdiff.training.dataset import Captions, load_photos, prepare_captions
 from hanokdiff.training.noise import Batch
@@ -222,6 +225,48 @@ def test_the_same_bits_twice_with_two_threads(script, monkeypatch):
     name = {train_ti: "embedding", train_lora: "lora"}[script]
     a, b = (load_file(f"{out}/{name}.safetensors") for out in "ab")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_torchrun_ends_with_our_sentence(monkeypatch, capsys):
+    """Below its own traceback it prints what a failed process has left for it; not of one that was only left
+    alone by another."""
+    errors = pytest.importorskip("torch.distributed.elastic.multiprocessing.errors")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", "error.json")
+    peer = RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.1]:1")
+    with monkeypatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "2")
+        patch.setattr(train_lora, "check_training", lambda args: raised(peer))
+        assert train_lora.main([]) == 2 and not Path("error.json").exists()
+    assert capsys.readouterr().err == "error: another process has ended\n"
+    refused(train_lora, ["--steps", "0", "--device", "cpu"], ["--steps is 0"], capsys)
+    failure = errors.ProcessFailure(0, 1, 2, "error.json")
+    said = errors.ChildFailedError("train_lora.py", {0: failure}).format_msg()
+    assert "traceback : --steps is 0, but must be greater than 0\n" in said
+
+
+def raised(error: Exception):
+    raise error
+
+
+def test_a_killed_process_leaves_no_semaphore():
+    """Where processes are spawned (a Mac, Windows), tqdm's lock was one of the system's: Python named it as
+    leaked."""
+    code = """
+import multiprocessing, os
+multiprocessing.set_start_method("spawn")
+from tqdm import tqdm
+from hanokdiff.errors import report_errors
+@report_errors
+def main(argv=None):
+    next(iter(tqdm(range(2))))
+    os.kill(os.getpid(), 9)
+main()
+"""
+    root = str(Path(lock.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": root}, timeout=60
+    )
+    assert done.returncode == -9 and "leaked" not in done.stderr
 
 
 # ------------------------------------------------------------------------------------------------ colours
@@ -670,6 +715,56 @@ def test_another_autoencoder(sd1, small):
         load_model("tiny", "cpu", log=None, vae="nowhere")
 
 
+LONG = " ".join(["a barn on fire"] * 40)  # 160 tokens, none a comma
+
+
+def test_captions_over_75_tokens(sd1):
+    """In chunks of 75, each between begin and end and read alone, end to end; by transformers' encoder. Then
+    the prompt of sampling, and in a batch with a short caption the same as alone."""
+    sd, pipeline = load_model(str(sd1.folder), "cpu", log=None), sd1.pipeline
+    tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
+    ids = tokenizer(LONG, add_special_tokens=False).input_ids
+    assert 150 < len(ids) < 225
+    rows = [[tokenizer.bos_token_id, *ids[k : k + 75], tokenizer.eos_token_id] for k in (0, 75, 150)]
+    rows = torch.tensor([row + [tokenizer.pad_token_id] * (77 - len(row)) for row in rows])
+    expected = encoder(rows)[0].flatten(0, 1)  # (231, D)
+    for most in (75, 150, 225):
+        sd.text.max_tokens = most
+        sd.text._warned.clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            context = sd.text([LONG])[0]
+        assert torch.allclose(context, expected[: most // 75 * 77], atol=1e-5)
+        assert [f"cut at {most}" in str(w.message) for w in caught] == [True] * (most < 225)
+    assert torch.equal(context, sd.text.prompts([LONG])[0])
+    two, both = sd.text(["a barn " * 50, LONG]), sd.text(["a barn", LONG])
+    assert two.shape[1] == 6 * 77 and both.shape[1] == 3 * 77
+    x, t = torch.randn(1, 4, 8, 8), torch.tensor([9])
+    alone = sd.unet(x, t, sd.text(["a barn"]))
+    assert torch.allclose(sd.unet(x, t, both[:1]), alone, atol=1e-5)
+    assert not torch.allclose(sd.unet(x, t, both[1:]), alone, atol=1e-3)
+    sd.text.cache_prompts(["a barn", LONG])
+    assert torch.allclose(sd.text(["a barn", LONG]), both, atol=1e-6)
+
+
+def test_long_captions_in_training(monkeypatch):
+    """Trained on whole, noted in the file as kohya's scripts do; a word beyond the 75th token learns."""
+    photo("p.png")
+    Path("p.txt").write_text(LONG + " sks")
+    argv = [*COMMON, "run", "--data", ".", "--token", "sks", "--resolution", "64", "--batch-size", "1"]
+    argv[argv.index("--images") + 1] = "1"
+    widths, seen = [], UNet.forward
+    monkeypatch.setattr(UNet, "forward", lambda s, x, t, c: widths.append(c.shape[1]) or seen(s, x, t, c))
+    assert train_lora.main([*argv, "--max-tokens", "225", "--vectors", "1", "--rank", "2"]) == 0
+    assert set(widths) == {231}
+    tensors, about = read_safetensors(Path("run/lora.safetensors"), "LoRA")
+    start = textual_inversion.initial_vectors(
+        load_model("tiny", "cpu", log=None), "a building with a roof", 1
+    )
+    assert about["ss_max_token_length"] == "225"
+    assert not torch.equal(tensors["bundle_emb.sks.string_to_param.*"], start)
+
+
 def test_clip_skip_in_training(monkeypatch):
     """fast-stable-diffusion#653: the layer that is left out has no part in it, and class pictures know it."""
     seen = []
@@ -679,3 +774,109 @@ def test_clip_skip_in_training(monkeypatch):
     )
     assert train_lora.main([*COMMON, "run", "--rank", "2", "--clip-skip", "2", "--text-rank", "0"]) == 0
     assert set(seen) == {2}
+
+
+# ------------------------------------------------------------------------- a fresh look: docs/LOG.md lists it
+
+
+def test_the_same_names_in_two_folders():
+    """kohya_ss#547: holding out one of two pictures called 1.png took both away."""
+    for name in ("10_sks house", "5_sks gate"):
+        Path("d", name).mkdir(parents=True)
+        for i in range(3):
+            photo(f"d/{name}/{i}.png")
+    photos, held_out = load_photos(Path("d"), 64, held_out=1, log=lambda _: None)
+    assert len(held_out) == 1 and len({p.path for p in photos}) == 5
+    assert held_out[0].path not in {p.path for p in photos}
+
+
+def test_files_that_are_something_else(small):
+    """webui#8123, diffusers#6713, ComfyUI#5729: named as what they are, not "damaged, fetch it again"."""
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 4265146304\n"
+    for name in ("a.safetensors", "a.ckpt", "a.jpg", "b.safetensors"):
+        Path(name).write_text(pointer if name[0] == "a" else "<!DOCTYPE html><html><title>Log in</title>")
+    tensors = {k: t.contiguous() for k, t in small[False][1].items()}
+    save_file(tensors, "c.ckpt")
+    torch.save({"state_dict": tensors}, "d.safetensors")
+    torch.save({"state_dict": tensors}, "e.safetensors", _use_new_zipfile_serialization=False)
+    for name, words in (
+        ("a.safetensors", "a.safetensors cannot be read: it is a Git LFS pointer.*git lfs pull"),
+        ("a.ckpt", "a Git LFS pointer"),
+        ("b.safetensors", "a web page"),
+        ("c.ckpt", "a .safetensors file by what is in it; give its name that ending"),
+        ("d.safetensors", "what torch.save writes; end its name in .ckpt"),
+        ("e.safetensors", "what torch.save writes"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            single_file.read_file(name)
+    with pytest.raises(ValueError, match="'a.jpg' cannot be read: it is a Git LFS pointer"):
+        read_photo("a.jpg")
+    Path("f.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{" + bytes(40))
+    with pytest.raises(ValueError, match="damaged or incomplete"):
+        single_file.read_file("f.safetensors")
+
+
+def test_a_lora_says_its_clip_skip(capsys):
+    """lora-scripts#417: trained with the text encoder's last layer left out and drawn with it, silently."""
+    assert train_lora.main([*COMMON, "run", "--rank", "2", "--clip-skip", "2"]) == 0
+    file = Path("run/lora.safetensors")
+    assert read_safetensors(file, "LoRA")[1]["ss_clip_skip"] == "2"
+    sd = load_model("tiny", "cpu", log=None)
+    with pytest.warns(UserWarning, match="trained with --clip-skip 2, and is used with 1"):
+        lora_file.apply_file(sd, file)
+    sd.text.skip(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora_file.apply_file(sd, file)
+
+
+@pytest.mark.parametrize(("prompt", "named"), [
+    ("a cat++ in the snow", "t++ (InvokeAI"), ("an (old house)-- by night", ")-- (InvokeAI"),
+    ("a guitar AND NOT brown", "AND NOT (what must not be there goes to --negative"),
+])  # fmt: skip
+def test_other_tools_prompts_are_named(prompt, named):
+    """compel#5, webui#3747: drawn as text without a word."""
+    assert [x.startswith(named) for x in not_understood(prompt)] == [True]
+    assert not_understood("a well-known house - old, C++11, 1990--2000, red and white AND blue") == []
+
+
+def test_captions_in_a_table():
+    """diffusers#12038: a CSV beside the photos, with the columns of datasets' imagefolder or one's own."""
+    for name in ("a.png", "b.png"):
+        photo(name)
+    Path("metadata.csv").write_text('file_name,text\ntrain/a.png,"sks, by night"\n')
+    Path("captions.csv").write_text("image, caption\nB.PNG, sks in the snow\nc.png, lost\n")
+    said = []
+    photos, _ = load_photos(Path(), 64, log=said.append)
+    assert {p.name: p.caption for p in photos} == {"a.png": "sks, by night", "b.png": "sks in the snow"}
+    assert "1 captions fit no picture, such as 'c.png'" in "\n".join(said)
+    Path("captions.csv").write_text("image,caption\na.png," + "x" * 200_000)
+    with pytest.raises(ValueError, match="captions.csv is not a table"):
+        load_photos(Path(), 64, log=said.append)
+
+
+def test_what_was_met(monkeypatch):
+    """sd-scripts#934: min-SNR for v at a last step of noise alone; nunchaku#245: a LoRA in fp8;
+    forge#1604: a single step of each sampler; sd-scripts#1024: names of a compiled network are named."""
+    schedule = Schedule(rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    weight = min_snr_weight(schedule, torch.tensor([0, 999]), 5.0)
+    snr = schedule.alpha_bar / (1 - schedule.alpha_bar)
+    assert torch.allclose(weight, (snr.clamp(max=5) / (snr + 1))[[0, 999]], atol=1e-6) and weight[1] < 1e-6
+    sd = load_model("tiny", "cpu", log=None)
+    loras = lora.insert(sd, 2, 2.0, "attention", 0, 0)
+    with torch.no_grad():
+        for layer in loras.values():
+            layer.up.fill_(0.25)
+    lora_file.save_file(Path("a.safetensors"), loras, {})
+    tensors = {k: t.to(torch.float8_e4m3fn) for k, t in load_file("a.safetensors").items()}
+    save_file(tensors, "a.safetensors")
+    again = load_model("tiny", "cpu", log=None)
+    applied, _ = lora_file.apply_file(again, Path("a.safetensors"))
+    name = next(iter(loras))
+    assert torch.equal(applied[name].down, loras[name].down.to(torch.float8_e4m3fn).float())
+    for sampler in samplers.SAMPLERS:
+        for x in again.sample(["a barn"], [0], sampler=sampler, steps=1, size=(16, 16)):
+            assert torch.isfinite(x).all()
+    save_file({"_orig_mod." + k: t for k, t in tensors.items()}, "b.safetensors")
+    with pytest.raises(ValueError, match="tensor _orig_mod.* is of no LoRA"):
+        lora_file.read_file(Path("b.safetensors"))

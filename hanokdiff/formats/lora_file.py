@@ -111,6 +111,7 @@ def metadata(
     batch_size: int,
     resolution: int,
     seed: int,
+    max_tokens: int = 75,
     **_,
 ) -> dict[str, str]:
     """The file's metadata in kohya's names, so that other tools show them, and the pseudo word under ours."""
@@ -134,6 +135,8 @@ def metadata(
         "ss_batch_size_per_device": batch_size,
         "ss_resolution": f"({resolution}, {resolution})",
         "ss_seed": seed,
+        "ss_clip_skip": sd.text.clip_skip if sd.text.clip_skip > 1 else None,
+        "ss_max_token_length": max_tokens if max_tokens > 75 else None,
         "ss_optimizer": "torch.optim.adamw.AdamW",
     }
     return {k: str(v) for k, v in meta.items()}
@@ -304,4 +307,9 @@ def apply_file(
     if log:
         bundled = f', and "{", ".join(words)}"' if words else ""
         log(f"LoRA {path}: all {len(out)} modules matched{bundled}, strength {strength:g}")
+    skip = metadata.get("ss_clip_skip", "")
+    if skip.isdigit() and int(skip) not in (0, sd.text.clip_skip):
+        warnings.warn(
+            f"{path} was trained with --clip-skip {skip}, and is used with {sd.text.clip_skip}", stacklevel=2
+        )
     return out, metadata

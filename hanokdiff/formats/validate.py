@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hanokdiff.files import read_json
+from hanokdiff.files import read_json, what_else
 
 
 def check_kind(folder: Path) -> None:
@@ -59,6 +59,8 @@ def all_finite(t: Tensor) -> bool:
 
 
 def damaged(path: Path, e: Exception) -> ValueError:
+    if other := what_else(path):
+        return ValueError(f"{path} cannot be read: it is {other}")
     # of a KeyError all is "a"
     reason = (str(e) if len(str(e)) > 3 else repr(e)).split("\n")[0].split(". ")[0]
     reason = "it is empty" if path.is_file() and not path.stat().st_size else reason

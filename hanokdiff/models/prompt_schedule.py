@@ -24,6 +24,8 @@ FOREIGN = {  # what a prompt of another tool has in it, as a regular expression 
     r"__[\w/-]+__": "a wildcard",
     r"(?<!\\)<\w+:[^<>]*>": "a tag",
     r"\bembedding:\S+": "ComfyUI's embedding",
+    r"\w(\+{2,}|-{2,})(?!\w)|\)[+-]+(?!\w)": "InvokeAI's weight: (word:1.2) here",
+    r"\bAND NOT\b": "what must not be there goes to --negative",
 }
 
 

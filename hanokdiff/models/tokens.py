@@ -10,6 +10,8 @@ prompt.
 """
 
 import functools
+import itertools
+import math
 import re
 import warnings
 
@@ -21,6 +23,7 @@ from hanokdiff.models.prompt import parse_emphasis, split_chunks
 from hanokdiff.models.text_encoder import TextEncoder
 
 MOST_VECTORS = 75  # of a pseudo word: a chunk of a prompt has room for no more
+MAX_TOKENS = (75, 150, 225)  # of a caption in training: the choices of kohya's scripts
 
 # -------------------------------------------------------------------------------------------- the pseudo word
 
@@ -52,19 +55,22 @@ MARK = "\ue000"
 class Text:
     """Texts in, context out, on the encoder's device.
 
-        text(["a barn on fire", "*, fire"])             (B, 77, D)      captions: plain, cut at 75 tokens
-                                                                        with a warning
+        text(["a barn on fire", "*, fire"])             (B, 77, D)      captions: plain, cut at max_tokens
+                                                                        with a warning; (B, 77 k, D) if that
+                                                                        is more than 75
         text.prompts(["a barn, (fire:1.3)", long])      (B, 77 k, D)    prompts: emphasis, BREAK, any length
 
     words           pseudo word -> its token ids, cut out before the tokenizer (`add_word`)
     literal_tokens  do not cut them out, so that "*," is one symbol as in other tools (to compare)
     clip_skip       leave out the last n - 1 layers
+    max_tokens      of a caption: 75, or 75 n to read it in n chunks, as prompts are read
     """
 
     def __init__(self, encoder: TextEncoder, tokenizer, literal_tokens: bool = False, clip_skip: int = 1):
         self.encoder, self.tokenizer = encoder, tokenizer
         self.literal_tokens, self.clip_skip = literal_tokens, clip_skip
         self.length = encoder.config.max_position_embeddings
+        self.max_tokens = self.length - 2
         self.words: dict[str, list[int]] = {}
         self._warned, self._cache = set(), {}
 
@@ -136,14 +142,23 @@ class Text:
         return units
 
     def ids(self, text: str) -> list[int]:
-        """The 77 token ids of a caption: begin, at most 75 words, end, padding."""
-        ids = sum(self._units(self._mark(text)), [])
-        room = self.length - 2
-        if len(ids) > room and text not in self._warned:
+        """The 77 token ids of a caption, or of its first chunk: begin, at most 75 words, end, padding."""
+        return self._caption(text)[0]
+
+    def _caption(self, text: str) -> list[list[int]]:
+        """The ids of a caption's chunks, 77 each."""
+        units = self._units(self._mark(text))
+        ids, room = sum(units, []), self.length - 2
+        kept = [ids[:room]]
+        if self.max_tokens > room:
+            chunks = split_chunks([(unit, 1.0) for unit in units], room, self._tokens(",")[0])
+            kept = [ids for ids, _ in chunks[: self.max_tokens // room]]
+        if (count := sum(map(len, kept))) < len(ids) and text not in self._warned:
             self._warned.add(text)
-            lost = self.tokenizer.decode([i for i in ids[room:] if i < len(self.tokenizer)])
-            warnings.warn(f'prompt of {len(ids)} tokens cut at {room}; lost: "{lost}"', stacklevel=2)
-        return self._wrap(ids[:room])
+            lost = self.tokenizer.decode([i for i in ids[count:] if i < len(self.tokenizer)])
+            more = "; --max-tokens reads more" if self.max_tokens < MAX_TOKENS[-1] else ""
+            warnings.warn(f'prompt of {len(ids)} tokens cut at {count}; lost: "{lost}"{more}', stacklevel=2)
+        return [self._wrap(chunk) for chunk in kept]
 
     def _wrap(self, ids: list[int]) -> list[int]:
         t = self.tokenizer
@@ -160,12 +175,27 @@ class Text:
     # ----------------------------------------------------------------------------------------- ids to context
 
     def __call__(self, texts: list[str]) -> Tensor:
-        if all(p in self._cache for p in texts):
-            return torch.stack([self._cache[p] for p in texts])
-        distinct = list(dict.fromkeys(texts))  # what a batch says twice is read once
-        z = self._encode([self.ids(p) for p in distinct])
+        known = self._cache
+        if not all(p in known for p in texts):
+            distinct = list(dict.fromkeys(texts))  # what a batch says twice is read once
+            known = dict(zip(distinct, self._contexts(distinct), strict=True))
         # row by row: the gradient of one index adds up in the order in which threads come
-        return torch.stack([z[distinct.index(p)] for p in texts])
+        rows = [known[p] for p in texts]
+        # of different lengths: repeated, which no softmax over the tokens notices; so each is read as in
+        # sampling, whatever the others in its batch
+        longest = math.lcm(*map(len, rows))
+        return torch.stack(
+            [row.repeat(longest // len(row), 1) if len(row) < longest else row for row in rows]
+        )
+
+    def _contexts(self, texts: list[str]) -> list[Tensor]:
+        """Of each caption (77 k, D), k its own."""
+        chunks = [self._caption(p) for p in texts]
+        z = self._encode([ids for own in chunks for ids in own])
+        places = itertools.accumulate(map(len, chunks), initial=0)
+        return [
+            z[i] if len(own) == 1 else z[i : i + len(own)].flatten(0, 1) for i, own in zip(places, chunks)
+        ]
 
     def _encode(self, ids: list[list[int]]) -> Tensor:
         device = self.encoder.final_layer_norm.weight.device
@@ -192,7 +222,7 @@ class Text:
         distinct = sorted(set(texts) - self._cache.keys())
         for k in range(0, len(distinct), 32):
             part = distinct[k : k + 32]
-            self._cache.update(zip(part, self(part), strict=True))
+            self._cache.update(zip(part, self._contexts(part), strict=True))
 
     def warn_without_word(self, prompts: list[str], negative: str = "") -> None:
         """Warn when a prompt does not contain the pseudo word; one in the negative prompt is in its place.

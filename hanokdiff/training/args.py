@@ -14,8 +14,8 @@ from hanokdiff.errors import check_folder
 from hanokdiff.files import free_folder, read_json
 from hanokdiff.models import memory
 from hanokdiff.models.pipeline import LARGEST_SIDE, latent_size
-from hanokdiff.models.tokens import MOST_VECTORS
-from hanokdiff.options import Options
+from hanokdiff.models.tokens import MAX_TOKENS, MOST_VECTORS
+from hanokdiff.options import Options, Replace
 from hanokdiff.training import distributed, page
 from hanokdiff.training.dataset import LatentDataset, Photo, load_photos, photo_files, prepare_captions
 from hanokdiff.training.prior import number_or_folder
@@ -125,7 +125,14 @@ def training_parser(doc: str, defaults: dict[str, dict]) -> tuple[Parser, Callab
         default=0,
     )
     data("--token", "the pseudo word", default="*")
-    data("--replace", "becomes the pseudo word in captions, any case", default="a building with a roof")
+    data(
+        "--replace",
+        "becomes the pseudo word, --token or WORD, in captions, any case",
+        default="a building with a roof",
+        nargs=2,
+        action=Replace,
+        metavar=("PHRASE", "[WORD]"),
+    )
     data("--caption", "of photos without one; {name} is the file's name", default="a photo of {token}")
     data("--held-out", "do not train on the last N photos, but log their loss", type=int, default=0)
     data("--literal-tokens", "leave the pseudo word to the tokenizer, which fuses *,", action="store_true")
@@ -136,6 +143,13 @@ def training_parser(doc: str, defaults: dict[str, dict]) -> tuple[Parser, Callab
     train("--batch-size", "photos a step", type=int)
     train("--micro-batch", "photos at once; gradients add up (default: all)", type=int, default=0)
     train("--lr", "learning rate", type=float)
+    train(
+        "--max-tokens",
+        "of a caption; beyond 75 in chunks, as in sampling",
+        type=int,
+        default=75,
+        choices=MAX_TOKENS,
+    )
     train("--clip-skip", "2 leaves the text encoder's last layer out", type=int, default=1)
     train(
         "--noise-offset", "adds so much noise of one value per channel, such as 0.05", type=float, default=0.0

@@ -5,8 +5,10 @@ One reader for all methods: upright, RGB, cropped, never squashed; nothing is sk
 Shapes:  N photos of H x W pixels;  B pictures of a batch;  h x w the latent.
 """
 
+import csv
 import functools
 import hashlib
+import io
 import math
 import os
 import re
@@ -42,6 +44,7 @@ class Photo:
     changed: str  # what the reader did, "" if nothing: "rotated by EXIF, enlarged"
     repeats: int = 1  # how often it comes in one pass, against the others: of a folder 10_NAME 10
     cut: float = 0.0  # the share that was cropped away
+    path: Path | None = None  # names recur, in kohya's folders
 
 
 # --------------------------------------------------------------------------------------------------- one file
@@ -62,7 +65,8 @@ def same_name(name: str) -> str:
 class Captions:
     """A folder's captions: NAME.txt or NAME.caption, or NAME.jpg.txt, beside the picture NAME.jpg, whatever
     the capitals or the normal form (kohya_ss#927, #1370); else metadata.jsonl, as datasets' imagefolder and
-    kohya's scripts have it: {"file_name": "NAME.jpg", "text": "..."}, a line each."""
+    kohya's scripts have it: {"file_name": "NAME.jpg", "text": "..."}, a line each; or the same as a table,
+    metadata.csv or captions.csv."""
 
     def __init__(self, folder: Path):
         self.folder, self.files, self.lines = folder, {}, {}
@@ -74,10 +78,23 @@ class Captions:
         if "metadata.jsonl" in names:
             text, _ = read_text(folder / "metadata.jsonl")
             for line in filter(str.strip, text.splitlines()):
-                row = parse_json(line, folder / "metadata.jsonl")
-                found = [row[k] for k in ("text", "caption", "prompt") if isinstance(row.get(k), str)]
-                if isinstance(row.get("file_name"), str) and found:
-                    self.lines[same_name(row["file_name"])] = found[0]
+                self.add_row(parse_json(line, folder / "metadata.jsonl"))
+        for name in (n for n in ("metadata.csv", "captions.csv") if n in names):
+            text, _ = read_text(folder / name)
+            try:
+                for row in csv.DictReader(io.StringIO(text), skipinitialspace=True):
+                    self.add_row(row)
+            except csv.Error as e:
+                raise ValueError(f"{folder / name} is not a table ({e}); save it as CSV in UTF-8") from None
+
+    def add_row(self, row: dict) -> None:
+        """A picture's name and its caption, under any of the names that tools give them."""
+        name, text = (
+            next((row[k] for k in keys if isinstance(row.get(k), str)), None)
+            for keys in (("file_name", "image", "image_file", "file"), ("text", "caption", "prompt"))
+        )
+        if name and text:
+            self.lines[same_name(Path(name.replace("\\", "/")).name)] = text
 
     def file(self, name: str) -> Path | None:
         """The caption file of a picture."""
@@ -140,8 +157,8 @@ def load_photos(
     captions = functools.cache(Captions)  # of each folder
     shapes = buckets.sizes(resolution, step) if step else [(resolution, resolution)]
     validation_photos, _ = read_until(held_out, files[::-1], shapes, lambda _: None, captions)
-    aside = {photo.name for photo in validation_photos}
-    rest = [f for f in files if f.name not in aside]
+    aside = {photo.path for photo in validation_photos}
+    rest = [f for f in files if f not in aside]
     if photo_set:
         rest.sort(key=lambda f: name_hash(f"{photo_set} {f.name}"))
     photos, unreadable = read_until(images, rest, shapes, log, captions)
@@ -257,7 +274,7 @@ def load_photo(path: Path, shapes: list[buckets.Size], captions: Captions | None
         caption = number[2]
     repeats = max(1, int(number[1])) if number else 1
     image = crop(image, size)
-    return Photo(path.name, image, caption or None, listed(note, small, how), repeats, lost)
+    return Photo(path.name, image, caption or None, listed(note, small, how), repeats, lost, path)
 
 
 def summary(photos: list[Photo], what: str) -> str:

@@ -491,6 +491,23 @@ def child(readers: Readers, numbers: range, pipe: int) -> None:
         os.write(pipe, json.dumps([number, what, said]).encode() + b"\n")
 
 
+def answers(pipe: int, pid: int) -> bool:
+    """Whether the child has said something more or has ended; False if it hangs: after a minute it waits for
+    something, or computes without an end. On a busy machine it may have to wait for a processor."""
+    start = processor_seconds(pid)[0]
+    while not select.select([pipe], [], [], 12 * SECONDS)[0]:
+        used, state = processor_seconds(pid)
+        if state not in "RD" or used - start > 12 * SECONDS:
+            return False
+    return True
+
+
+def processor_seconds(pid: int) -> tuple[float, str]:
+    """What a process has computed for, and its state: R runs or is ready to, D reads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), fields[0]
+
+
 def batch(readers: Readers, numbers: range) -> list:
     """The results of these cases as far as a child came; the last one may be that it hung or died."""
     receive, send = os.pipe()
@@ -502,7 +519,7 @@ def batch(readers: Readers, numbers: range) -> list:
             os._exit(0)
     os.close(send)
     got = b""
-    while select.select([receive], [], [], 12 * SECONDS)[0] and (part := os.read(receive, 1 << 16)):
+    while answers(receive, pid) and (part := os.read(receive, 1 << 16)):
         got += part
     rows = [json.loads(line) for line in got.decode().splitlines()]
     os.close(receive)

@@ -8,10 +8,12 @@ A run is killed up to six times, then finishes and must equal one that was left 
 numbered files in every tensor, the previews to the byte, the log times aside, and not a file more or less.
 After every kill the log must be whole. Children are forked from a process that has imported everything: a
 start costs tenths of a second. Half of the kills are aimed at the moments that could hurt: while something is
-written, or has just been.
+written, or has just been. The comparison has two trainings at once, in processes of their own, which end with
+it. On a busy machine OMP_WAIT_POLICY=passive saves the time that waiting threads would take.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib
 import json
@@ -30,7 +32,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # as a script it sees its own folder only
 
-from hanokdiff.compare import plan, report, run  # noqa: E402
+from hanokdiff.compare import plan  # noqa: E402
 from hanokdiff.formats import embedding_file, folder, hypernet_file, load, lora_file  # noqa: E402
 from hanokdiff.formats.tensors import read_safetensors  # noqa: E402
 from hanokdiff.training import prior  # noqa: E402
@@ -60,7 +62,7 @@ RUNS = {  # name -> module and options
     "comparison": ("hanokdiff.compare.__main__", [
         "--recipe", "LoRA=lora --save-every 4 --batch-size 2 --class-images 3",
         "--recipe", "TI=ti --save-every 4 --batch-size 2", "--sizes", "5", "--steps", "12", "--n", "1",
-        "--sampling-steps", "3", "--prompts", "{token}, fire", "--device", "cpu", "--jobs", "1"]),
+        "--sampling-steps", "3", "--prompts", "{token}, fire", "--device", "cpu", "--jobs", "2"]),
 }  # fmt: skip
 PLACES = [  # what is under way while these run
     (load, "load_model", "opening"), (prior, "pictures", "class pictures"), (Trainer, "_load_state",
@@ -70,13 +72,14 @@ PLACES = [  # what is under way while these run
     (lora_file, "save_file", "file"), (embedding_file, "save_file", "file"),
     (hypernet_file, "save_file", "file"),
     (folder, "save_folder", "file"), (Trainer, "_finish", "finishing"), (plan, "prepare", "opening"),
-    (run, "train", "training"), (run, "draw", "drawing"), (run, "score_images", "scoring"), (report, "write",
-        "report"),
 ]  # fmt: skip
+SIGNS = {  # a comparison works in processes of its own, and is seen by what they write
+    "report": "report.html", "scoring": "scores-*.json", "drawing": "pictures-*", "training": "state/*",
+}  # fmt: skip
 AIMS = {  # and how many seconds after it has begun at most
     "trainer": {"state": 0.01, "file": 0.01, "final file": 0.01, "preview": 0.3},
     "DreamBooth": {"state": 0.2, "file": 0.2, "final file": 0.2, "preview": 0.3, "class pictures": 0.8},
-    "comparison": {"training": 6, "drawing": 0.2, "scoring": 0.1, "report": 0.05},
+    "comparison": {"training": 3, "drawing": 0.3, "scoring": 0.2, "report": 0.05},
 }
 
 
@@ -124,6 +127,16 @@ def child(module: str, argv: list[str], home: Path) -> None:
 def doing(home: Path) -> tuple[str, int]:
     what, _, step = (home / "doing").read_text().strip().partition("\t")
     return what, int(step or 0)
+
+
+def writing(home: Path, since: float) -> tuple[str, int]:
+    """What a comparison that was started then has last written."""
+    times = {"opening": since}
+    for what, sign in SIGNS.items():
+        for file in (home / "out").rglob(sign):
+            with contextlib.suppress(FileNotFoundError):  # renamed while we look
+                times[what] = max(times.get(what, 0), file.stat().st_mtime)
+    return max(times, key=times.get), 0
 
 
 # ------------------------------------------------------------------------------------------- what is compared
@@ -239,18 +252,19 @@ def killed(name: str, kills: int, folder: Path, seed: int = 0, options=(), each:
         home, here, ended = folder / f"run-{tally.runs}", 0, False
         home.mkdir()
         while here < each and tally.kills < kills and not ended:
-            process = start(home)
+            process, begun = start(home), time.time()
             aims = AIMS.get(name, AIMS["trainer"])
             aim = dice.choice(list(aims)) if dice.random() < 0.5 else None
-            while aim and process.is_alive() and doing(home)[0] != aim:
-                time.sleep(0.0002)
+            now = functools.partial(*((writing, home, begun) if comparison else (doing, home)))
+            while aim and process.is_alive() and now()[0] != aim:
+                time.sleep(0.02 if comparison else 0.0002)
             process.join(dice.uniform(0, aims.get(aim, 0.6 * length)))
             if ended := not process.is_alive():
                 break
             process.kill()
             process.join()
             here, tally.kills = here + 1, tally.kills + 1
-            what, step = doing(home)
+            what, step = now()
             tally.moments[what or "starting"] += 1
             tally.steps += [step] if what not in ("", "starting", "opening") else []
             try:

@@ -1,15 +1,19 @@
 """Full disks, folders of others, and a kill at the worst moment, for everything that writes a file."""
 
 import os
+import shutil
 import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
 import clipscore
+import train_dreambooth
 from hanokdiff import caption
+from hanokdiff.chart import Page
 from hanokdiff.compare import report
 from hanokdiff.errors import one_line
 from hanokdiff.files import replacing, write_json, write_text
@@ -63,6 +67,7 @@ WRITERS = {
         p, sd.unet, sd.vae, sd.text.encoder, sd.schedule, torch.float32 if v else torch.float16)),
     "caption": ("a.txt", lambda sd, p, v: caption.write(p, f"{v} " * 5000)),
     "scores": ("a.csv", lambda sd, p, v: write_text(p, clipscore.as_csv([{"a": v}] * 5000))),
+    "chart": ("a.svg", lambda sd, p, v: Page("").figure("", p, f"{v} ".encode() * 5000, "")),
     "picture": ("a.png", lambda sd, p, v: picture(p, v)),
 }  # fmt: skip
 
@@ -149,6 +154,27 @@ def test_a_model_folder(sd, tmp_path):
         said = in_child(work)
         assert "cannot be written" in said and str(tmp_path) in said and held() == before, said
     assert load_model(str(tmp_path / "model"), "cpu", log=None).schedule == sd.schedule
+
+
+def test_a_numbered_model_folder(sd, tmp_path):
+    """Written again, as by a run that was resumed from before, and killed while the former one is deleted:
+    whole."""
+    path, rmtree = tmp_path / "model-000100", shutil.rmtree
+    train_dreambooth.save_model(path, sd, "*", None, [])
+
+    def dies(folder, **how):
+        if (Path(folder) / "unet").exists():  # not one of the tokenizer
+            (Path(folder) / "unet" / "config.json").unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def written_again():
+        shutil.rmtree = dies
+        train_dreambooth.save_model(path, sd, "sks", None, [])
+
+    assert in_child(written_again) == "killed" and load_model(str(path), "cpu", log=None).digest == sd.digest
+    rmtree(tmp_path / "model-000100.part", ignore_errors=True)
+    train_dreambooth.save_model(path, sd, "sks", None, [])
+    assert [f.name for f in tmp_path.iterdir()] == [path.name]
 
 
 def test_the_report(tmp_path, monkeypatch):

@@ -398,7 +398,13 @@ caption photos --replace castle "*"
 caption photos --replace "a building" ""
     --replace needs a phrase and a word, such as "a building with a roof" "*"; one is empty
 caption photos --replace castle
-    --replace: expected 2 arguments; see --help
+    no caption contains 'castle' or a variant of it, for ... give the phrase that means your subject
+caption photos --replace
+    --replace needs a phrase, and may name the word after it; see --help
+caption photos --replace castle sks --token "*1"
+    --replace names "sks", but --token "*1"; leave one of them out
+train_ti --token "*1" --replace castle sks
+    --replace names "sks", but --token "*1"; leave one of them out
 caption photos --exact
     --exact is about --replace, which is not there; leave it out
 caption photos --batch-size 0
