@@ -1,10 +1,11 @@
-"""The trials behind single figures of docs/LOG.md, section 13: two sides in turns, as in hanokdiff.bench.
+"""The trials behind single figures of docs/LOG.md: two sides or more in turns, as in hanokdiff.bench.
 
 python docs/trials.py lean      a frozen network's training step with memory.py's functions, over torch's own
 python docs/trials.py packed    a sampler's step with convolution weights packed once for oneDNN, over ours
 python docs/trials.py inside    a sampler's step, over the network alone in it
 python docs/trials.py kv        a guided step that projects keys and values, over one that is given them
 python docs/trials.py pad_keys  a guided step that attends to 77 tokens, over one to 80, three of them masked
+python docs/trials.py bf16      a guided pass of the UNet and a LoRA step in fp32, over them in bf16
 """
 
 import sys
@@ -31,10 +32,8 @@ def network(sd, side: int, batch: int, steps: int = 1, given: bool = True, padde
     """The UNet alone, guided: `batch` pictures with two prompts each; with keys and values `given` or
     projected in every step, `padded` to 80 tokens or as they are."""
     h = side // sd.vae.config.factor
-    x, context = (
-        torch.randn(2 * batch, 4, h, h),
-        torch.randn(2 * batch, 77, sd.unet.config.cross_attention_dim),
-    )
+    x = torch.randn(2 * batch, 4, h, h)
+    context = torch.randn(2 * batch, 77, sd.unet.config.cross_attention_dim, dtype=sd.dtype)
     with torch.inference_mode():
         kv = memory.project_kv(sd.unet, context) if given else []
         if not padded:
@@ -44,6 +43,20 @@ def network(sd, side: int, batch: int, steps: int = 1, given: bool = True, padde
         with torch.inference_mode(), memory.given_kv(kv):
             for _ in range(steps):
                 sd.unet(x, torch.tensor([500.0]), context)
+        yield
+
+
+def diffusers_network(sd, side: int):
+    """diffusers' UNet with our weights, guided, one picture: as `network`, which projects in every step."""
+    from hanokdiff.bench import baseline
+
+    pipe, h = baseline.pipeline(sd), side // sd.vae.config.factor
+    unet = pipe.unet.to(sd.dtype)
+    x = torch.randn(2, 4, h, h, dtype=sd.dtype)
+    context = torch.randn(2, 77, sd.unet.config.cross_attention_dim, dtype=sd.dtype)
+    while True:
+        with torch.inference_mode():
+            unet(x, 500, context, return_dict=False)
         yield
 
 
@@ -63,14 +76,23 @@ def pack(unet) -> None:
 def sides(trial: str, size: str, folder: Path) -> dict:
     """Name -> iterator that does one step at every next(): the two sides of a trial."""
 
-    def build():
-        return setup.build(size, "cpu", torch.float32)
+    def build(dtype=torch.float32):
+        return setup.build(size, "cpu", dtype)
 
     side, batch = setup.side(size), setup.batch(size)
     if trial == "lean":
         return {
             name: with_flag(measure.train(build(), "lora", side, batch, folder / name), name == "lean")
             for name in ("torch", "lean")
+        }
+    if trial == "bf16":
+        half, full = torch.bfloat16, torch.float32
+        return {
+            "bf16": network(build(half), side, 1, given=False),
+            "fp32": network(build(full), side, 1, given=False),
+            "diffusers bf16": diffusers_network(build(half), side),
+            "step bf16": measure.train(build(half), "lora", side, batch, folder / "bf16"),
+            "step fp32": measure.train(build(full), "lora", side, batch, folder / "fp32"),
         }
     if trial == "packed":
         packed = build()
@@ -85,11 +107,13 @@ def sides(trial: str, size: str, folder: Path) -> dict:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] not in ([name] for name in ("lean", "packed", "inside", "kv", "pad_keys")):
+    if sys.argv[1:] not in ([name] for name in ("lean", "packed", "inside", "kv", "pad_keys", "bf16")):
         sys.exit(__doc__)
     keep_freed_memory()
-    for size in ("overhead", "small", "tiny"):
+    for size in ("small", "half") if sys.argv[1] == "bf16" else ("overhead", "small", "tiny"):
         with tempfile.TemporaryDirectory() as folder:
-            times = measure.interleaved(sides(sys.argv[1], size, Path(folder)), 20, 2, lambda: None)
-        (first, a), (second, b) = ((name, min(seconds)) for name, seconds in times.items())
-        print(f"{size:9} {first} {1e3 * a:.1f} ms, {second} {1e3 * b:.1f} ms: {b / a:.3f}", flush=True)
+            rounds, turn = (5, 1) if size == "half" else (20, 1)
+            times = measure.interleaved(sides(sys.argv[1], size, Path(folder)), rounds, turn)
+        (first, a), *others = ((name, min(seconds)) for name, seconds in times.items())
+        shares = (f", {name} {1e3 * b:.1f} ms: {b / a:.3f}" for name, b in others)
+        print(f"{size:9} {first} {1e3 * a:.1f} ms{''.join(shares)}", flush=True)

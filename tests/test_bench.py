@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ import torch
 
 import hanokdiff.bench
 from hanokdiff.bench import __main__ as bench
-from hanokdiff.bench import baseline, measure, setup
+from hanokdiff.bench import baseline, budget, card, measure, setup
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,13 +46,13 @@ def test_ours_trains(method, tmp_path):
     assert trainable and method != "lora" or sum(p.numel() for p in trainable) < 60_000
 
 
-@pytest.mark.parametrize("kind", baseline.KINDS[False])
+@pytest.mark.parametrize("kind", baseline.kinds("cpu"))
 @pytest.mark.parametrize("method", ["ti", "dreambooth", "lora"])
 def test_the_baseline_trains(method, kind):
     pipe = baseline.pipeline(setup.build("overhead", "cpu", torch.float32))
     before = {k: p.detach().clone() for k, p in pipe.unet.named_parameters()}
     table = pipe.text_encoder.get_input_embeddings().weight.detach().clone()
-    steps = baseline.train(pipe, method, kind.endswith("best"), torch.float32, 2, *setup.photos(128))
+    steps = baseline.train(pipe, method, kind != "diffusers default", torch.float32, 2, *setup.photos(128))
     for _ in range(3):
         next(steps)
     changed = [k for k, p in pipe.unet.named_parameters() if k in before and not torch.equal(p, before[k])]
@@ -73,13 +75,17 @@ def test_the_command(tmp_path, capsys):
         ("lora", "diffusers default"),
         ("lora", "diffusers best"),
         ("sample", "ours"),
-        ("sample", "diffusers"),
+        ("sample", "diffusers default"),
+        ("sample", "diffusers best"),
     ]
     for row in content["rows"]:
         ours = next(r for r in content["rows"] if r["work"] == row["work"] and r["side"] == "ours")
         assert row["ratio_min"] == pytest.approx(row["seconds_min"] / ours["seconds_min"])
         assert bench.line(row) in out and row["steps"] == 1
-    assert all(0 < r["share_of_limit"] < 1 for r in content["rows"][:3])
+    assert all(0 < r["mfu"] < 1 for r in content["rows"])
+    repeats = [(r["work"], r["share_of_limit"] > r["mfu"]) for r in content["rows"] if r["side"] == "ours"]
+    assert repeats == [("lora", True), ("sample", False)]
+    assert content["torch"] == torch.__version__ and "threads on the CPU" in content["device"]
     assert content["rows"][3]["images_per_second"] == pytest.approx(1 / content["rows"][3]["seconds_min"])
     assert out.count("limit") == 1 and "peak" not in out and not list(tmp_path.glob("hanokdiff-*"))
 
@@ -113,16 +119,98 @@ def test_stopped(monkeypatch, tmp_path, capsys):
 
 
 def test_turns_are_taken(monkeypatch):
-    """a a b b, a a b b, ...; the first turn does not count."""
-    seen = []
+    """a a b b, a a b b, ...; the first turn does not count, and the device is waited for once a turn."""
+    seen, waits = [], []
 
     def side(name):
         while True:
             seen.append(name)
             yield
 
-    times = measure.interleaved({"a": side("a"), "b": side("b")}, 3, 2, lambda: None)
-    assert "".join(seen) == "aabb" * 4 and [len(t) for t in times.values()] == [6, 6]
+    times = measure.interleaved({"a": side("a"), "b": side("b")}, 3, 2, lambda: waits.append(len(seen)))
+    assert "".join(seen) == "aabb" * 4 and [len(t) for t in times.values()] == [3, 3]
+    assert waits == [2, 4, 6, 8, 10, 12, 14, 16]
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """The calls to torch.cuda that the bench makes, in order; the models are built on the CPU."""
+    calls, real = [], setup.build
+    for name in ("synchronize", "reset_peak_memory_stats", "empty_cache", "set_device"):
+        monkeypatch.setattr(torch.cuda, name, lambda *a, name=name: calls.append((name, *a)))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 << 30)
+    monkeypatch.setattr(measure, "nvidia_smi", lambda field: "1980")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(setup, "build", lambda size, device, dtype: real(size, "cpu", dtype))
+    return calls
+
+
+def test_on_a_gpu_each_side_is_freed_before_the_next(pretended, monkeypatch):
+    """No model, of ours or of diffusers, outlives its turns; what does not fit is skipped. The peak is that
+    of the steps that count."""
+    alive, build, load = [], setup.build, baseline.pipeline
+
+    def counted(*args):
+        assert not [network for ref in alive if (network := ref())], "the side before is still there"
+        sd = build(*args)
+        alive.append(weakref.ref(sd.unet))
+        return sd
+
+    def loaded(sd):
+        pipe = load(sd)
+        alive.append(weakref.ref(pipe.unet))
+        if len(alive) == 3:
+            raise torch.OutOfMemoryError("of the default")
+        return pipe
+
+    monkeypatch.setattr(setup, "build", counted)
+    monkeypatch.setattr(baseline, "pipeline", loaded)
+    args = Namespace(size="small", side=128, batch=1, device="cuda:1", dtype=torch.float32, vs="diffusers",
+                     channels_last=False, compile=False, checkpointing=False, rounds=2, turn=1)  # fmt: skip
+    measured = dict(measure.time_sides(args, "lora"))
+    assert list(measured) == ["ours", "diffusers default", "diffusers best", "diffusers best, NHWC"]
+    assert measured.pop("diffusers default") == {} and len(alive) == 7
+    for row in measured.values():
+        assert len(row["seconds"]) == 2 and row["peak_bytes"] == 3 << 30 and row["clock_mhz"] == "1980"
+    names = [name for name, *_ in pretended]
+    assert names[:6] == ["empty_cache", "synchronize", "reset_peak_memory_stats", *["synchronize"] * 3]
+
+
+def test_the_gpu_that_is_named(pretended, monkeypatch, capsys):
+    """All that asks for the present GPU asks for the one of --device; a side that does not fit has a line."""
+    monkeypatch.setattr(bench, "choose_device", lambda *_: (torch.device("cuda:1"), torch.bfloat16, "named"))
+    rows = [("ours", {"seconds": [2.0, 1.0], "peak_bytes": 1 << 30}), ("diffusers best", {})]
+    monkeypatch.setattr(measure, "time_sides", lambda args, work: pretended.append(work) or iter(rows))
+    monkeypatch.setattr(measure, "limit_memory", lambda gib: pretended.append(("cap", gib)))
+    assert bench.main(["lora", "--device", "cuda:1", "--cap", "44"]) == 0
+    assert pretended == [("set_device", 1), ("cap", 44.0), "lora"]
+    out = capsys.readouterr().out
+    assert "does not fit" in out and " 1000.0    1500.0 " in out and "a card" in out
+
+
+def test_shares_of_the_limit():
+    """The model's own operations; and those executed, with attention's repeated product and the blocks that
+    checkpointing runs twice."""
+    (model, executed), (same, more) = (budget.share_of("lora", "small", 2, c) for c in (False, True))
+    assert model == same and model < executed < 1.1 * model and more > 1.2 * model
+    picture = budget.share_of("sample", "small", 1, False)[0]  # the timestep's embedding serves all pictures
+    assert budget.share_of("sample", "small", 3, True) == pytest.approx((3 * picture, 3 * picture), rel=1e-3)
+
+
+def test_a_device_against_the_cpu(tmp_path, capsys):
+    """fp32 on the CPU agrees with itself, bf16 nearly; all stand in the table."""
+    assert card.main(["agree", "cpu", "tiny", str(tmp_path / "1.json")]) == 0
+    reference, fp32, bf16 = json.loads((tmp_path / "1.json").read_text())["agreement"]
+    assert fp32["loss"] == pytest.approx(reference["loss"], rel=1e-5) and fp32["latents_distance"] < 1e-5
+    assert fp32["gradient_cosine"] == pytest.approx(1) and 0.99 < bf16["gradient_cosine"] < 0.9999
+    assert bf16["loss"] == pytest.approx(fp32["loss"], rel=0.02) and 0 < bf16["latents_distance"] < 0.3
+    assert bench.main(["ti", "--rounds", "1", "--turn", "1", "--json", str(tmp_path / "2.json")]) == 0
+    capsys.readouterr()
+    assert card.main(["table", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert f"| tiny | cpu bf16 | {bf16['loss']:.5f} |" in out
+    assert "| ti | ours | tiny, 8 pictures, float32 |" in out
+    assert card.main(["table"]) == 2 and "what to do is not clear" in capsys.readouterr().err
 
 
 @pytest.mark.slow

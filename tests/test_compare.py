@@ -22,6 +22,7 @@ from xml.etree import ElementTree
 import kills
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from hanokdiff.compare import __main__ as compare
@@ -539,15 +540,17 @@ def test_stopped_and_continued(here, tmp_path, monkeypatch, capsys):
 
 def test_a_stopped_training_is_resumed(tmp_path, monkeypatch):
     lora = {"name": "lora-5-0", "method": "lora", "options": ["--model", "tiny", "--device", "cpu"]}
-    asked = []
+    asked, freed = [], []
 
     def process(argv, home):
         asked.append([str(a) for a in argv[2:]])
+        assert freed.pop() and not freed  # the GPU's memory that drawing left in reserve
         (home / "run").mkdir(exist_ok=True)
         (home / "run" / ("config.json" if len(asked) == 1 else "lora.safetensors")).touch()
         return 130 if len(asked) == 1 else 0, 1.5, 10**8, len(asked) == 1
 
     monkeypatch.setattr(run, "process", process)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(True))
     with pytest.raises(KeyboardInterrupt):
         run.train(lora, tmp_path)
     run.train(lora, tmp_path)

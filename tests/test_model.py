@@ -11,6 +11,8 @@ from conftest import PAIRS, SCHEDULE, difference
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from hanokdiff import device
+from hanokdiff.bench import setup
 from hanokdiff.formats.folder import PARTS, save_folder
 from hanokdiff.formats.load import load_model
 from hanokdiff.formats.tokenizer import load_tokenizer
@@ -207,6 +209,20 @@ def test_everything_is_frozen_and_what_was_chosen_is_said(sd1):
     assert sd.resolution == 64 and sd.cfg == 4.0  # by size: a tuned tiny model likes less guidance too
     assert "epsilon" in lines[0] and lines[1] == "device cpu (named), fp32 (fastest and exact there)"
     assert load_model(str(sd1.folder), dtype="bf16", log=None).unet.conv_in.weight.dtype == torch.bfloat16
+
+
+def test_bf16_on_a_cpu_that_has_amx(monkeypatch):
+    """Of large UNets alone; whatever is named stays; the reason is said."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    lines, large = [], device.LARGE
+    assert load_model("tiny", "cpu", log=None).dtype == torch.float32
+    monkeypatch.setattr(device, "LARGE", 1_000_000)
+    assert load_model("tiny", "cpu", log=lines.append).dtype == torch.bfloat16
+    assert lines[1].startswith("device cpu (named), bf16 (a UNet of ") and "AMX" in lines[1]
+    assert load_model("tiny", "cpu", "fp32", log=None).dtype == torch.float32
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert load_model("tiny", "cpu", log=None).dtype == torch.float32
+    assert setup.parameters("small") < large < setup.parameters("half") < setup.parameters("sd15")
 
 
 def test_half_precision_draws_nearly_the_same(reference, load):

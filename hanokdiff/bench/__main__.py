@@ -5,18 +5,23 @@
     python -m hanokdiff.bench --size sd15 --batch-size 8 --vs diffusers --cap 44 --memory          on a GPU
     python -m hanokdiff.bench start --vs diffusers             from the start of a process to the first step
 
-Both sides have the same weights (random, but for the tiny world's), batch and precision and take turns in one
-process, a few steps each; the ratio is of their fastest steps (of their medians in brackets): a machine's
-other work slows some turns, never speeds one up. With --memory each side runs once more, alone in a process
-of its own. A step of "sample" is a whole batch of pictures; DreamBooth's pictures are its own and the class's
-together.
-Read next: measure.py (how it is timed), baseline.py (diffusers' loops), budget.py (costs without a GPU).
+Both sides have the same weights (random, but for the tiny world's), batch and precision. On a CPU they take
+turns in one process, a few steps each; the ratio is of their fastest turns (of their medians in brackets): a
+machine's other work slows some turns, never speeds one up. On a GPU each is built, measured and freed before
+the next, so that none has to share --cap with another; what does not fit says so. A step of "sample" is a
+whole batch of pictures; DreamBooth's pictures are its own and the class's together. Of the baseline's two
+best sides on a GPU the faster counts.
+
+MFU is the share of the fastest matrix product here that the model's own operations take: the same operations
+for every side. "limit" counts ours as executed, with what checkpointing and attention's backward pass repeat.
+Read next: measure.py (how it is timed), baseline.py (diffusers' loops), budget.py (costs without a GPU),
+card.sh (a card's figures in eight minutes).
 """
 
 import statistics
 import sys
-import tempfile
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -42,8 +47,8 @@ def options() -> Options:
     p.add_argument("--device", help="default: the first GPU, else the CPU")
     p.add_argument("--dtype", default="auto", help="auto, fp32, bf16 or fp16 (default: auto)")
     p.add_argument("--cap", type=float, help="GiB of GPU memory to get by with: 44 stands for a 48 GB card")
-    p.add_argument("--memory", action="store_true", help="also the peak of each side, alone in a process")
-    p.add_argument("--share", action="store_true", help="also the share of the fastest matrix product")
+    p.add_argument("--memory", action="store_true", help="on a CPU too: the peak of each side, in a process")
+    p.add_argument("--share", action="store_true", help="also MFU, the share of the fastest matrix product")
     p.add_argument(
         "--compile", action="store_true", help="ours block by block, the baseline at its best as a whole"
     )
@@ -73,94 +78,82 @@ def check(args: Namespace) -> None:
         make_folder(args.json.parent, "--json")
 
 
-def time_work(args: Namespace, work: str) -> dict[str, list[float]]:
-    """Name of a side -> seconds of each of its steps."""
-    if work == "start":
-        return measure.time_process_start(args.rounds, ["ours"] + ["diffusers"] * bool(args.vs))
-    with tempfile.TemporaryDirectory() as folder:
-        sides = measure.build_sides(args, work, Path(folder))
-        return measure.interleaved(sides, args.rounds, args.turn, measure.synchronise(args.device))
-
-
-def rows(args: Namespace, work: str) -> list[dict]:
+def rows(args: Namespace, work: str) -> Iterator[dict]:
     """One row of the table for each side, with the JSON's names."""
-    times, out, operations = time_work(args, work), [], None
-    if args.share and work in (*setup.TRAINED, *setup.RECIPES):
-        operations = budget.step(work, args.size, args.batch, args.checkpointing)[0]
-    for name, seconds in times.items():
-        low, median = min(seconds), statistics.median(seconds)
-        quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [low] * 3
-        row = {
-            "work": work,
-            "side": name,
-            "seconds_min": low,
-            "seconds_median": median,
-            "seconds_spread": quartiles[2] - quartiles[0],
-            "steps": len(seconds),
-            "images_per_second": 0 if work == "start" else args.batch / low,
-            "ratio_min": low / min(times["ours"]),
-            "ratio_median": median / statistics.median(times["ours"]),
-        }
-        if operations:
-            row["share_of_limit"] = operations / low / args.share
-        if args.memory and work != "start":
-            row["peak_bytes"] = measure.peak_memory(args, work, name)
-        out.append(row)
-    return out
+    ours = model = executed = None
+    if args.share and work in (*setup.TRAINED, *setup.RECIPES, "sample"):
+        model, executed = budget.share_of(work, args.size, args.batch, args.checkpointing)
+    for name, measured in measure.time_sides(args, work):
+        row = {"work": work, "side": name, **measured}
+        if seconds := row.pop("seconds", None):
+            low, median = min(seconds), statistics.median(seconds)
+            quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [low] * 3
+            row |= {
+                "seconds_min": low,
+                "seconds_median": median,
+                "seconds_spread": quartiles[2] - quartiles[0],
+                "steps": len(seconds) * (1 if work == "start" else args.turn),
+                "images_per_second": 0 if work == "start" else args.batch / low,
+            }
+            if name == "ours":
+                ours = row
+            if ours:
+                row["ratio_min"] = low / ours["seconds_min"]
+                row["ratio_median"] = median / ours["seconds_median"]
+            if model:
+                row["mfu"] = model / low / args.share
+                row |= {"share_of_limit": executed / low / args.share} if name == "ours" else {}
+        yield row
 
 
 def header(args: Namespace) -> str:
-    peak, share = "peak GiB" if args.memory else "", "limit" if args.share else ""
+    peak = "peak GiB" if args.memory or args.device.startswith("cuda") else ""
+    mfu, limit = ("MFU", "limit") if args.share else ("", "")
     times = f"{'min ms':>10}{'median':>10}{'spread':>10}"
-    columns = f"{'work':17}{'side':18}{times}{'images/s':>11} {peak:>9} {share:>6}"
+    columns = f"{'work':17}{'side':21}{times}{'images/s':>11} {peak:>9} {mfu:>5} {limit:>5}"
     return columns + "  theirs / ours: min (median)" * bool(args.vs)
 
 
 def line(row: dict) -> str:
+    if "seconds_min" not in row:
+        return f"{row['work']:17}{row['side']:21} does not fit"
     times = "".join(f"{1e3 * row[f'seconds_{name}']:10.1f}" for name in ("min", "median", "spread"))
     rate = f"{row['images_per_second']:.2f}" if row["images_per_second"] else ""
     peak = f"{row['peak_bytes'] / 2**30:.2f}" if row.get("peak_bytes") else ""
-    share = f"{row['share_of_limit']:.0%}" if "share_of_limit" in row else ""
-    ratio = "" if row["side"] == "ours" else f"{row['ratio_min']:7.2f} ({row['ratio_median']:.2f})"
-    return f"{row['work']:17}{row['side']:18}{times}{rate:>11} {peak:>9} {share:>6} {ratio}".rstrip()
+    mfu, limit = (f"{row[name]:.0%}" if name in row else "" for name in ("mfu", "share_of_limit"))
+    theirs = row["side"] != "ours" and "ratio_min" in row
+    ratio = f"{row['ratio_min']:7.2f} ({row['ratio_median']:.2f})" if theirs else ""
+    return f"{row['work']:17}{row['side']:21}{times}{rate:>11} {peak:>9} {mfu:>5} {limit:>5} {ratio}".rstrip()
 
 
 @report_errors
 def main(argv=None):
     args = options().parse_args(argv)
     check(args)
-    device, dtype, why = choose_device(args.device, args.dtype)
+    device, args.dtype, why = choose_device(args.device, args.dtype, setup.parameters(args.size))
     if args.cap and device.type != "cuda":
         raise ValueError(f"--cap is for a GPU, but the device is {device}; leave it out")
     args.device, args.side = str(device), setup.side(args.size)
     args.batch = args.batch_size or setup.batch(args.size)
-    measure.limit_memory(args)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # measure.py speaks of the present one
+    measure.limit_memory(args.cap)
     if args.share:
-        args.share = measure.fastest_matmul(args.device, dtype)
+        args.share = measure.fastest_matmul(args.device, args.dtype)
         print(f"the fastest matrix product here: {args.share / 1e12:.2f}e12 operations a second")
-    cpu = f"{torch.get_num_threads()} threads on the CPU"
-    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu
+    machine = measure.machine(args.device)
     task = f"{args.size}, {args.side} px, {args.batch} pictures a step"
-    print(f"{task}; {name}, {why}; torch {torch.__version__}\n")
+    print(f"{task}; {machine['device']}, {why}; torch {torch.__version__}\n")
     print(header(args))
-    content = {
-        "size": args.size,
-        "side": args.side,
-        "batch": args.batch,
-        "device": name,
-        "dtype": str(dtype),
-        "torch": torch.__version__,
-        "cap": args.cap,
-        "compile": args.compile,
-        "checkpointing": args.checkpointing,
-        "rows": [],
-    }
+    told = ("size", "side", "batch", "cap", "compile", "checkpointing", "channels_last", "rounds", "turn")
+    content = {**{name: getattr(args, name) for name in told}, "dtype": str(args.dtype), **machine}
+    content |= {"matmul_operations_per_second": args.share or None, "rows": []}
     for work in args.works or (*setup.TRAINED, "sample"):
         for row in rows(args, work):
             print(line(row), flush=True)
             content["rows"].append(row)
-        if args.json:
-            write_json(args.json, content)
+            if args.json:
+                write_json(args.json, content)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ here only passes the calls on:
                 (--mixed_precision bf16)
     best        with every option of the script or its documentation that leaves the mathematics as it is:
                 latents (and the prompts of a frozen text encoder) encoded once, fused AdamW, gradients set to
-                None; on a GPU also convolutions in channels_last
+                None; in sampling q, k and v projected as one
+    best, NHWC  on a GPU: the same with convolutions in channels_last
 """
 
 import contextlib
@@ -27,9 +28,15 @@ from hanokdiff.bench import setup
 from hanokdiff.formats.folder import save_folder
 from hanokdiff.models.pipeline import to_tensor
 
-KINDS = {False: ("diffusers default", "diffusers best"), True: ("diffusers",)}
 diffusers.utils.logging.set_verbosity_error()
 diffusers.utils.logging.disable_progress_bar()
+
+
+def kinds(device: str) -> tuple[str, ...]:
+    """The baseline's sides. Which memory layout is faster depends on the card: of the two best ones the
+    faster counts."""
+    more = ("diffusers best, NHWC",) if device.startswith("cuda") else ()
+    return "diffusers default", "diffusers best", *more
 
 
 def pipeline(sd) -> StableDiffusionPipeline:
@@ -44,13 +51,17 @@ def pipeline(sd) -> StableDiffusionPipeline:
 def run(
     sd, work: str, kind: str, side: int, batch: int, images, captions, compile: bool = False
 ) -> Iterator[None]:
-    """One step of `work` at every next(); kind: one of KINDS."""
-    pipe = pipeline(sd)
-    if compile and kind != "diffusers default":
+    """One step of `work` at every next(); kind: one of kinds()."""
+    pipe, best = pipeline(sd), kind != "diffusers default"
+    if kind.endswith("NHWC"):
+        pipe.unet.to(memory_format=torch.channels_last)
+    if best and work == "sample":
+        pipe.fuse_qkv_projections(vae=False)
+    if best and compile:
         pipe.unet.compile()
     if work == "sample":
         return sample(pipe, sd.dtype, side, batch)
-    return train(pipe, work, kind.endswith("best"), sd.dtype, batch, images, captions)
+    return train(pipe, work, best, sd.dtype, batch, images, captions)
 
 
 def sample(pipe, dtype: torch.dtype, side: int, batch: int) -> Iterator[None]:
@@ -95,8 +106,6 @@ def train(pipe, method: str, best: bool, dtype: torch.dtype, batch: int, images,
         trainable = list(text.get_input_embeddings().requires_grad_(True).parameters())
         initial = trainable[0].data.clone()
         others = torch.arange(len(initial)) != tokenizer.convert_tokens_to_ids("<hanok>")
-    if best and device.type == "cuda":
-        unet.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(trainable, lr=1e-5, **({"fused": True} if best else {}))
     pixels = torch.stack([to_tensor(image) for image in images]).to(device, dtype)
     padding = {"padding": "max_length", "max_length": 77, "truncation": True}

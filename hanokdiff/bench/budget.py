@@ -33,9 +33,9 @@ LIMIT = 44 * 2**30
 
 class Attention(torch.autograd.Function):
     """The cost of a fused kernel: it saves q, k, v, out and the log-sum-exp; 2 products forward, 5
-    backward."""
+    backward, one of which repeats q k^T."""
 
-    operations = 0  # of all calls so far
+    operations, repeated = 0, 0  # of all calls so far
 
     @staticmethod
     def forward(ctx, q, k, v):
@@ -49,6 +49,7 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         Attention.operations += 5 * ctx.product
+        Attention.repeated += ctx.product
         return tuple(torch.empty_like(a) for a in ctx.saved_tensors[:3])
 
 
@@ -147,6 +148,22 @@ def largest(method: str, limit: int, checkpointing: bool) -> int:
     while 0 < most < 16 and step(method, batch=most, checkpointing=checkpointing)[1] > limit:
         most -= 1
     return max(0, most)
+
+
+def share_of(work: str, size: str, batch: int, checkpointing: bool) -> tuple[int, int]:
+    """The operations of one step of the bench's `work`: those of the model, which are the same for every
+    program that does this work, and all that are executed, also those that a backward pass repeats."""
+    if work == "sample":  # guided, at every step two rows a picture
+        with fused_attention(), torch.no_grad(), Count() as count:
+            sd = setup.build(size, "meta", torch.bfloat16)
+            h, width = setup.side(size) // sd.vae.config.factor, sd.unet.config.cross_attention_dim
+            context = torch.empty(2 * batch, 77, width, dtype=sd.dtype, device="meta")
+            sd.guided(torch.empty(batch, 4, h, h, device="meta"), 3.0, 500.0, context, 7.5)
+        return (setup.STEPS * count.operations,) * 2
+    before = Attention.repeated
+    model = step(work, size, batch)[0]
+    repeated = Attention.repeated - before
+    return model - repeated, step(work, size, batch, checkpointing)[0] if checkpointing else model
 
 
 @report_errors

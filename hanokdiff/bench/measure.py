@@ -1,9 +1,12 @@
-"""Time and peak memory of training steps and pictures, in hanokdiff and in the baseline (diffusers)."""
+"""Time and peak memory of training steps and of sampling, in hanokdiff and in the baseline (diffusers)."""
 
 import contextlib
+import functools
+import gc
 import io
 import multiprocessing
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -17,7 +20,6 @@ from pathlib import Path
 import torch
 
 from hanokdiff.bench import setup
-from hanokdiff.device import choose_device
 from hanokdiff.formats.load import TINY_MODEL
 from hanokdiff.models import memory
 from hanokdiff.models.pipeline import StableDiffusion
@@ -70,61 +72,96 @@ def import_baseline():
     return baseline
 
 
-def build_sides(
-    args: Namespace, work: str, folder: Path, only: str | None = None
-) -> dict[str, Iterator[None]]:
-    """Name of a side -> iterator that does one step of `work` at every next(). Its files go into `folder`."""
-    dtype, sides = choose_device(args.device, args.dtype)[1], {}
+def sides(args: Namespace, work: str, folder: Path) -> dict[str, Callable[[], Iterator[None]]]:
+    """Name of a side -> function that builds it: an iterator that does one step of `work` at every next().
+    Its files go into `folder`."""
 
     def build():
-        sd = setup.build(args.size, args.device, dtype)
+        sd = setup.build(args.size, args.device, args.dtype)
         if args.channels_last:
             sd.unet.to(memory_format=torch.channels_last)
         return sd
 
-    if only in (None, "ours"):
+    def ours():
         sd = build()
         if work.startswith("sample"):
-            sides["ours"] = sample(sd, args.side, args.batch, *setup.SAMPLED.get(work, ()))
+            steps = sample(sd, args.side, args.batch, *setup.SAMPLED.get(work, ()))
         else:
-            sides["ours"] = train(sd, work, args.side, args.batch, folder)
+            steps = train(sd, work, args.side, args.batch, folder)
         if args.compile:
             memory.compile(sd.unet)
         if args.checkpointing:
             memory.checkpoint(sd.unet)
-    if (
-        args.vs and not work.startswith("hypernet") and work not in (*setup.RECIPES, *setup.SAMPLED)
-    ):  # no such script there
-        baseline = import_baseline()
-        for kind in baseline.KINDS[work == "sample"]:
-            if only in (None, kind):
-                photos = setup.photos(args.side)
-                sides[kind] = baseline.run(build(), work, kind, args.side, args.batch, *photos, args.compile)
-    return sides
+        return steps
+
+    def theirs(kind):
+        how = (kind, args.side, args.batch, *setup.photos(args.side), args.compile)
+        return import_baseline().run(build(), work, *how)
+
+    out = {"ours": ours}
+    if args.vs and work in (*setup.PEERS, "sample"):
+        kinds = import_baseline().kinds(args.device)
+        out |= {kind: functools.partial(theirs, kind) for kind in kinds}
+    return out
 
 
 # ------------------------------------------------------------------------------------------------------- time
 
 
-def synchronise(device: str) -> Callable[[], None]:
-    return torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-
-
 def interleaved(
-    sides: dict[str, Iterator[None]], rounds: int, turn: int, wait: Callable[[], None]
+    sides: dict[str, Iterator[None]], rounds: int, turn: int, wait: Callable[[], None] = lambda: None
 ) -> dict[str, list[float]]:
-    """Seconds of each step of each side, `rounds` turns of `turn` steps by turns, after one turn to warm
-    up."""
+    """Seconds of a step of each side, the mean of each of its `rounds` turns of `turn` steps, by turns, after
+    one turn to warm up. `wait` for the device comes once a turn, as in a run that does not look at every
+    step."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(rounds + 1):
         for name, steps in sides.items():
+            start = time.perf_counter()
             for _ in range(turn):
-                start = time.perf_counter()
                 next(steps)
-                wait()
-                if i:
-                    times[name].append(time.perf_counter() - start)
+            wait()
+            if i:
+                times[name].append((time.perf_counter() - start) / turn)
     return times
+
+
+def on_card(build: Callable[[], Iterator[None]], rounds: int, turn: int) -> dict:
+    """Seconds of a step in each turn, peak bytes of these turns and the clock in MHz, of one side that has
+    the GPU to itself; nothing of them if it does not fit. The peak is of steps alone: without building the
+    model and encoding the photos."""
+    gc.collect()  # the side before, whose iterators and modules refer to each other
+    torch.cuda.empty_cache()
+    try:
+        side = {"": build()}
+        interleaved(side, 0, turn, torch.cuda.synchronize)  # what is allocated or compiled once
+        torch.cuda.reset_peak_memory_stats()
+        seconds = interleaved(side, rounds, turn, torch.cuda.synchronize)[""]
+        peak = torch.cuda.max_memory_allocated()
+        next(side[""])  # the clock of a busy card: this step runs on while nvidia-smi looks
+        return {"seconds": seconds, "peak_bytes": peak, "clock_mhz": nvidia_smi("clocks.sm")}
+    except torch.OutOfMemoryError:
+        return {}
+
+
+def time_sides(args: Namespace, work: str) -> Iterator[tuple[str, dict]]:
+    """(name of a side, {"seconds": of a step in each turn, "peak_bytes": of its steps}). On a CPU the sides
+    take turns, because other processes slow it now and then; on a GPU one comes after the other, because
+    together they would not fit."""
+    if work == "start":
+        times = time_process_start(args.rounds, ["ours"] + ["diffusers"] * bool(args.vs))
+        yield from ((name, {"seconds": seconds}) for name, seconds in times.items())
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        builders = sides(args, work, Path(folder))
+        if args.device.startswith("cuda"):
+            for name, build in builders.items():
+                yield name, on_card(build, args.rounds, args.turn)
+            return
+        times = interleaved({name: build() for name, build in builders.items()}, args.rounds, args.turn)
+    for name, seconds in times.items():
+        peak = {"peak_bytes": peak_memory(args, work, name)} if args.memory else {}
+        yield name, {"seconds": seconds} | peak
 
 
 def time_process_start(rounds: int, sides: list[str]) -> dict[str, list[float]]:
@@ -142,39 +179,40 @@ def time_process_start(rounds: int, sides: list[str]) -> dict[str, list[float]]:
 
 def fastest_matmul(device: str, dtype: torch.dtype) -> float:
     """Operations per second of a large matrix product: the most that a step can reach on this device."""
-    n = 8192 if device.startswith("cuda") else 1024
-    a, best, wait = torch.randn(n, n, device=device, dtype=dtype), float("inf"), synchronise(device)
-    for _ in range(10):
-        wait()
-        start = time.perf_counter()
-        a @ a
-        wait()
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+    gpu = device.startswith("cuda")
+    n = 8192 if gpu else 1024
+    a = torch.randn(n, n, device=device, dtype=dtype)
+
+    def products():
+        while True:
+            a @ a
+            yield
+
+    wait = torch.cuda.synchronize if gpu else lambda: None
+    return 2 * n**3 / min(interleaved({"": products()}, 10, 10 if gpu else 1, wait)[""])
 
 
-# ----------------------------------------------------------------------------------------------------- memory
+# ----------------------------------------------------------------------------- memory, and what it was run on
 
 
-def limit_memory(args: Namespace) -> None:
-    """Allow this process --cap GiB of the GPU's memory, to stand for a smaller card."""
-    if args.cap and args.device.startswith("cuda"):
+def limit_memory(gib: float | None) -> None:
+    """Allow this process so much of the GPU's memory, to stand for a smaller card."""
+    if gib:
         total = torch.cuda.mem_get_info()[1]
-        torch.cuda.set_per_process_memory_fraction(min(1.0, args.cap * 2**30 / total))
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
 
 
 def send_peak(args: Namespace, work: str, side: str, pipe) -> None:
-    """In a process of its own: do three steps of one side and send the peak memory in bytes."""
-    limit_memory(args)
+    """In a process of its own, on a CPU: send the peak memory in bytes of three steps of one side, without
+    building it."""
     with tempfile.TemporaryDirectory() as folder:
-        steps = build_sides(args, work, Path(folder), side)[side]
+        steps = sides(args, work, Path(folder))[side]()
+        next(steps)  # what is allocated once
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
         for _ in range(3):
             next(steps)
-    if args.device.startswith("cuda"):
-        pipe.send(torch.cuda.max_memory_allocated())
-    else:  # getrusage would count what the parent used before this process was started from it
-        peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        pipe.send(int(peak[1]) * 1024)
+    # getrusage would count what the parent used before this process was started from it
+    pipe.send(int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024)
 
 
 def peak_memory(args: Namespace, work: str, side: str) -> int | None:
@@ -190,3 +228,26 @@ def peak_memory(args: Namespace, work: str, side: str) -> int | None:
         return None
     finally:
         process.join()
+
+
+def nvidia_smi(field: str) -> str | None:
+    """What nvidia-smi says of the present GPU, such as its "driver_version"; None where it is not
+    installed."""
+    gpu = f"--id=GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
+    ask = ["nvidia-smi", gpu, f"--query-gpu={field}", "--format=csv,noheader,nounits"]
+    try:
+        return subprocess.run(ask, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def machine(device: str) -> dict[str, str | None]:
+    """What the figures belong to: the device's name, torch, CUDA and the driver."""
+    out = {"torch": torch.__version__, "python": platform.python_version()}
+    if device.startswith("cuda"):
+        more = {name: nvidia_smi(name) for name in ("driver_version", "clocks.max.sm", "power.limit")}
+        return {"device": torch.cuda.get_device_name(), **out, "cuda": torch.version.cuda, **more}
+    info = Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.+)", info.read_text()) if info.exists() else None
+    threads = f"{torch.get_num_threads()} threads on the CPU"
+    return {"device": f"{threads} ({cpu[1]})" if cpu else threads, **out}

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -22,6 +23,7 @@ from hanokdiff.training.dataset import LatentDataset
 from hanokdiff.training.noise import Batch
 
 TRAINED = ("ti", "dreambooth", "lora", "hypernet", "hypernet-all")
+PEERS = ("ti", "dreambooth", "lora")  # those that diffusers has a script for
 RECIPES = ("lora-text", "pivotal", "custom-diffusion", "svdiff")  # ours alone, beside no peer
 SAMPLED = {  # ours alone: a prompt, and the words of Attend-and-Excite
     "sample-edit": ("[a house:a barn:0.3] in the snow", ()),
@@ -52,6 +54,7 @@ SIZES = {
     "overhead": Size(UNetConfig(block_out_channels=(32, 32, 32, 32), **_NARROW), _TEXT, _VAE, 128, 2),
     "small": Size(UNetConfig(block_out_channels=(64, 128, 128), attention=(True, True, True), heads=(8, 8, 8),
                              **_NARROW), _TEXT, _VAE, 128, 8),
+    "half": Size(UNetConfig(block_out_channels=(160, 320, 640, 640)), TextConfig(), VAEConfig(), 256, 1),
     "sd15": Size(UNetConfig(), TextConfig(), VAEConfig(), 512, 8),
 }  # fmt: skip
 
@@ -64,6 +67,12 @@ def side(size: str) -> int:
 def batch(size: str) -> int:
     """Pictures per step, unless --batch-size says otherwise."""
     return 8 if size == "tiny" else SIZES[size].batch
+
+
+def parameters(size: str) -> int:
+    """Numbers in the UNet of this size, by which --dtype auto chooses on a CPU."""
+    with torch.device("meta"):
+        return 0 if size == "tiny" else sum(p.numel() for p in UNet(SIZES[size].unet).parameters())
 
 
 def build(size: str, device: str, dtype: torch.dtype) -> StableDiffusion:
@@ -80,8 +89,9 @@ def build(size: str, device: str, dtype: torch.dtype) -> StableDiffusion:
 
 
 def photos(side: int, n: int = 8) -> tuple[list[Image.Image], list[str]]:
-    """n images of noise, side x side pixels, and their captions."""
-    images = [Image.effect_noise((side, side), 50 + i).convert("RGB") for i in range(n)]
+    """n images of noise, side x side pixels, the same at every call, and their captions."""
+    noise = np.random.default_rng(0).integers(256, size=(n, side, side, 3), dtype=np.uint8)
+    images = [Image.fromarray(pixels) for pixels in noise]
     return images, [f"* {i} in the snow" for i in range(n)]
 
 

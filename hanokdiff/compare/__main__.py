@@ -158,8 +158,7 @@ def run_cells(args, context: plan.Context, manifest: dict, argv: list[str], shar
         print(f"of other settings, left alone and not in the report: {len(others)}, such as {others[0].name}")
     if jobs > 1:
         context.sd = context.clip = None  # every worker opens its own
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         finished = workers.side_by_side(argv, todo, jobs)
     else:
         finished = in_turn(context, out, drawing, groups, todo)

@@ -60,6 +60,7 @@ def train(cell: dict, folder: Path) -> None:
     if (run / "config.json").exists():
         at = argv.index("--device") if "--device" in argv else len(argv)
         argv = ["--resume", inside, *argv[at : at + 2]]
+    torch.cuda.empty_cache()  # what this process holds in reserve from drawing, the training may need
     script = plan.SCRIPTS / f"train_{cell['method']}.py"
     code, seconds, peak, stopped = process([sys.executable, script, *argv], folder)
     attempt = {"seconds": round(seconds, 2), "peak_bytes": peak, "machine": machine()}
