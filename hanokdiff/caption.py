@@ -30,7 +30,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from hanokdiff.device import choose_device
+from hanokdiff.device import choose_device, to_device
 from hanokdiff.errors import report_errors
 from hanokdiff.files import write_text
 from hanokdiff.images import read_photo
@@ -107,8 +107,8 @@ class Blip:
     def generate(self, pixels: list[Tensor], **how) -> list[str]:
         """Captions without the prompt; `how` are options of transformers' generate, whose lengths count the
         prompt. The model puts its own start token in front of the prompt and drops the end token."""
-        prompt = self.prompt.repeat(len(pixels), 1).to(self.device)  # (B, T)
-        images = torch.stack(pixels).to(self.device, self.dtype)
+        prompt = to_device(self.prompt.repeat(len(pixels), 1), self.device)  # (B, T)
+        images = to_device(torch.stack(pixels), self.device).to(self.dtype)
         ids = self.model.generate(images, prompt, torch.ones_like(prompt), **self.options, **how)
         texts = self.tokenizer.batch_decode(ids[:, prompt.shape[1] - 1 :], skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]

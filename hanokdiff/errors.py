@@ -24,6 +24,10 @@ LESS_MEMORY = (
     "--micro-batch 1", "--checkpointing", "a lower --batch-size", "a lower --resolution", "a smaller --size",
     "a lower --beams",
 )  # fmt: skip
+NO_MEMORY = (  # the last two: cuDNN found no algorithm whose workspace fits
+    r"can't allocate memory|out of memory|_STATUS_(ALLOC_FAILED|\w*ALLOCATION_FAILED)|"
+    r"Unable to find a valid cuDNN algorithm|FIND was unable to find an engine"
+)
 notes: list[str] = []  # what this command has warned of
 made: list[Path] = []  # folders that this command may have made, the outermost first
 
@@ -73,10 +77,11 @@ def show_note(message, *_, **__) -> None:
 
 
 def is_out_of_memory(e: Exception) -> bool:
-    """torch.OutOfMemoryError is recognised by its name: no import; on a CPU torch raises RuntimeError."""
+    """torch.OutOfMemoryError is recognised by its name: no import; on a CPU, and where cuDNN or cuBLAS find no
+    room of their own, torch raises RuntimeError."""
     if isinstance(e, MemoryError) or any(c.__name__ == "OutOfMemoryError" for c in type(e).__mro__):
         return True
-    return isinstance(e, RuntimeError) and "can't allocate memory" in str(e)
+    return isinstance(e, RuntimeError) and re.search(NO_MEMORY, str(e)) is not None
 
 
 def is_left_alone(e: Exception) -> bool:

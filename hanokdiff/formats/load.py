@@ -35,6 +35,7 @@ def load_model(
     masters: bool = False,
     vae: str | None = None,
     zero_terminal_snr: bool = False,
+    training: bool = False,
 ) -> StableDiffusion:
     """Open a model: "tiny", a diffusers folder, a hub id, or a single file (.safetensors, .ckpt). Everything
     is frozen; what is trained is up to the method.
@@ -45,15 +46,16 @@ def load_model(
     vae          folder or single file of another autoencoder than the model's own
     zero_terminal_snr
                  a schedule that ends in noise alone, for models that predict v
+    training     gradients are to be computed: "auto" is not fp16 then
     masters      keep what the file says as `master` of each parameter: to learn from it and to save it
                  again, not from
                  what half precision leaves of it"""
-    start, (dev, precision, reason) = time.perf_counter(), choose_device(device, dtype)
+    start, (dev, precision, reason) = time.perf_counter(), choose_device(device, dtype, training)
     path = TINY_MODEL if model == "tiny" else find_model(model)
     open_ = open_file if path.is_file() else open_folder
     unet, own_vae, encoder, words, schedule = open_(path, tokenizer, prediction, log)
     if dtype == "auto":  # which on a CPU depends on the model's size
-        dev, precision, reason = choose_device(device, dtype, sum(p.numel() for p in unet.parameters()))
+        dev, precision, reason = choose_device(device, dtype, training, sum(p.numel() for p in unet.parameters()))
     decoder = open_vae(Path(vae), own_vae.config) if vae else own_vae
     if zero_terminal_snr:
         schedule = replace(schedule, rescale_betas_zero_snr=True)

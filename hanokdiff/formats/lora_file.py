@@ -82,7 +82,8 @@ def _numbers(layer: lora.LoRA | dict[str, Tensor]) -> tuple[Tensor, Tensor, floa
     """(down, up, alpha) of a LoRA, or of an entry of what `read_file` gives; there, a missing alpha means the
     rank."""
     if isinstance(layer, lora.LoRA):
-        return layer.down.detach(), layer.up.detach(), float(layer.alpha)
+        down, up = layer.exact()
+        return down.detach(), up.detach(), float(layer.alpha)
     return layer["down"], layer["up"], float(layer.get("alpha", layer["down"].shape[0]))
 
 

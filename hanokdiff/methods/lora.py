@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hanokdiff.methods import inject
 from hanokdiff.methods.inject import base_layer, unwrap
+from hanokdiff.models import memory
 from hanokdiff.seeding import seeded_generator
 
 # What each choice of --targets adds, by the end of the module's name in the UNet.
@@ -30,7 +31,8 @@ class LoRA(nn.Module):
     """A Linear or Conv2d (or a LoRA around one) and its low-rank change.
 
     down      (rank, in) or (rank, in, kh, kw), fp32, Kaiming-uniform
-    up        (out, rank) or (out, rank, 1, 1), fp32, zeros
+    up        (out, rank) or (out, rank, 1, 1), fp32, zeros; both in training in the layer's precision, see
+              `trainable`
     strength  scales the change once more, when sampling"""
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, strength: float = 1.0):
@@ -69,19 +71,31 @@ class LoRA(nn.Module):
         conv = base_layer(self.base)
         return F.conv2d(F.conv2d(x, down, None, conv.stride, conv.padding), up)
 
+    def exact(self) -> tuple[Tensor, Tensor]:
+        """down and up in fp32, with all the digits that are known."""
+        return tuple(getattr(p, "master", p).float() for p in (self.down, self.up))
+
     def delta(self) -> Tensor:
         """The change of the weight, in fp32 and in the weight's shape: scale * up @ down."""
-        product = self.up.flatten(1).float() @ self.down.flatten(1).float()
+        down, up = self.exact()
+        product = up.flatten(1) @ down.flatten(1)
         return self.scale * product.view(base_layer(self.base).weight.shape)
 
 
 def trainable(loras: dict[str, LoRA]) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name."""
-    params = {
-        f"{name}.{part}": getattr(lora, part) for name, lora in loras.items() for part in ("down", "up")
-    }
-    for p in params.values():
-        p.requires_grad_(True)
+    """The parameters that are trained, by name. In a network of half precision they become copies of its
+    precision, which the trainer makes anew once a step from the fp32 numbers in `p.master`: to cast each where
+    it is used would be four more launches per layer and step."""
+    params = {}
+    for name, lora in loras.items():
+        for part in ("down", "up"):
+            p, dtype = getattr(lora, part), base_layer(lora).weight.dtype
+            if p.dtype != dtype:
+                p = nn.Parameter(p.detach().to(dtype))
+                p.master = getattr(lora, part).detach()
+                setattr(lora, part, p)
+            params[f"{name}.{part}"] = p.requires_grad_(True)
+        memory.fuse_low_rank(lora)
     return params
 
 

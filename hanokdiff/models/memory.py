@@ -7,7 +7,7 @@ backward pass for a few per cent more memory traffic and no matrix product (on a
     geglu       a * gelu(b): keeps (a, b), one tensor; torch keeps gelu(b) as well
     Conv2d      a frozen one keeps nothing of what went in; torch keeps it all (its issue 133566)
 
-`pad_keys`, `project_kv` and `given_kv` save time instead.
+`pad_keys`, `project_kv`, `given_kv` and `fuse_low_rank` save time instead.
 
 Results and gradients are those of torch's own operations, on a CPU the first two's to the bit; there, where
 memory is plenty and making it again costs 3 to 10 % of a step, torch's own are used. Where all that is not
@@ -17,6 +17,7 @@ arXiv:1604.06174).
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -35,7 +36,7 @@ def keeps_for_backward(x: Tensor) -> bool:
 class NormSiLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-        ctx.shape = (x.shape[0], x.shape[1], x[0, 0].numel(), groups)  # as torch's operation wants it
+        ctx.shape = (*x.shape[:2], math.prod(x.shape[2:]), groups)  # as torch's operation wants it
         ctx.eps = eps
         y, mean, rstd = torch.native_group_norm(x, weight, bias, *ctx.shape, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
@@ -106,6 +107,43 @@ class Conv2d(nn.Conv2d):
         return super().forward(x)
 
 
+class LowRank(torch.autograd.Function):
+    """x W' + b + scale (x down') up' of a frozen W (out, in) and b: a LoRA and its Linear."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float):
+        ctx.shape, ctx.scale = x.shape, scale
+        x = x.flatten(0, -2)  # (N, in)
+        low = scale * F.linear(x, down)  # (N, rank)
+        ctx.save_for_backward(x, weight, down, up, low)
+        return F.linear(x, weight, bias).addmm_(low, up.t()).unflatten(0, ctx.shape[:-1])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, down, up, low = ctx.saved_tensors
+        grad = grad.flatten(0, -2)  # (N, out)
+        low_grad = ctx.scale * (grad @ up)  # (N, rank)
+        x_grad = None
+        if ctx.needs_input_grad[0]:
+            x_grad = (grad @ weight).addmm_(low_grad, down).view(ctx.shape)
+        return x_grad, None, None, low_grad.t() @ x, grad.t() @ low, None
+
+
+def fuse_low_rank(lora: nn.Module) -> None:
+    """Let a LoRA around a frozen Linear be one operation where it is trained on a GPU. There a small batch waits
+    for its launches: half as many, and neither the scale nor the sum is a pass of its own over (N, out)."""
+    plain, layer = lora.forward, lora.base
+    if not isinstance(layer, nn.Linear):  # a convolution, or another LoRA
+        return
+
+    def forward(x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and (ON_CPU or not x.is_cpu):
+            return LowRank.apply(x, layer.weight, layer.bias, lora.down, lora.up, lora.scale)
+        return plain(x)
+
+    lora.forward = forward
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d)) v, all (B, heads, N or T, d)."""
     if mask is None and k.shape[2] != q.shape[2]:  # to the words; a picture's positions fill their vectors
@@ -155,14 +193,6 @@ def given_kv(projected: list[tuple]) -> Iterator[None]:
 
 def _attend_to(attn: nn.Module, kv: tuple, x: Tensor, context: Tensor) -> Tensor:
     return attn.attend(x, *kv)
-
-
-def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """To the device without waiting for it: at an ordinary copy the host waits until a GPU has done all
-    before it."""
-    if torch.device(device).type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
 
 
 def blocks(unet: nn.Module):

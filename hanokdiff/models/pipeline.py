@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hanokdiff.device import to_device
 from hanokdiff.images import labelled_sheet
 from hanokdiff.models import samplers
 from hanokdiff.models.attend import SCALE, Attend
-from hanokdiff.models.memory import given_kv, project_kv, to_device
+from hanokdiff.models.memory import given_kv, project_kv
 from hanokdiff.models.prompt_schedule import at_steps, resolve
 from hanokdiff.models.schedule import Schedule
 from hanokdiff.models.tokens import Text
@@ -177,7 +178,8 @@ class StableDiffusion:
     @torch.inference_mode()
     def latents(self, picture: Image.Image) -> Tensor:
         """An RGB picture -> the mean of its latents (1, 4, h, w) float32."""
-        return self.vae.encode(to_tensor(picture)[None].to(self.device, self.dtype))[0].float()
+        pixels = to_device(to_tensor(picture)[None], self.device).to(self.dtype)
+        return self.vae.encode(pixels)[0].float()
 
     def pictures(self, latents: Tensor, slice: int = 8) -> list[Image.Image]:
         """Decode latents (B, 4, h, w), a few at a time, to 8-bit pictures; rounded, not truncated. What is

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hanokdiff.device import to_device
 from hanokdiff.models import config
 
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -80,7 +81,7 @@ class Schedule:
     def _alpha_bar(self, t: Tensor) -> Tensor:
         """alpha_bar at timesteps t (B,), from a copy on t's device."""
         if t.device not in self._copies:
-            self._copies[t.device] = self.alpha_bar.to(t.device)
+            self._copies[t.device] = to_device(self.alpha_bar, t.device)
         return self._copies[t.device][t]
 
     def _at(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from hanokdiff.models import memory
+from hanokdiff.device import to_device
 from hanokdiff.models.prompt import parse_emphasis, split_chunks
 from hanokdiff.models.text_encoder import TextEncoder
 
@@ -199,7 +199,7 @@ class Text:
 
     def _encode(self, ids: list[list[int]]) -> Tensor:
         device = self.encoder.final_layer_norm.weight.device
-        return self.encoder(memory.to_device(torch.tensor(ids), device), self.clip_skip)
+        return self.encoder(to_device(torch.tensor(ids), device), self.clip_skip)
 
     def prompts(self, prompts: list[str]) -> Tensor:
         """Context of prompts with emphasis: weights multiply the encoder's output, then each chunk gets its
@@ -210,7 +210,7 @@ class Text:
         z = self._encode([self._wrap(ids) for ids, _ in rows])  # (B k, 77, D)
         if any(w != 1 for _, weights in rows for w in weights):
             weights = [[1.0, *w] + [1.0] * (self.length - 1 - len(w)) for _, w in rows]
-            weighted = z * torch.tensor(weights).to(z)[..., None]
+            weighted = z * to_device(torch.tensor(weights, dtype=z.dtype), z.device)[..., None]
             before, after = (a.float().mean((1, 2), keepdim=True) for a in (z, weighted))
             z = weighted * (before / after).to(z.dtype)
         return z.unflatten(0, (len(prompts), k)).flatten(1, 2)  # (B, 77 k, D)

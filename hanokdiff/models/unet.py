@@ -33,7 +33,7 @@ class UNetConfig:
     layers_per_block: int = 2
     cross_attention_dim: int = 768
     use_linear_projection: bool = False  # SD 2: Linear instead of a 1x1 convolution around the transformer
-    upcast_attention: bool = False  # SD 2.1: attention in fp32, which fp16 would overflow
+    upcast_attention: bool = False  # SD 2.1: attention in fp32 where fp16 would overflow
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
 
@@ -164,7 +164,7 @@ class Attention(nn.Module):
     def attend(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         """x (B, N, C) with keys and values (B, heads, T, C / heads) -> (B, N, C)."""
         q = self.split_heads(self.to_q(x))
-        if self.upcast:  # SD 2.1: in fp16 the products overflow
+        if self.upcast and q.dtype == torch.float16:  # SD 2.1: the products overflow; bf16 has fp32's range
             q, k, v = q.float(), k.float(), v.float()
         out = memory.attention(q, k, v, mask).transpose(1, 2).flatten(2)  # (B, N, C)
         return self.to_out[0](out.to(x.dtype))

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from hanokdiff.device import to_device
 from hanokdiff.files import read_json
 from hanokdiff.pretrained import open_pretrained
 
@@ -51,7 +52,7 @@ class Clip:
         images, embeddings = iter(images), [torch.empty(0, self.model.config.projection_dim)]
         while batch := list(islice(images, BATCH)):
             pixels = torch.stack([preprocess(i, self.size, self.mean, self.std) for i in batch])
-            pixels = pixels.to(self.device)  # (B, 3, s, s)
+            pixels = to_device(pixels, self.device)  # (B, 3, s, s)
             pooled = self.model.vision_model(pixel_values=pixels).pooler_output
             embeddings.append(F.normalize(self.model.visual_projection(pooled), dim=-1).cpu())
         return torch.cat(embeddings)
@@ -74,13 +75,13 @@ class Clip:
         return torch.cat([torch.empty(0, self.model.config.projection_dim), *batches])
 
     def _texts(self, ids: list[list[int]]) -> Tensor:
-        ends = torch.tensor([len(i) - 1 for i in ids])  # (B,)
-        longest = int(ends.max()) + 1
+        ends = to_device(torch.tensor([len(i) - 1 for i in ids]), self.device)  # (B,)
+        longest = max(map(len, ids))
         padded = torch.tensor([i + i[-1:] * (longest - len(i)) for i in ids])  # (B, L)
-        states = self.model.text_model(input_ids=padded.to(self.device)).last_hidden_state  # (B, L, width)
+        states = self.model.text_model(input_ids=to_device(padded, self.device)).last_hidden_state  # (B, L, width)
         # Pooled at the end token by position: transformers guesses it from an id in the config, which goes
         # wrong with a small vocabulary. Attention looks back only, so the padding behind it has no effect.
-        pooled = states[torch.arange(len(ids)), ends]  # (B, width)
+        pooled = states[torch.arange(len(ids), device=ends.device), ends]  # (B, width)
         return F.normalize(self.model.text_projection(pooled), dim=-1).cpu()
 
 

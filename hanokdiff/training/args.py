@@ -246,7 +246,7 @@ def check_training(args) -> None:
 def model_options(args: argparse.Namespace) -> dict:
     """What load_model takes of a training's options besides model, device and dtype."""
     names = ("tokenizer", "prediction", "vae", "zero_terminal_snr")
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in names} | {"training": True}
 
 
 def word_options(method) -> None:

@@ -23,9 +23,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from hanokdiff.device import to_device
 from hanokdiff.files import parse_json, read_text
 from hanokdiff.images import SUFFIXES, crop, listed, read_photo
-from hanokdiff.models.memory import to_device
 from hanokdiff.models.pipeline import to_tensor
 from hanokdiff.models.tokens import contains_word, word_pattern
 from hanokdiff.training import buckets
@@ -407,6 +407,6 @@ def encode(vae, images: list[Image.Image], chunk: int = 4) -> tuple[Tensor, Tens
     parts = []
     for i in tqdm(range(0, len(images), chunk), "encoding photos", leave=False, disable=None):
         pictures = torch.stack([to_tensor(image) for image in images[i : i + chunk]])
-        parts.append([t.float() for t in vae.encode(pictures.to(weight))])
+        parts.append([t.float() for t in vae.encode(to_device(pictures, weight.device).to(weight.dtype))])
     mean, std = (torch.cat(t) for t in zip(*parts))
     return mean, std

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hanokdiff.models.memory import to_device
+from hanokdiff.device import to_device
 from hanokdiff.seeding import seeded_generator
 
 

@@ -10,6 +10,7 @@ What a batch holds and every random number follow from (seed, step, index): see 
 state.py.
 """
 
+import contextlib
 import math
 import os
 import signal
@@ -91,6 +92,7 @@ class Trainer:
 
         self.parameters = list(trainable.values())
         self.masters = [fp32_master(p) for p in self.parameters]
+        self.half_precision = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
         lrs = lr if isinstance(lr, dict) else {"": lr}
         lrs = {part: rate for part, rate in lrs.items() if any(name.startswith(part) for name in trainable)}
         self.lr = next(iter(lrs.values()))  # the first one is logged; the others stay in proportion to it
@@ -176,8 +178,28 @@ class Trainer:
         """Add a micro-batch's gradients, weighted by its share of the batch: losses (B,), or their mean."""
         loss = losses.mean() * self.share
         loss.backward()
+        self._add_to_masters()
         self.step_loss += loss.detach()
         self.pending = False
+
+    def _add_to_masters(self) -> None:
+        """Move half-precision gradients into those of the fp32 copies, where micro-batches and processes add
+        up: bf16 has 8 bits, and a sum in it loses what the later ones add. Some at once: each alone would be a
+        launch, all would keep two copies of every gradient."""
+        pairs = [(p, m) for p, m in self.half_precision if p.grad is not None]
+        for bucket in distributed.buckets([p for p, _ in pairs]):
+            part, pairs = pairs[: len(bucket)], pairs[len(bucket) :]
+            first = [(p, m) for p, m in part if m.grad is None]
+            later = [(p.grad, m.grad) for p, m in part if m.grad is not None]
+            if later:
+                grads, sums = zip(*later)
+                torch._foreach_add_(sums, grads)
+            if first:
+                for _, m in first:
+                    m.grad = torch.empty_like(m)
+                torch._foreach_copy_([m.grad for _, m in first], [p.grad for p, _ in first])
+            for p, _ in part:
+                p.grad = None
 
     def rate(self, step: int) -> float:
         """Warm up over a tenth of the steps (at most 100), stay, and fall to zero over the second half."""
@@ -187,20 +209,17 @@ class Trainer:
     def _optimizer_step(self) -> None:
         """Clip and step. A non-finite loss or gradient skips the update, decided on the device: nobody waits
         for it."""
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        gradients = [m.grad for m in self.masters if m.grad is not None]
         distributed.all_reduce([self.step_loss, *gradients])
-        half_precision = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
-        for p, m in half_precision:
-            m.grad, p.grad = None if p.grad is None else p.grad.float(), None
-        norm = nn.utils.get_total_norm([m.grad for m in self.masters if m.grad is not None])
+        norm = nn.utils.get_total_norm(gradients)
         nonfinite = (~torch.isfinite(norm + self.step_loss)).float()
         self.optimizer.grad_scale = torch.where(nonfinite > 0, 1.0, norm.clamp(min=CLIP) / CLIP)
         self.optimizer.found_inf = nonfinite
         self.optimizer.step()
         self.optimizer.zero_grad()
-        with torch.no_grad():
-            for p, m in half_precision:
-                p.copy_(m)
+        if self.half_precision:
+            with torch.no_grad():
+                torch._foreach_copy_(*map(list, zip(*self.half_precision, strict=True)))
         self.loss += torch.where(nonfinite > 0, 0.0, self.step_loss)
         self.norm += torch.where(nonfinite > 0, 0.0, norm)
         self.nonfinite += nonfinite
@@ -257,15 +276,16 @@ class Trainer:
         Returns how many updates were skipped, of how many."""
         lock.refresh()
         count = (self.step - 1) % LOG_EVERY + 1
-        skipped = int(self.nonfinite.item())
+        loss, norm, skipped = torch.stack([self.loss, self.norm, self.nonfinite]).tolist()
+        skipped = int(skipped)
         good = max(1, count - skipped)
-        loss = self.loss.item() / good if skipped < count else None
+        loss = loss / good if skipped < count else None
         now = time.perf_counter()
         self.seconds, self.clock = self.seconds + now - self.clock, now
         row = {
             "step": self.step,
             "loss": loss and round(loss, 6),
-            "grad_norm": round(self.norm.item() / good, 5),
+            "grad_norm": round(norm / good, 5),
             "lr": self.rate(self.step - 1),
             "skipped": skipped,
             "seconds": round(self.seconds, 3),
@@ -284,10 +304,19 @@ class Trainer:
         if distributed.RANK == 0:
             state.append_log(self.out, row)
 
+    @contextlib.contextmanager
+    def _clock_stopped(self) -> Iterator[None]:
+        """What is done inside is no training time; what a GPU still has to do of the steps before it is."""
+        if self.loss.is_cuda:
+            torch.cuda.synchronize(self.loss.device)
+        start = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - start
+
     def _validate(self) -> None:
-        start, value = time.perf_counter(), self.validate()
-        self._write({"step": self.step, "held_out": round(value, 6) if math.isfinite(value) else None})
-        self.clock += time.perf_counter() - start  # not training time
+        with self._clock_stopped():
+            value = self.validate()
+            self._write({"step": self.step, "held_out": round(value, 6) if math.isfinite(value) else None})
 
     def _preview_is_due(self) -> bool:
         if not (self.preview and self.preview_every and self.step):
@@ -307,17 +336,16 @@ class Trainer:
         return self.out / "previews" / f"{self.step:06d}.png"
 
     def _preview(self) -> None:
-        start = time.perf_counter()
-        self.bar.set_description("drawing a preview")  # on a CPU, at the real size, it takes minutes
-        try:
-            picture = self.preview()
-        except ValueError as e:  # what is not a number ends no training: the next step's loss will tell
-            print(f"no preview of step {self.step}: {e}")
-        else:
-            self._preview_file.parent.mkdir(exist_ok=True)
-            write_png(self._preview_file, picture)
-        self.bar.set_description(None)
-        self.clock += time.perf_counter() - start  # not training time
+        with self._clock_stopped():
+            self.bar.set_description("drawing a preview")  # on a CPU, at the real size, it takes minutes
+            try:
+                picture = self.preview()
+            except ValueError as e:  # what is not a number ends no training: the next step's loss will tell
+                print(f"no preview of step {self.step}: {e}")
+            else:
+                self._preview_file.parent.mkdir(exist_ok=True)
+                write_png(self._preview_file, picture)
+            self.bar.set_description(None)
 
     # ----------------------------------------------------------------------- interruptions, divergence, state
 
