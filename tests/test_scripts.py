@@ -364,187 +364,25 @@ def test_out_of_memory(error, capsys):
     assert "out of memory (" in err and "--micro-batch" in err and err.count("\n") == 1
 
 
-def folder_with(tmp_path, **files) -> str:
-    folder = tmp_path / "given"
-    folder.mkdir()
-    for name, content in files.items():
-        (folder / name.replace("_", ".")).write_bytes(content)
-    return str(folder)
+# Single mistakes: robustness/test_mistakes.py
 
 
-PNG = Image.new("RGB", (64, 64), "red")
-
-TRAINING = {  # options beside the good ones, what the sentence must say
-    "no folder": (["--data", "nowhere"], ["--data nowhere", "no such folder"]),
-    "no data": (["--data", None], ["needs --data FOLDER"]),
-    "save": (["--save-every", "-2"], ["--save-every is -2", "0 or more"]),
-    "weight": (["--min-snr", "nan"], ["--min-snr is nan", "finite"]),
-    "text rank": (["--text-rank", "-2"], ["--text-rank is -2", "0 or more"]),
-    "size": (["--resolution", "65"], ["65", "divisible by 8", "64"]),
-    "images": (["--images", "7"], ["--images 7", "6 readable", "1 unreadable", "lower --images"]),
-    "no images": (["--images", "0"], ["--images 0", "at least 1"]),
-    "token": (["--token", " "], ["--token is empty"]),
-    "word": (
-        ["--token", "sks", "--replace", "a castle", "--caption", "x"],
-        ["no caption contains 'sks'", "--replace"],
-    ),
-    "caption": (
-        ["--images", "1", "--caption", "a photo", "--replace", "z"],
-        ["no caption contains '*'", "--caption"],
-    ),
-    "model": (["--model", "nowhere"], ["nowhere", '"tiny"']),
-    "device": (["--device", "abacus"], ["abacus", "cpu"]),
-    "dtype": (["--dtype", "fp8"], ["fp8", "auto, fp32, bf16, fp16"]),
-    "no run": (["--resume", "nowhere"], ["--resume"]),
-}
-
-
-@pytest.mark.parametrize("kind", TRAINING)
-def test_bad_training_options(sd1, photos, tmp_path, capsys, kind):
-    more, words = TRAINING[kind]
-    argv = arguments(sd1, photos, "--out", tmp_path / "out")
-    if more[1] is None:
-        del argv[argv.index(more[0]) : argv.index(more[0]) + 2]
-    else:
-        argv += more
-    if kind == "device":
-        argv.remove("cpu"), argv.remove("--device")
-    refused(train_lora, argv, words, capsys)
-    assert not list(tmp_path.iterdir())
-
-
-def test_resuming_nothing(tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
-    for name in ("nowhere", "empty"):
-        refused(
-            train_lora,
-            ["--resume", name],
-            [f"--resume {name}", "no run was started there", "config.json"],
-            capsys,
-        )
-    assert [p.name for p in tmp_path.iterdir()] == ["empty"]
-
-
-@pytest.mark.parametrize(("script", "argv"), [
-    (train_lora, ["--steps", "three"]), (train_lora, ["--targets", "everything"]), (train_lora, ["--stepz",
-        "3"]),
-    (train_lora, ["--step", "3"]), (sample, []), (sample, ["*", "--seed", "x"]), (sample, ["*", "--lor",
-        "x"]),
+@pytest.mark.parametrize(("script", "argv", "word"), [
+    (train_lora, "--step 3", "--step"), (sample, "* --lor x", "--lor"),
+    (train_lora, "--device abacus", "abacus"),
 ])  # fmt: skip
-def test_what_argparse_refuses(script, argv, capsys, tmp_path):
-    """In one sentence too, without its twenty lines of usage."""
-    refused(script, argv, [argv[-2]] if argv else ["nothing to draw"], capsys)
+def test_no_option_by_its_beginning_and_no_odd_device(script, argv, word, capsys, tmp_path):
+    refused(script, argv.split(), [word], capsys)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", ["empty", "unreadable", "no word"])
-def test_bad_photo_folders(sd1, tmp_path, capsys, kind):
-    files, words = {
-        "empty": ({"notes_txt": b"hello"}, ["no pictures in it", ".png"]),
-        "unreadable": (
-            {"a_png": b"hello", "b_jpg": b"\xff\xd8\xff"},
-            ["0 readable", "2 unreadable", "add photos"],
-        ),
-        "no word": ({"a_txt": b"a house"}, ["no caption contains '*'", "'a house'", "--replace", "--token"]),
-    }[kind]
-    folder = folder_with(tmp_path, **files)
-    if kind == "no word":
-        PNG.save(f"{folder}/a.png")
-    before = listing(tmp_path)
-    refused(train_lora, arguments(sd1, folder, "--out", tmp_path / "out"), words, capsys)
-    assert listing(tmp_path) == before and not (tmp_path / "out").exists()
-
-
-def damage_missing(folder):
-    (folder / "vae" / "config.json").unlink()
-    return ["vae/config.json", "is missing"]
-
-
-def damage_weights(folder):
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    return ["unet", "no weights", "diffusion_pytorch_model.safetensors"]
-
-
-def damage_shape(folder):
-    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(file)
-    save_file({**tensors, "conv_in.weight": torch.zeros(320, 4, 3, 3)}, file)
-    return ["conv_in.weight", "(320, 4, 3, 3)", "(32, 4, 3, 3)"]
-
-
-def damage_end(folder):
-    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-10])
-    return ["vae/diffusion_pytorch_model.safetensors", "cannot be read", "incomplete"]
-
-
-def damage_tokenizer(folder):
-    for file in (folder / "tokenizer").iterdir():
-        if file.name in ("merges.txt", "tokenizer.json"):
-            file.unlink()
-    return ["tokenizer", "is missing"]
-
-
-@pytest.mark.parametrize(
-    "damage", [damage_missing, damage_weights, damage_shape, damage_end, damage_tokenizer]
-)
-@pytest.mark.parametrize("script", [train_lora, sample])
-def test_bad_models(sd1, photos, tmp_path, capsys, damage, script):
-    folder, out = tmp_path / "broken", tmp_path / "out"
-    shutil.copytree(sd1.folder, folder)
-    words = damage(folder)
-    if script is train_lora:
-        argv = [*arguments(sd1, photos, "--out", out), "--model", folder]
-    else:
-        argv = ["*", "--model", folder, "--out", out]
-    refused(script, argv, words, capsys)
-    assert [p.name for p in tmp_path.iterdir()] == ["broken"]
-
-
-@pytest.mark.parametrize("holds", ["finished", "unfinished", "file"])
-def test_bad_out(sd1, photos, tmp_path, capsys, holds):
+def test_an_unfinished_run_is_not_written_over(sd1, photos, tmp_path, capsys):
     out = tmp_path / "out"
-    if holds == "file":
-        out.write_text("precious")
-        words = ["is a file", "name a folder"]
-    elif holds == "finished":
-        folder_with(tmp_path, config_json=b"{}", lora_safetensors=b"precious")
-        words = ["holds a finished run (lora.safetensors)", "another --out"]
-    else:
-        folder_with(tmp_path, config_json=b"{}", log_jsonl=b"precious")
-        words = ["holds an unfinished run", "--resume", "another --out"]
-    if holds != "file":
-        (tmp_path / "given").rename(out)
-    before = listing(tmp_path)
-    refused(train_lora, arguments(sd1, photos, "--out", out), [str(out), *words], capsys)
-    if holds == "file":
-        refused(sample, ["*", "--model", sd1.folder, "--out", out], [str(out), *words], capsys)
-    assert listing(tmp_path) == before
-
-
-SAMPLING = {
-    "sampler": (["--sampler", "plms"], ['sampler "plms"', "ddim", "dpmpp_2m_karras"]),
-    "size": (["--size", "64x65"], ["height is 65", "divisible by 8", "64"]),
-    "width": (["--size", "0x64"], ["width is 0", "divisible by 8"]),
-    "no size": (["--size", "64"], ['--size is "64"', "WIDTHxHEIGHT"]),
-    "steps": (["--steps", "-1"], ["--steps is -1", "at least 1"]),
-    "many steps": (["--steps", "1001"], ["1001", "between 1 and 1000"]),
-    "n": (["--n", "0"], ["--n is 0", "at least 1"]),
-    "batch": (["--batch-size", "0"], ["--batch-size is 0", "at least 1"]),
-    "seed": (["--seed", "-1"], ["--seed is -1", "between 0 and"]),
-    "large seed": (["--seed", str(2**64)], [f"--seed is {2**64}"]),
-    "guidance": (["--cfg", "nan"], ["--cfg is nan", "finite"]),
-    "strength": (["--lora", "a.safetensors:inf"], ["--lora a.safetensors is inf", "finite"]),
-    "lora": (["--lora", "nowhere.safetensors"], ["--lora nowhere.safetensors", "no such file"]),
-    "model": (["--model", "nowhere"], ["nowhere", '"tiny"']),
-}
-
-
-@pytest.mark.parametrize("kind", SAMPLING)
-def test_bad_sampling_options(sd1, tmp_path, capsys, kind):
-    more, words = SAMPLING[kind]
-    refused(sample, ["*", "--model", sd1.folder, "--out", tmp_path / "out", *more], words, capsys)
-    assert not list(tmp_path.iterdir())
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    words = [str(out), "holds an unfinished run", "--resume", "another --out"]
+    refused(train_lora, arguments(sd1, photos, "--out", out), words, capsys)
+    assert listing(tmp_path) == {"out/config.json": b"{}"}
 
 
 def test_a_lora_for_another_architecture(sd1, sd2, load, tmp_path, capsys):
