@@ -90,83 +90,47 @@ def sample(
 
 def options():
     p = Options(description=__doc__)
-    p.add_argument(
-        "prompt",
-        nargs="*",
-        help="(word:1.2) (word) [word] weigh, \\( is a bracket, BREAK starts a chunk; [from:to:when], [a|b], "
-        "a AND b :0.7, <lora:NAME:0.8>",
-    )
-    p.add_argument(
-        "--alert", metavar="TEXT", help="instead: a Korean disaster alert, which becomes the prompt"
-    )
-    what, how, out = (p.add_argument_group(g) for g in ("model", "sampling", "output"))
-    what.add_argument(
-        "--model", default="tiny", help='"tiny", a folder, a .safetensors or .ckpt file or a hub id'
-    )
-    what.add_argument("--embedding", action="append", default=[], metavar="FILE[:WORD]", help="repeatable")
-    what.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="repeatable")
-    what.add_argument("--hypernet", action="append", default=[], metavar="FILE[:SCALE]", help="repeatable")
-    what.add_argument(
-        "--delta", action="append", default=[], type=Path, metavar="FILE", help="Custom Diffusion or SVDiff"
-    )
-    what.add_argument(
-        "--lora-dir",
-        type=Path,
-        default=Path("runs"),
-        metavar="FOLDER",
-        help="where <lora:NAME> is (default: runs)",
-    )
-    what.add_argument("--token", help="the pseudo word (default: the one stored with the artefact)")
-    what.add_argument("--literal-tokens", action="store_true", help="leave the pseudo word to the tokenizer")
-    what.add_argument("--tokenizer", help="of a single-file model: a folder or hub id")
-    what.add_argument(
-        "--prediction", choices=("epsilon", "v_prediction"), help="if the model is wrong about it"
-    )
-    what.add_argument("--vae", metavar="PATH", help="another autoencoder: a folder or a file")
-    what.add_argument(
-        "--zero-terminal-snr",
-        action="store_true",
-        help="a model trained on a schedule that ends in noise alone",
-    )
-    what.add_argument("--device", help="default: the first GPU, else the CPU")
-    what.add_argument("--dtype", default="auto", help="auto, fp32, bf16 or fp16 (default: auto)")
-    how.add_argument("--negative", default="", help="what to move away from")
+    text = "(word:1.2) (word) [word] weigh, \\( is a bracket, BREAK starts a chunk; [from:to:when], [a|b], "
+    p.add_argument("prompt", nargs="*", help=text + "a AND b :0.7, <lora:NAME:0.8>")
+    alerted = "instead: a Korean disaster alert, which becomes the prompt"
+    p.add_argument("--alert", metavar="TEXT", help=alerted)
+    what, how, out = (p.add_argument_group(g).add_argument for g in ("model", "sampling", "output"))
+    what("--model", default="tiny", help='"tiny", a folder, a .safetensors or .ckpt file or a hub id')
+    what("--embedding", action="append", default=[], metavar="FILE[:WORD]", help="repeatable")
+    what("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="repeatable")
+    what("--hypernet", action="append", default=[], metavar="FILE[:SCALE]", help="repeatable")
+    what("--delta", action="append", default=[], type=Path, metavar="FILE", help="Custom Diffusion or SVDiff")
+    where = "where <lora:NAME> is (default: runs)"
+    what("--lora-dir", type=Path, default=Path("runs"), metavar="FOLDER", help=where)
+    what("--token", help="the pseudo word (default: the one stored with the artefact)")
+    what("--literal-tokens", action="store_true", help="leave the pseudo word to the tokenizer")
+    what("--tokenizer", help="of a single-file model: a folder or hub id")
+    what("--prediction", choices=("epsilon", "v_prediction"), help="if the model is wrong about it")
+    what("--vae", metavar="PATH", help="another autoencoder: a folder or a file")
+    trained = "a model trained on a schedule that ends in noise alone"
+    what("--zero-terminal-snr", action="store_true", help=trained)
+    what("--device", help="default: the first GPU, else the CPU")
+    what("--dtype", default="auto", help="auto, fp32, bf16 or fp16 (default: auto)")
+    how("--negative", default="", help="what to move away from")
     names = ", ".join(samplers.SAMPLERS)
-    how.add_argument("--sampler", default=samplers.DEFAULT, help=f"{names} (default: %(default)s)")
-    how.add_argument("--steps", type=int, default=20, help="default: 20")
-    how.add_argument("--cfg", type=float, help="guidance; 1 is none (default: 7.5, tiny 4)")
-    how.add_argument(
-        "--size", help="WIDTHxHEIGHT in pixels (default: the model's own, in the initial picture's shape)"
-    )
-    how.add_argument(
-        "--seed", type=int, default=0, help="picture i of each prompt starts from seed + i (default: 0)"
-    )
-    how.add_argument("--n", type=int, default=1, help="pictures per prompt (default: 1)")
-    how.add_argument("--batch-size", type=int, help="pictures at once (default: 4, tiny 32)")
-    how.add_argument(
-        "--clip-skip", type=int, default=1, help="2 leaves the text encoder's last layer out (default: 1)"
-    )
-    how.add_argument(
-        "--attend",
-        nargs="+",
-        metavar="WORD",
-        help="Attend-and-Excite: see to it that these words are attended to",
-    )
-    how.add_argument("--attend-scale", type=float, default=SCALE, help="how strongly (default: %(default)g)")
-    how.add_argument("--init-image", type=Path, metavar="FILE", help="a picture to begin with")
-    how.add_argument("--strength", type=float, help="how far from it to go, up to 1 (default: 0.75)")
-    how.add_argument(
-        "--compile", action="store_true", help="torch.compile: minutes at first, for many pictures"
-    )
-    out.add_argument("--grid", action="store_true", help="also grid.png, a row per prompt, labelled")
-    out.add_argument(
-        "--vary",
-        nargs="+",
-        default=[],
-        metavar="AXIS=VALUES",
-        help=f"an X/Y plot: rows, then columns; AXIS {', '.join(axes.NAMES)}: strength=0.4,0.7,1 seed=1-4",
-    )
-    out.add_argument("--out", type=Path, help="folder (default: runs/samples, numbered if taken)")
+    how("--sampler", default=samplers.DEFAULT, help=f"{names} (default: %(default)s)")
+    how("--steps", type=int, default=20, help="default: 20")
+    how("--cfg", type=float, help="guidance; 1 is none (default: 7.5, tiny 4)")
+    how("--size", help="WIDTHxHEIGHT in pixels (default: the model's own, in the initial picture's shape)")
+    how("--seed", type=int, default=0, help="picture i of each prompt starts from seed + i (default: 0)")
+    how("--n", type=int, default=1, help="pictures per prompt (default: 1)")
+    how("--batch-size", type=int, help="pictures at once (default: 4, tiny 32)")
+    how("--clip-skip", type=int, default=1, help="2 leaves the text encoder's last layer out (default: 1)")
+    attended = "Attend-and-Excite: see to it that these words are attended to"
+    how("--attend", nargs="+", metavar="WORD", help=attended)
+    how("--attend-scale", type=float, default=SCALE, help="how strongly (default: %(default)g)")
+    how("--init-image", type=Path, metavar="FILE", help="a picture to begin with")
+    how("--strength", type=float, help="how far from it to go, up to 1 (default: 0.75)")
+    how("--compile", action="store_true", help="torch.compile: minutes at first, for many pictures")
+    out("--grid", action="store_true", help="also grid.png, a row per prompt, labelled")
+    plot = f"an X/Y plot: rows, then columns; AXIS {', '.join(axes.NAMES)}: strength=0.4,0.7,1 seed=1-4"
+    out("--vary", nargs="+", default=[], metavar="AXIS=VALUES", help=plot)
+    out("--out", type=Path, help="folder (default: runs/samples, numbered if taken)")
     return p
 
 

@@ -53,23 +53,10 @@ PAIRS = {  # ours -> diffusers' class and what it is told beyond the published s
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
     "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
 }
-MERGES = [
-    ("f", "i"),
-    ("r", "e</w>"),
-    ("fi", "re</w>"),
-    ("r", "n</w>"),
-    ("b", "a"),
-    ("ba", "rn</w>"),
-    ("k", "s</w>"),
-    ("s", "ks</w>"),
-    ("*", ",</w>"),
-    ("*", ".</w>"),
-    ("*", ")</w>"),
-]
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: full-size models; deselect with -m 'not slow'")
+MERGES = [  # of the tokenizer
+    ("f", "i"), ("r", "e</w>"), ("fi", "re</w>"), ("r", "n</w>"), ("b", "a"), ("ba", "rn</w>"),
+    ("k", "s</w>"), ("s", "ks</w>"), ("*", ",</w>"), ("*", ".</w>"), ("*", ")</w>"),
+]  # fmt: skip
 
 
 def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:

@@ -95,17 +95,7 @@ def test_a_run_with_class_pictures_of_the_same_sizes(capsys):
     the size that most photos have; --square crops; too few class pictures are refused."""
     wide_photos(5)
     more = "--data photos --token sks --steps 4 --batch-size 2 --preview-every 4 --save-every 0 --rank 2"
-    argv = [
-        *more.split(),
-        "--device",
-        "cpu",
-        "--class-phrase",
-        "a house",
-        "--resolution",
-        "64",
-        "--held-out",
-        "1",
-    ]
+    argv = [*more.split(), *"--device cpu --resolution 64 --held-out 1 --class-phrase".split(), "a house"]
     assert train_lora.main([*argv, "--class-images", "6", "--out", "run"]) == 0
     said = capsys.readouterr().out
     assert "sizes: " in said
@@ -113,5 +103,6 @@ def test_a_run_with_class_pictures_of_the_same_sizes(capsys):
     assert len(sizes) == 2 and sum(sizes.values()) == 6 and min(sizes.values()) >= 1
     assert json.loads(Path("run/log.jsonl").read_text().splitlines()[-1])["step"] == 4
     refused(train_lora, [*argv, "--class-images", "1", "--out", "few"], ["2 sizes", "--square"], capsys)
-    assert train_lora.main([*argv, "--class-images", "1", "--square", "--out", "square"]) == 0
+    more = "--class-images 1 --square --steps 1 --preview-every 0 --out square"
+    assert train_lora.main([*argv, *more.split()]) == 0
     assert "cropped by more than 10 %" in capsys.readouterr().out

@@ -90,7 +90,7 @@ def first_step(script, made, *more) -> SimpleNamespace:
     return seen
 
 
-@ALL
+@pytest.mark.parametrize("script", [train_lora, train_hypernet], ids=lambda s: s.__name__)
 def test_own_loss_and_class_loss(sd1, script):
     """own + w * class: each the mean of its half, at its own timesteps and noise, by diffusers' networks."""
     seen = first_step(script, sd1, "--class-images", 3, "--prior-weight", 0.5, "--seed", 6, "--min-snr", 5)
@@ -121,16 +121,14 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 
 @ALL
 def test_weight_0_is_without_class_pictures(sd1, script, monkeypatch):
-    """To the bit, and none is drawn; weight 1 is another run."""
-    assert script.main(arguments(script, sd1, "with", "--class-images", 3)) == 0
+    """To the bit, and none is drawn."""
     monkeypatch.setattr(prior, "pictures", None)
-    assert script.main(arguments(script, sd1, "zero", "--class-images", 3, "--prior-weight", 0)) == 0
-    assert script.main(arguments(script, sd1, "none", "--class-images", 0)) == 0
-    one, zero, none = (weights(Path(out)) for out in ("with", "zero", "none"))
-    assert len(none) > 20 and none.keys() == zero.keys() == one.keys()
+    for out, more in (("zero", ("--class-images", 3, "--prior-weight", 0)), ("none", ("--class-images", 0))):
+        assert script.main(arguments(script, sd1, out, "--steps", 2, *more)) == 0
+    zero, none = (weights(Path(out)) for out in ("zero", "none"))
+    assert len(none) > 20 and none.keys() == zero.keys()
     assert all(torch.equal(zero[k], t) for k, t in none.items())
-    assert not all(torch.equal(one[k], t) for k, t in none.items())
-    for out in ("with", "zero", "none"):
+    for out in ("zero", "none"):
         shutil.rmtree(out)
 
 
@@ -145,18 +143,14 @@ def test_pictures_of_ones_own(sd1, script, monkeypatch):
     shutil.rmtree("run")
 
 
-@pytest.mark.parametrize(
-    ("more", "words"),
-    [
-        ("--class-images nowhere", "--class-images nowhere: no such folder"),
-        ("--class-images class --class-prompts photos/0.txt", "a folder, which has its own captions"),
-        ("--class-images 0 --class-prompts photos/0.txt", "--class-images is 0"),
-        ("--class-images -1", "--class-images is -1, but must be 0 or more"),
-        ("--class-images 3 --class-phrase sks", "contains the pseudo word"),
-        ("--class-images 3 --prior-weight -1", "--prior-weight is -1"),
-    ],
-)
-@ALL
+@pytest.mark.parametrize(("script", "more", "words"), [
+    (train_lora, "--class-images nowhere", "--class-images nowhere: no such folder"),
+    (train_hypernet, "--class-images class --class-prompts photos/0.txt", "which has its own captions"),
+    (train_dreambooth, "--class-images 0 --class-prompts photos/0.txt", "--class-images is 0"),
+    (train_hypernet, "--class-images -1", "--class-images is -1, but must be 0 or more"),
+    (train_lora, "--class-images 3 --class-phrase sks", "contains the pseudo word"),
+    (train_dreambooth, "--class-images 3 --prior-weight -1", "--prior-weight is -1"),
+])  # fmt: skip
 def test_mistakes(sd1, script, more, words, capsys):
     refused(script, arguments(script, sd1, "never", *more.split()), (words,), capsys)
     assert not Path("never").exists()
@@ -177,7 +171,7 @@ def test_the_loras_of_the_text_encoder_have_a_rate_and_an_end(sd1):
         return sum(t.square().sum().item() for t in ups) ** 0.5
 
     one, tenth = change("one", "--text-lr", 1e-3), change("tenth", "--text-lr", 1e-4)
-    first, all_three = change("first", "--text-steps", 1), change("all", "--text-steps", 3)
-    assert tenth == pytest.approx(one / 10, rel=0.2) and all_three == one and 0 < first < one
-    for out in ("one", "tenth", "first", "all"):
+    first = change("first", "--text-steps", 1)
+    assert tenth == pytest.approx(one / 10, rel=0.2) and 0 < first < one
+    for out in ("one", "tenth", "first"):
         shutil.rmtree(out)

@@ -28,20 +28,11 @@ from hanokdiff.models.unet import UNet, UNetConfig
 UNET_LORA = dict(
     r=4,
     lora_alpha=6,
-    target_modules=[
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "ff.net.0.proj",
-        "proj_in",
-        "conv1",
-        "time_emb_proj",
-        "downsamplers.0.conv",
-    ],
+    target_modules=["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "proj_in", "conv1", "time_emb_proj",
+                    "downsamplers.0.conv"],
     rank_pattern={"conv1": 2, "to_v": 8},
     alpha_pattern={"conv1": 3, "mid_block.attentions.0.proj_in": 1},
-)
+)  # fmt: skip
 TEXT_LORA = dict(
     r=3,
     lora_alpha=6,

@@ -41,7 +41,10 @@ SKIPPED = (
     "python -m pytest ",
     "python -m hanokdiff.tiny.build ",
 )  # fmt: skip  (the last trains the tiny world itself, for an hour)
-SHORT = {"--steps": "2", "--class-images": "2", "--n": "1", "--preview-every": "0", "--save-every": "0"}
+SHORT = {
+    "--steps": "2", "--batch-size": "2", "--images": "7", "--class-images": "2", "--n": "1",
+    "--preview-every": "0", "--save-every": "0",
+}  # fmt: skip
 # PHOTOS is a folder of that name
 PLACEHOLDERS = {"MODEL": str(TINY_MODEL), "openai/clip-vit-base-patch32": "tiny"}
 FILES = {  # what FILE is after this option

@@ -212,27 +212,8 @@ def test_training_moves_the_rows_alone(tmp_path, monkeypatch, hold, capsys):
 
     monkeypatch.setattr(train_ti, "load_model", spy)
     monkeypatch.setattr("warnings.showwarning", warnings.showwarning)
-    argv = [
-        "--steps",
-        "3",
-        "--images",
-        "2",
-        "--batch-size",
-        "2",
-        "--vectors",
-        "3",
-        "--init",
-        "a house",
-        "--device",
-        "cpu",
-        "--preview-every",
-        "0",
-        "--save-every",
-        "0",
-        "--out",
-        str(out),
-        *hold,
-    ]
+    how = "--steps 3 --images 2 --batch-size 2 --vectors 3 --device cpu --preview-every 0 --save-every 0"
+    argv = [*how.split(), "--init", "a house", "--out", str(out), *hold]
     assert train_ti.main(argv) == 0
     sd = seen["sd"]
     assert hashes(sd) == seen["before"] and len(seen["before"]) > 100
@@ -242,18 +223,6 @@ def test_training_moves_the_rows_alone(tmp_path, monkeypatch, hold, capsys):
     assert (learnt - begun).abs().amax(1).min() > 1e-3
     assert (difference(learnt.norm(dim=1), begun.norm(dim=1)) < 1e-5) == bool(hold)
     assert 'trains 3 vectors of "a house", 216 parameters' in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("more, words", [
-    (["--vectors", "76"], ["--vectors is 76", "at most 75"]), (["--vectors", "0"], ["--vectors is 0"]),
-    (["--init", " "], ["--init"]),
-])  # fmt: skip
-def test_bad_training_options(tmp_path, monkeypatch, capsys, more, words):
-    monkeypatch.setattr("warnings.showwarning", warnings.showwarning)
-    assert train_ti.main(["--steps", "1", "--images", "1", "--out", str(tmp_path / "run"), *more]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ") and err.count("\n") == 1 and all(w in err for w in words)
-    assert not list(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------ files read

@@ -374,21 +374,9 @@ def test_what_is_not_finite_is_not_written(sd, tmp_path):
 
 
 OPTIONS = dict(
-    name="hanok",
-    images=7,
-    reg_images=3,
-    token="<hanok>",
-    rank=64,
-    alpha=32,
-    text_rank=0,
-    text_lr=5e-5,
-    lr=1e-4,
-    steps=30,
-    batch_size=2,
-    resolution=64,
-    seed=5,
-    an_option_of_another_kind=1,
-)
+    name="hanok", images=7, reg_images=3, token="<hanok>", rank=64, alpha=32, text_rank=0, text_lr=5e-5,
+    lr=1e-4, steps=30, batch_size=2, resolution=64, seed=5, an_option_of_another_kind=1,
+)  # fmt: skip
 
 
 def test_metadata_and_hashes(sd, reference, tmp_path):

@@ -1,6 +1,7 @@
 """The scripts through their main([...]): odd photos in, a LoRA out, pictures drawn with it; and every kind of
 bad input, answered in one sentence, with exit code 2 and nothing written."""
 
+import contextlib
 import hashlib
 import importlib
 import io
@@ -56,25 +57,8 @@ def photos(tmp_path_factory):
 
 
 def arguments(sd1, photos, *more) -> list[str]:
-    return [
-        "--model",
-        str(sd1.folder),
-        "--data",
-        str(photos),
-        "--steps",
-        "3",
-        "--batch-size",
-        "2",
-        "--rank",
-        "2",
-        "--lr",
-        "0.05",
-        "--resolution",
-        "32",
-        "--device",
-        "cpu",
-        *map(str, more),
-    ]
+    how = "--steps 3 --batch-size 2 --rank 2 --lr 0.05 --resolution 32 --device cpu"
+    return ["--model", str(sd1.folder), "--data", str(photos), *how.split(), *map(str, more)]
 
 
 def hashes(sd) -> dict[str, str]:
@@ -89,6 +73,34 @@ def hashes(sd) -> dict[str, str]:
         for k, t in tensors.items()
         if not k.endswith((".down", ".up"))
     }
+
+
+@pytest.fixture(scope="module")
+def plain(sd1, photos, tmp_path_factory):
+    """A folder with runs/lora, a run that nothing disturbed, and what it printed."""
+    home = tmp_path_factory.mktemp("plain")
+    with contextlib.chdir(home), contextlib.redirect_stdout(io.StringIO()) as said:
+        assert train_lora.main(arguments(sd1, photos)) == 0
+    return home, said.getvalue()
+
+
+def stop(monkeypatch, *argv) -> None:
+    """The run of these options, with Ctrl-C after its second step."""
+    update = train_lora.Trainer.backward
+
+    def stopping(run, losses):
+        update(run, losses)
+        run.interrupted = run.step == 1
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as e:
+        patch.setattr(train_lora.Trainer, "backward", stopping)
+        train_lora.main(list(argv))
+    assert e.value.code == 130
+
+
+def same_file(a: Path, b: Path) -> bool:
+    one, two = (load_file(run / "lora.safetensors") for run in (a, b))
+    return one.keys() == two.keys() and all(torch.equal(one[k], t) for k, t in two.items())
 
 
 @pytest.fixture(scope="session")
@@ -118,81 +130,42 @@ def draw(sd1, out, *more, prompts=("*, fire",)) -> list[np.ndarray]:
 # ------------------------------------------------------------------------------------------------- end to end
 
 
-def test_train_lora(sd1, photos, tmp_path, capsys):
+def test_train_lora(plain):
     """What is said before, and what appears; the odd photos are all used, the broken one is named."""
-    assert train_lora.main(arguments(sd1, photos)) == 0
-    said, out = capsys.readouterr().out, tmp_path / "runs" / "lora"
+    said, out = plain[1], plain[0] / "runs" / "lora"
     for words in (
-        "model ",
-        "UNet of",
-        "device cpu (named), fp32",
-        "trains 146 LoRAs of rank 2",
-        "'broken.png' cannot be read",
-        "6 photos from",
-        "2 with captions",
-        "1 unreadable",
-        "rotated by EXIF ('turned.jpg')",
-        "over white",
-        "became '*' 2 times, in 2 of 2 captions",
-        "4 of 6 photos have no caption: 'a photo of *'",
-        "steps/s; wrote runs/lora/lora.safetensors",
-    ):
+        "model ", "UNet of", "device cpu (named), fp32", "trains 146 LoRAs of rank 2",
+        "'broken.png' cannot be read", "6 photos from", "2 with captions", "1 unreadable",
+        "rotated by EXIF ('turned.jpg')", "over white", "became '*' 2 times, in 2 of 2 captions",
+        "4 of 6 photos have no caption: 'a photo of *'", "steps/s; wrote runs/lora/lora.safetensors",
+    ):  # fmt: skip
         assert words in said, (words, said)
-    assert sorted(p.name for p in out.iterdir()) == [
-        "config.json",
-        "index.html",
-        "log.csv",
-        "log.jsonl",
-        "lora.safetensors",
-        "previews",
-    ]
+    names = "config.json index.html log.csv log.jsonl lora.safetensors previews"
+    assert sorted(p.name for p in out.iterdir()) == names.split()
     config = json.loads((out / "config.json").read_text())
     assert config["images"] == 6 and config["token"] == "*" and config["alpha"] == 2 and config["lr"] == 0.05
     row = json.loads((out / "log.jsonl").read_text())
     assert row["step"] == 3 and np.isfinite(row["loss"]) and row["skipped"] == 0
     tensors = load_file(out / "lora.safetensors")
-    assert (
-        len(tensors) == 3 * 146
-    )  # 18 in the text encoder; all have learnt but who asks whom, where a level has one position only
-    assert all(
-        t.abs().max() > 0 for k, t in tensors.items() if "lora_up" in k and ("attn2" in k or "to_v" in k)
-    )
-    assert (
-        lora_file.read_file(out / "lora.safetensors")[1].items()
-        >= {
-            "hanokdiff_token": "*",
-            "ss_num_train_images": "6",
-            "ss_steps": "3",
-            "ss_resolution": "(32, 32)",
-        }.items()
-    )
+    # 18 in the text encoder; all have learnt but who asks whom, where a level has one position only
+    ups = [t for k, t in tensors.items() if "lora_up" in k and ("attn2" in k or "to_v" in k)]
+    assert len(tensors) == 3 * 146 and all(t.abs().max() > 0 for t in ups)
+    metadata = lora_file.read_file(out / "lora.safetensors")[1]
+    told = {"hanokdiff_token": "*", "ss_num_train_images": "6", "ss_steps": "3", "ss_resolution": "(32, 32)"}
+    assert metadata.items() >= told.items()
 
 
-def test_the_same_run_again_is_the_same_and_lands_beside(sd1, photos, tmp_path):
-    for more in ((), (), ("--micro-batch", "1"), ("--seed", "1")):
-        assert train_lora.main(arguments(sd1, photos, *more)) == 0
-    one, again, split, other = (
-        load_file(tmp_path / "runs" / f"lora{n}" / "lora.safetensors") for n in ("", "-2", "-3", "-4")
-    )
-    assert all(torch.equal(one[k], again[k]) for k in one)
-    apart, far = (torch.cat([(one[k] - t[k]).abs().flatten() for k in one]).mean() for t in (split, other))
-    # AdamW's first steps are the signs of gradients, some of them about zero
-    assert far > 1e-3 and apart < 0.01 * far
+def test_the_same_run_again_is_the_same_and_lands_beside(sd1, photos, plain, monkeypatch):
+    monkeypatch.chdir(plain[0])
+    assert train_lora.main(arguments(sd1, photos)) == 0
+    assert same_file(Path("runs/lora"), Path("runs/lora-2"))
 
 
 def test_the_base_stays_frozen_to_the_bit(trained):
     out, before, after = trained
     assert len(before) > 500 and before == after
-    assert sorted(p.name for p in out.iterdir()) == [
-        "config.json",
-        "index.html",
-        "log.csv",
-        "log.jsonl",
-        "lora-000002.safetensors",
-        "lora.safetensors",
-        "previews",
-        "state",
-    ]
+    names = "config.json index.html log.csv log.jsonl lora-000002.safetensors lora.safetensors previews state"
+    assert sorted(p.name for p in out.iterdir()) == names.split()
     assert sorted(p.name for p in (out / "previews").iterdir()) == ["000002.png", "000003.png"]
     assert shown_at(out / "previews" / "000003.png") == 32  # the side that it trains at
 
@@ -222,7 +195,7 @@ def test_a_picture_is_its_seeds_alone(sd1, trained, tmp_path):
     """The same, within one grey level, in any batch and among any number; and the seeds are told apart."""
     file = trained[0] / "lora.safetensors"
     alone = draw(sd1, tmp_path / "alone", "--lora", file, "--seed", 2)[0]
-    for n, at_once in ((4, 4), (3, 1), (5, 2)):
+    for n, at_once in ((3, 1), (5, 2)):
         drawn = draw(sd1, tmp_path / str(n), "--lora", file, "--n", n, "--batch-size", at_once)
         assert len(drawn) == n and np.abs(drawn[2] - alone).max() <= 1
         assert np.abs(drawn[1] - alone).max() > 5
@@ -231,26 +204,8 @@ def test_a_picture_is_its_seeds_alone(sd1, trained, tmp_path):
 def test_how_a_picture_was_made_is_in_it(sd1, trained, tmp_path, capsys):
     """The WebUI's text, numbered names that go on, a grid; the pseudo word comes from the LoRA."""
     file = trained[0] / "lora.safetensors"
-    draw(
-        sd1,
-        tmp_path / "a",
-        "--lora",
-        f"{file}:0.7",
-        "--n",
-        2,
-        "--seed",
-        5,
-        "--size",
-        "48x64",
-        "--negative",
-        "snow",
-        "--sampler",
-        "euler_a",
-        "--cfg",
-        3,
-        "--grid",
-        prompts=["*, fire", "a barn"],
-    )
+    more = "--n 2 --seed 5 --size 48x64 --negative snow --sampler euler_a --cfg 3 --grid".split()
+    draw(sd1, tmp_path / "a", "--lora", f"{file}:0.7", *more, prompts=["*, fire", "a barn"])
     captured = capsys.readouterr()
     assert (
         'the prompt "a barn" does not contain "*"' in captured.err and "wrote 4 pictures to" in captured.out
@@ -288,21 +243,10 @@ def test_help_tells_both_columns_of_defaults(capsys):
 # --------------------------------------------------------------------------------------------------- resuming
 
 
-def test_stopped_and_resumed(sd1, photos, tmp_path, capsys, monkeypatch):
+def test_stopped_and_resumed(sd1, photos, plain, tmp_path, capsys, monkeypatch):
     """Ctrl-C after the second step; --resume needs no other option."""
-    assert train_lora.main(arguments(sd1, photos, "--out", "whole")) == 0
-    update = train_lora.Trainer.backward
-
-    def stop(run, losses):
-        update(run, losses)
-        run.interrupted = run.step == 1
-
-    monkeypatch.setattr(train_lora.Trainer, "backward", stop)
-    with pytest.raises(SystemExit) as e:
-        train_lora.main(arguments(sd1, photos, "--out", "a"))
-    assert e.value.code == 130 and "stopped at step 2 of 3; go on with --resume a" in capsys.readouterr().out
-    monkeypatch.undo()
-    monkeypatch.chdir(tmp_path)
+    stop(monkeypatch, *arguments(sd1, photos, "--out", "a"))
+    assert "stopped at step 2 of 3; go on with --resume a" in capsys.readouterr().out
     before = listing(tmp_path / "a")
     for more, words in (
         (("--lr", "0.1"), ("--resume", "leave out --lr")),
@@ -318,25 +262,15 @@ def test_stopped_and_resumed(sd1, photos, tmp_path, capsys, monkeypatch):
     (tmp_path / "a" / "config.json").write_text(json.dumps(changed))
     assert listing(tmp_path / "a").keys() == before.keys()
     assert train_lora.main(["--resume", "a", "--device", "cpu"]) == 0
-    whole, resumed = (load_file(tmp_path / d / "lora.safetensors") for d in ("whole", "a"))
-    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    assert same_file(plain[0] / "runs/lora", Path("a"))
     monkeypatch.setattr(train_lora, "load_model", None)  # that is said before the model is loaded
     refused(train_lora, ["--resume", "a", "--device", "cpu"], ("finished run", "nothing to resume"), capsys)
 
 
-def test_what_may_change_on_resume_and_whose_run_it_is(sd1, photos, capsys, monkeypatch):
+def test_what_may_change_on_resume_and_whose_run_it_is(sd1, photos, plain, capsys, monkeypatch):
     """Options that change no result need no --force; another method's run is refused even with it, and
     unharmed."""
-    update = train_lora.Trainer.backward
-
-    def stop(run, losses):
-        update(run, losses)
-        run.interrupted = run.step == 1
-
-    assert train_lora.main(arguments(sd1, photos, "--out", "whole")) == 0
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train_lora.Trainer, "backward", stop)
-        train_lora.main(arguments(sd1, photos, "--out", "a"))
+    stop(monkeypatch, *arguments(sd1, photos, "--out", "a"))
     before = {p: p.read_bytes() for p in Path("a").rglob("*") if p.is_file()}
     for force in ([], ["--force"]):
         refused(
@@ -348,22 +282,14 @@ def test_what_may_change_on_resume_and_whose_run_it_is(sd1, photos, capsys, monk
     assert {p: p.read_bytes() for p in Path("a").rglob("*") if p.is_file()} == before
     more = ["--checkpointing", "--save-every", "1", "--preview-every", "2"]
     assert train_lora.main(["--resume", "a", "--device", "cpu", *more]) == 0
-    a, whole = (load_file(f"{run}/lora.safetensors") for run in ("a", "whole"))
-    assert a.keys() == whole.keys() and all(torch.equal(a[k], whole[k]) for k in a)
+    assert same_file(plain[0] / "runs/lora", Path("a"))
 
 
 def test_resumed_with_force(sd1, photos, tmp_path, capsys, monkeypatch):
     """All that differs is named, what is the same is not; if accepted, and if the tensors fit, it is used and
     kept."""
-    update, photos = train_lora.Trainer.backward, shutil.copytree(photos, tmp_path / "photos")
-
-    def stop(run, losses):
-        update(run, losses)
-        run.interrupted = run.step == 1
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(train_lora.Trainer, "backward", stop)
-        train_lora.main(arguments(sd1, photos, "--out", "a", "--seed", "7"))
+    photos = shutil.copytree(photos, tmp_path / "photos")
+    stop(monkeypatch, *arguments(sd1, photos, "--out", "a", "--seed", "7"))
     before = json.loads(Path("a/config.json").read_text())
     resume = ["--resume", "a", "--device", "cpu"]
     # the seed's default is another than before
@@ -438,194 +364,25 @@ def test_out_of_memory(error, capsys):
     assert "out of memory (" in err and "--micro-batch" in err and err.count("\n") == 1
 
 
-def folder_with(tmp_path, **files) -> str:
-    folder = tmp_path / "given"
-    folder.mkdir()
-    for name, content in files.items():
-        (folder / name.replace("_", ".")).write_bytes(content)
-    return str(folder)
+# Single mistakes: robustness/test_mistakes.py
 
 
-PNG = Image.new("RGB", (64, 64), "red")
-
-TRAINING = {  # options beside the good ones, what the sentence must say
-    "no folder": (["--data", "nowhere"], ["--data nowhere", "no such folder"]),
-    "no data": (["--data", None], ["needs --data FOLDER"]),
-    "steps": (["--steps", "-1"], ["--steps is -1", "greater than 0"]),
-    "batch": (["--batch-size", "0"], ["--batch-size is 0", "greater than 0"]),
-    "rank": (["--rank", "0"], ["--rank is 0", "greater than 0"]),
-    "alpha": (["--alpha", "0"], ["--alpha is 0", "greater than 0"]),
-    "rate": (["--lr", "nan"], ["--lr is nan", "finite"]),
-    "infinite rate": (["--lr", "inf"], ["--lr is inf", "finite"]),
-    "micro": (["--micro-batch", "-2"], ["--micro-batch is -2", "0 or more"]),
-    "save": (["--save-every", "-2"], ["--save-every is -2", "0 or more"]),
-    "weight": (["--min-snr", "nan"], ["--min-snr is nan", "finite"]),
-    "text rank": (["--text-rank", "-2"], ["--text-rank is -2", "0 or more"]),
-    "size": (["--resolution", "65"], ["65", "divisible by 8", "64"]),
-    "images": (["--images", "7"], ["--images 7", "6 readable", "1 unreadable", "lower --images"]),
-    "no images": (["--images", "0"], ["--images 0", "at least 1"]),
-    "token": (["--token", " "], ["--token is empty"]),
-    "word": (
-        ["--token", "sks", "--replace", "a castle", "--caption", "x"],
-        ["no caption contains 'sks'", "--replace"],
-    ),
-    "caption": (
-        ["--images", "1", "--caption", "a photo", "--replace", "z"],
-        ["no caption contains '*'", "--caption"],
-    ),
-    "model": (["--model", "nowhere"], ["nowhere", '"tiny"']),
-    "device": (["--device", "abacus"], ["abacus", "cpu"]),
-    "dtype": (["--dtype", "fp8"], ["fp8", "auto, fp32, bf16, fp16"]),
-    "no run": (["--resume", "nowhere"], ["--resume"]),
-}
-
-
-@pytest.mark.parametrize("kind", TRAINING)
-def test_bad_training_options(sd1, photos, tmp_path, capsys, kind):
-    more, words = TRAINING[kind]
-    argv = arguments(sd1, photos, "--out", tmp_path / "out")
-    if more[1] is None:
-        del argv[argv.index(more[0]) : argv.index(more[0]) + 2]
-    else:
-        argv += more
-    if kind == "device":
-        argv.remove("cpu"), argv.remove("--device")
-    refused(train_lora, argv, words, capsys)
-    assert not list(tmp_path.iterdir())
-
-
-def test_resuming_nothing(tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
-    for name in ("nowhere", "empty"):
-        refused(
-            train_lora,
-            ["--resume", name],
-            [f"--resume {name}", "no run was started there", "config.json"],
-            capsys,
-        )
-    assert [p.name for p in tmp_path.iterdir()] == ["empty"]
-
-
-@pytest.mark.parametrize(("script", "argv"), [
-    (train_lora, ["--steps", "three"]), (train_lora, ["--targets", "everything"]), (train_lora, ["--stepz",
-        "3"]),
-    (train_lora, ["--step", "3"]), (sample, []), (sample, ["*", "--seed", "x"]), (sample, ["*", "--lor",
-        "x"]),
+@pytest.mark.parametrize(("script", "argv", "word"), [
+    (train_lora, "--step 3", "--step"), (sample, "* --lor x", "--lor"),
+    (train_lora, "--device abacus", "abacus"),
 ])  # fmt: skip
-def test_what_argparse_refuses(script, argv, capsys, tmp_path):
-    """In one sentence too, without its twenty lines of usage."""
-    refused(script, argv, [argv[-2]] if argv else ["nothing to draw"], capsys)
+def test_no_option_by_its_beginning_and_no_odd_device(script, argv, word, capsys, tmp_path):
+    refused(script, argv.split(), [word], capsys)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", ["empty", "unreadable", "no word"])
-def test_bad_photo_folders(sd1, tmp_path, capsys, kind):
-    files, words = {
-        "empty": ({"notes_txt": b"hello"}, ["no pictures in it", ".png"]),
-        "unreadable": (
-            {"a_png": b"hello", "b_jpg": b"\xff\xd8\xff"},
-            ["0 readable", "2 unreadable", "add photos"],
-        ),
-        "no word": ({"a_txt": b"a house"}, ["no caption contains '*'", "'a house'", "--replace", "--token"]),
-    }[kind]
-    folder = folder_with(tmp_path, **files)
-    if kind == "no word":
-        PNG.save(f"{folder}/a.png")
-    before = listing(tmp_path)
-    refused(train_lora, arguments(sd1, folder, "--out", tmp_path / "out"), words, capsys)
-    assert listing(tmp_path) == before and not (tmp_path / "out").exists()
-
-
-def damage_missing(folder):
-    (folder / "vae" / "config.json").unlink()
-    return ["vae/config.json", "is missing"]
-
-
-def damage_weights(folder):
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    return ["unet", "no weights", "diffusion_pytorch_model.safetensors"]
-
-
-def damage_shape(folder):
-    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(file)
-    save_file({**tensors, "conv_in.weight": torch.zeros(320, 4, 3, 3)}, file)
-    return ["conv_in.weight", "(320, 4, 3, 3)", "(32, 4, 3, 3)"]
-
-
-def damage_end(folder):
-    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-10])
-    return ["vae/diffusion_pytorch_model.safetensors", "cannot be read", "incomplete"]
-
-
-def damage_tokenizer(folder):
-    for file in (folder / "tokenizer").iterdir():
-        if file.name in ("merges.txt", "tokenizer.json"):
-            file.unlink()
-    return ["tokenizer", "is missing"]
-
-
-@pytest.mark.parametrize(
-    "damage", [damage_missing, damage_weights, damage_shape, damage_end, damage_tokenizer]
-)
-@pytest.mark.parametrize("script", [train_lora, sample])
-def test_bad_models(sd1, photos, tmp_path, capsys, damage, script):
-    folder, out = tmp_path / "broken", tmp_path / "out"
-    shutil.copytree(sd1.folder, folder)
-    words = damage(folder)
-    if script is train_lora:
-        argv = [*arguments(sd1, photos, "--out", out), "--model", folder]
-    else:
-        argv = ["*", "--model", folder, "--out", out]
-    refused(script, argv, words, capsys)
-    assert [p.name for p in tmp_path.iterdir()] == ["broken"]
-
-
-@pytest.mark.parametrize("holds", ["finished", "unfinished", "file"])
-def test_bad_out(sd1, photos, tmp_path, capsys, holds):
+def test_an_unfinished_run_is_not_written_over(sd1, photos, tmp_path, capsys):
     out = tmp_path / "out"
-    if holds == "file":
-        out.write_text("precious")
-        words = ["is a file", "name a folder"]
-    elif holds == "finished":
-        folder_with(tmp_path, config_json=b"{}", lora_safetensors=b"precious")
-        words = ["holds a finished run (lora.safetensors)", "another --out"]
-    else:
-        folder_with(tmp_path, config_json=b"{}", log_jsonl=b"precious")
-        words = ["holds an unfinished run", "--resume", "another --out"]
-    if holds != "file":
-        (tmp_path / "given").rename(out)
-    before = listing(tmp_path)
-    refused(train_lora, arguments(sd1, photos, "--out", out), [str(out), *words], capsys)
-    if holds == "file":
-        refused(sample, ["*", "--model", sd1.folder, "--out", out], [str(out), *words], capsys)
-    assert listing(tmp_path) == before
-
-
-SAMPLING = {
-    "sampler": (["--sampler", "plms"], ['sampler "plms"', "ddim", "dpmpp_2m_karras"]),
-    "size": (["--size", "64x65"], ["height is 65", "divisible by 8", "64"]),
-    "width": (["--size", "0x64"], ["width is 0", "divisible by 8"]),
-    "no size": (["--size", "64"], ['--size is "64"', "WIDTHxHEIGHT"]),
-    "steps": (["--steps", "-1"], ["--steps is -1", "at least 1"]),
-    "many steps": (["--steps", "1001"], ["1001", "between 1 and 1000"]),
-    "n": (["--n", "0"], ["--n is 0", "at least 1"]),
-    "batch": (["--batch-size", "0"], ["--batch-size is 0", "at least 1"]),
-    "seed": (["--seed", "-1"], ["--seed is -1", "between 0 and"]),
-    "large seed": (["--seed", str(2**64)], [f"--seed is {2**64}"]),
-    "guidance": (["--cfg", "nan"], ["--cfg is nan", "finite"]),
-    "strength": (["--lora", "a.safetensors:inf"], ["--lora a.safetensors is inf", "finite"]),
-    "lora": (["--lora", "nowhere.safetensors"], ["--lora nowhere.safetensors", "no such file"]),
-    "model": (["--model", "nowhere"], ["nowhere", '"tiny"']),
-}
-
-
-@pytest.mark.parametrize("kind", SAMPLING)
-def test_bad_sampling_options(sd1, tmp_path, capsys, kind):
-    more, words = SAMPLING[kind]
-    refused(sample, ["*", "--model", sd1.folder, "--out", tmp_path / "out", *more], words, capsys)
-    assert not list(tmp_path.iterdir())
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    words = [str(out), "holds an unfinished run", "--resume", "another --out"]
+    refused(train_lora, arguments(sd1, photos, "--out", out), words, capsys)
+    assert listing(tmp_path) == {"out/config.json": b"{}"}
 
 
 def test_a_lora_for_another_architecture(sd1, sd2, load, tmp_path, capsys):

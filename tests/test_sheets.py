@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_lora import trained
 from test_scripts import refused
 
 import sample
-import train_lora
 from hanokdiff import axes
+from hanokdiff.formats import lora_file
+from hanokdiff.formats.load import load_model
 from hanokdiff.images import labelled_sheet, text_width, wrapped
+from hanokdiff.methods import lora
 
 
 @pytest.fixture(autouse=True)
@@ -50,23 +53,26 @@ def picture(path: str) -> bytes:
     return Image.open(path).convert("RGB").tobytes()
 
 
-def test_an_x_y_plot_shows_what_it_says(capsys):
+def test_an_x_y_plot_shows_what_it_says():
     """Strength x seed and cfg x file: every picture is that of the plain command with these values."""
-    common = "--steps 2 --batch-size 2 --images 2 --preview-every 0 --class-images 0 --lr 0.05 --device cpu"
-    for name in ("a", "b"):
-        more = ["--seed", "7"] * (name == "b")
-        assert train_lora.main([*common.split(), *more, "--rank", "2", "--out", f"runs/{name}"]) == 0
+    sd = load_model("tiny", "cpu", log=None)
+    for seed, name in enumerate("ab"):
+        loras = lora.insert(sd, 2, 2, seed=seed)
+        trained(loras, seed)
+        Path(f"runs/{name}").mkdir(parents=True)
+        lora_file.save_file(Path(f"runs/{name}/lora.safetensors"), loras, {"hanokdiff_token": "*"})
+        lora.remove(sd, loras)
     files = [f"runs/{name}/lora.safetensors" for name in "ab"]
     plain = "--steps 2 --device cpu --out".split()
     argv = ["* in the snow", "--lora", files[0], "--vary", "strength=0.5,1", "seed=3,4", *plain, "v"]
     assert sample.main(argv) == 0
-    for k, (strength, seed) in enumerate(((0.5, 3), (0.5, 4), (1, 3), (1, 4))):
+    for k, strength, seed in ((1, 0.5, 4), (2, 1, 3)):
         lone = ["* in the snow", "--lora", f"{files[0]}:{strength}", "--seed", seed, *plain, f"p{k}"]
         assert sample.main(list(map(str, lone))) == 0
         assert picture(f"v/{k:05d}-{seed}.png") == picture(f"p{k}/00000-{seed}.png")
     assert f"lora.safetensors:{0.5}" in Image.open("v/00000-3.png").info["parameters"]
     assert sample.main(["*", "--vary", "cfg=1,5", f"file={'|'.join(files)}", *plain, "w"]) == 0
-    for k, (cfg, file) in enumerate((c, f) for c in (1, 5) for f in files):
+    for k, cfg, file in ((1, 1, files[1]), (2, 5, files[0])):
         assert sample.main(["*", "--lora", file, "--cfg", str(cfg), *plain, f"q{k}"]) == 0
         assert picture(f"w/{k:05d}-0.png") == picture(f"q{k}/00000-0.png")
     assert Image.open("w/grid.png").width > 2 * 192

@@ -55,7 +55,9 @@ def load_model(
     open_ = open_file if path.is_file() else open_folder
     unet, own_vae, encoder, words, schedule = open_(path, tokenizer, prediction, log)
     if dtype == "auto":  # which on a CPU depends on the model's size
-        dev, precision, reason = choose_device(device, dtype, training, sum(p.numel() for p in unet.parameters()))
+        dev, precision, reason = choose_device(
+            device, dtype, training, sum(p.numel() for p in unet.parameters())
+        )
     decoder = open_vae(Path(vae), own_vae.config) if vae else own_vae
     if zero_terminal_snr:
         schedule = replace(schedule, rescale_betas_zero_snr=True)
