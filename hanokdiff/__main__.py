@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent
 COMMANDS = (
     "train_lora.py", "train_dreambooth.py", "train_hypernet.py", "train_ti.py", "sample.py", "clipscore.py",
     "hanokdiff.compare", "hanokdiff.caption", "hanokdiff.alert", "hanokdiff.convert", "hanokdiff.bench",
-    "hanokdiff.bench.budget", "hanokdiff.tiny.world", "hanokdiff.tiny.build",
+    "hanokdiff.bench.budget", "hanokdiff.bench.card", "hanokdiff.tiny.world", "hanokdiff.tiny.build",
 )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ BEST = ("LoRA", "DreamBooth", "Hypernetwork", "Textual Inversion")
 PRESETS = {  # name -> its recipes, and whether they are trained at every number of photos or the middle one
     "best": (BEST, True),
     "paper": (tuple(f"{name} 2023" for name in BEST), True),
-    "switches": (("LoRA u", "LoRA u+text", "LoRA u+word", "LoRA u+class", "DreamBooth, no class"), False),
+    "switches": (("LoRA u", "LoRA u+text", "LoRA u+class", "DreamBooth, no class"), False),
     "factorial": (tuple(n for n in RECIPES if not n.endswith("2023")), False),
     "frontier": (("LoRA", "LoRA u", "Hypernetwork", "Hypernetwork plain"), False),
 }
