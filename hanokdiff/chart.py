@@ -20,6 +20,7 @@ from hanokdiff.images import fitting
 COLOURS = ["#4e79a7", "#e8833a", "#4c9f70", "#b0679b", "#9c8453"]
 COLOURS += ["#7f8c8d", "#c0504d", "#5fa8b8", "#8a77c4", "#a3a847"]
 GREY = (127, 127, 127, 255)
+BROAD = 1600  # a picture of more pixels scrolls on a phone, where its parts would be too small
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c1c1e; --paper: #ffffff; --line: #c9c9cf; --soft: #f2f2f5; }
@@ -42,12 +43,13 @@ figcaption { font-size: .9rem; opacity: .85; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: left; white-space: nowrap; }
 th { background: var(--soft); } svg { display: block; min-width: 34rem; width: 100%; height: auto; }
-.wide img { display: block; max-width: max(100%, 40rem); height: auto; cursor: zoom-in; }
+.wide img { display: block; max-width: 100%; height: auto; cursor: zoom-in; }
+.wide img.broad { max-width: max(100%, 60rem); }
 .wide img.large { max-width: none; min-width: 60rem; cursor: zoom-out; }
 code { background: var(--soft); padding: 0 .2rem; }
 @media (max-width: 40rem) {
-  th:first-child, td:first-child { position: sticky; left: 0; min-width: 6rem; max-width: 9rem;
-                                   white-space: normal; }
+  tr :first-child:not(:only-child) { position: sticky; left: 0; min-width: 6rem; max-width: 9rem;
+                                     white-space: normal; }
   td:first-child { background: var(--paper); }
 }
 """
@@ -64,7 +66,7 @@ def embedded(image: Image.Image, caption: str) -> tuple[str, bytes]:
     png = io.BytesIO()
     image.save(png, "png")
     source = "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
-    size = f'width="{image.width}" height="{image.height}"'
+    size = f'width="{image.width}" height="{image.height}"' + ' class="broad"' * (image.width > BROAD)
     return f'<img src="{source}" {size} alt="{escape(caption)}"/>', png.getvalue()
 
 
