@@ -5,7 +5,8 @@ python docs/trials.py packed    a sampler's step with convolution weights packed
 python docs/trials.py inside    a sampler's step, over the network alone in it
 python docs/trials.py kv        a guided step that projects keys and values, over one that is given them
 python docs/trials.py pad_keys  a guided step that attends to 77 tokens, over one to 80, three of them masked
-python docs/trials.py bf16      a guided pass of the UNet and a LoRA step in fp32, over them in bf16
+python docs/trials.py bf16      a guided pass of the UNet in fp32 and diffusers' in bf16, over ours in bf16
+python docs/trials.py bf16-step a LoRA step in fp32, over one in bf16
 """
 
 import sys
@@ -91,9 +92,10 @@ def sides(trial: str, size: str, folder: Path) -> dict:
             "bf16": network(build(half), side, 1, given=False),
             "fp32": network(build(full), side, 1, given=False),
             "diffusers bf16": diffusers_network(build(half), side),
-            "step bf16": measure.train(build(half), "lora", side, batch, folder / "bf16"),
-            "step fp32": measure.train(build(full), "lora", side, batch, folder / "fp32"),
         }
+    if trial == "bf16-step":
+        types = {"bf16": torch.bfloat16, "fp32": torch.float32}
+        return {n: measure.train(build(t), "lora", side, batch, folder / n) for n, t in types.items()}
     if trial == "packed":
         packed = build()
         pack(packed.unet)
@@ -107,12 +109,13 @@ def sides(trial: str, size: str, folder: Path) -> dict:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] not in ([name] for name in ("lean", "packed", "inside", "kv", "pad_keys", "bf16")):
+    trials = ("lean", "packed", "inside", "kv", "pad_keys", "bf16", "bf16-step")
+    if sys.argv[1:] not in ([name] for name in trials):
         sys.exit(__doc__)
     keep_freed_memory()
-    for size in ("small", "half") if sys.argv[1] == "bf16" else ("overhead", "small", "tiny"):
+    for size in ("small", "half") if sys.argv[1].startswith("bf16") else ("overhead", "small", "tiny"):
         with tempfile.TemporaryDirectory() as folder:
-            rounds, turn = (5, 1) if size == "half" else (20, 1)
+            rounds, turn = (3, 1) if size == "half" else (10, 1)
             times = measure.interleaved(sides(sys.argv[1], size, Path(folder)), rounds, turn)
         (first, a), *others = ((name, min(seconds)) for name, seconds in times.items())
         shares = (f", {name} {1e3 * b:.1f} ms: {b / a:.3f}" for name, b in others)

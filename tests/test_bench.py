@@ -165,7 +165,7 @@ def test_on_a_gpu_each_side_is_freed_before_the_next(pretended, monkeypatch):
 
     monkeypatch.setattr(setup, "build", counted)
     monkeypatch.setattr(baseline, "pipeline", loaded)
-    args = Namespace(size="small", side=128, batch=1, device="cuda:1", dtype=torch.float32, vs="diffusers",
+    args = Namespace(size="tiny", side=64, batch=1, device="cuda:1", dtype=torch.float32, vs="diffusers",
                      channels_last=False, compile=False, checkpointing=False, rounds=2, turn=1)  # fmt: skip
     measured = dict(measure.time_sides(args, "lora"))
     assert list(measured) == ["ours", "diffusers default", "diffusers best", "diffusers best, NHWC"]
@@ -191,10 +191,10 @@ def test_the_gpu_that_is_named(pretended, monkeypatch, capsys):
 def test_shares_of_the_limit():
     """The model's own operations; and those executed, with attention's repeated product and the blocks that
     checkpointing runs twice."""
-    (model, executed), (same, more) = (budget.share_of("lora", "small", 2, c) for c in (False, True))
+    (model, executed), (same, more) = (budget.share_of("lora", "tiny", 2, c) for c in (False, True))
     assert model == same and model < executed < 1.1 * model and more > 1.2 * model
-    picture = budget.share_of("sample", "small", 1, False)[0]  # the timestep's embedding serves all pictures
-    assert budget.share_of("sample", "small", 3, True) == pytest.approx((3 * picture, 3 * picture), rel=1e-3)
+    picture = budget.share_of("sample", "tiny", 1, False)[0]  # the timestep's embedding serves all pictures
+    assert budget.share_of("sample", "tiny", 3, True) == pytest.approx((3 * picture, 3 * picture), rel=1e-3)
 
 
 def test_a_device_against_the_cpu(tmp_path, capsys):

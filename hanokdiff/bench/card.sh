@@ -3,18 +3,19 @@
 # and card.md, a table with the card's name, in OUT. From the repository's folder, with requirements-dev.txt installed:
 #
 #     OUT=runs/card bash hanokdiff/bench/card.sh
-#     OUT=runs/card CARD_SIZE=overhead DEVICE=cpu bash hanokdiff/bench/card.sh       does it run? no figure of worth
+#     OUT=runs/card CARD_SIZE=tiny DEVICE=cpu bash hanokdiff/bench/card.sh           does it run? no figure of worth
 #
-# PYTHON (python), MINUTES (8). Each part has a time of its own; what is over is stopped and keeps its finished rows.
+# PYTHON (python), MINUTES (8). Each part has its share of them; what takes longer is stopped and keeps its finished rows.
 set -u
 export HF_HUB_OFFLINE=1
 OUT=${OUT:?the folder for the figures} SIZE=${CARD_SIZE:-sd15} DEVICE=${DEVICE:-cuda} PYTHON=${PYTHON:-python}
-END=$((${MINUTES:-8} * 60 - 10)) # the table takes seconds
+MINUTES=${MINUTES:-8}
+END=$((MINUTES * 60 - 10)) # the table takes seconds
 CAP=$([[ $DEVICE == cuda* ]] && echo "--cap 44")
 mkdir -p "$OUT"
 
-part() { # NAME SECONDS MODULE ARGUMENT ...: run it with so much time, or with what is left
-    local name=$1 most=$2 left=$((END - SECONDS))
+part() { # NAME SECONDS MODULE ARGUMENT ...: run it with so much of 8 minutes, or with what is left
+    local name=$1 most=$(($2 * MINUTES / 8)) left=$((END - SECONDS))
     shift 2
     ((left > 10)) || { echo "$name: no time left"; return; }
     echo "== $name, $SECONDS s"

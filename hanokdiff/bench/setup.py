@@ -54,7 +54,8 @@ SIZES = {
     "overhead": Size(UNetConfig(block_out_channels=(32, 32, 32, 32), **_NARROW), _TEXT, _VAE, 128, 2),
     "small": Size(UNetConfig(block_out_channels=(64, 128, 128), attention=(True, True, True), heads=(8, 8, 8),
                              **_NARROW), _TEXT, _VAE, 128, 8),
-    "half": Size(UNetConfig(block_out_channels=(160, 320, 640, 640)), TextConfig(), VAEConfig(), 256, 1),
+    "half": Size(UNetConfig(block_out_channels=(160, 320, 640, 640), cross_attention_dim=64),
+                 _TEXT, _VAE, 256, 1),
     "sd15": Size(UNetConfig(), TextConfig(), VAEConfig(), 512, 8),
 }  # fmt: skip
 
