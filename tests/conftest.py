@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from hanokdiff.formats.load import load_model
+from hanokdiff.tiny.tokenizer import byte_letters
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 SCHEDULE = dict(
@@ -70,12 +71,6 @@ def randomise(module: torch.nn.Module, seed: int) -> torch.nn.Module:
             value = 0.1 * noise + (name.endswith("weight"))
         p.data.copy_(value)
     return module.eval().requires_grad_(False)
-
-
-def byte_letters() -> list[str]:
-    """One printable letter per byte, as in GPT-2's and CLIP's vocabularies."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return [chr(b) for b in plain] + [chr(256 + i) for i in range(256 - len(plain))]
 
 
 def write_tokenizer(folder: Path, pad: str) -> None:

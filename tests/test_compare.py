@@ -516,10 +516,19 @@ def test_shards_merged_are_the_whole(here, tmp_path, capsys):
     assert "1 cells differ" in capsys.readouterr().err and not Path("wrong").exists()
 
 
-def test_stopped_and_continued(here, tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The results of one small textual inversion that nothing disturbs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("whole"))
+        patch.setattr(run, "process", train_here)
+        assert compare.main([*SMALL, *ONE, *recipe("ti"), "--out", "whole"]) == 0
+        return results("whole")
+
+
+def test_stopped_and_continued(here, whole, monkeypatch, capsys):
     """Ctrl-C while drawing, while training and while scoring; then the same as undisturbed."""
     argv = [*SMALL, *ONE, *recipe("ti"), "--out"]
-    assert compare.main([*argv, "whole"]) == 0
     draw, count = StableDiffusion.draw, iter(range(100))
 
     def stop(*args, **kwargs):
@@ -535,7 +544,7 @@ def test_stopped_and_continued(here, tmp_path, monkeypatch, capsys):
             assert compare.main([*argv, "a"]) == 130
         assert "the same command goes on" in capsys.readouterr().out
     assert compare.main([*argv, "a"]) == 0
-    assert results("a") == results("whole")
+    assert results("a") == whole
 
 
 def test_a_stopped_training_is_resumed(tmp_path, monkeypatch):
@@ -567,11 +576,10 @@ def test_killed_at_random_moments(tmp_path):
     assert tally.kills and not tally.lost + tally.different, tally
 
 
-def test_a_disk_that_fills(here, tmp_path, monkeypatch, capsys):
+def test_a_disk_that_fills(here, whole, monkeypatch, capsys):
     """While drawing, and while writing the page: one sentence, no half file taken for a whole one, and on it
     goes."""
     argv = [*SMALL, *ONE, *recipe("ti"), "--out"]
-    assert compare.main([*argv, "whole"]) == 0
     save, count = Image.Image.save, iter(range(100))
 
     def full(image, fp, *args, **options):
@@ -595,7 +603,7 @@ def test_a_disk_that_fills(here, tmp_path, monkeypatch, capsys):
         )
     assert len(results("a")["cells"]) == 3
     assert compare.main([*argv, "a"]) == 0
-    assert results("a") == results("whole")
+    assert results("a") == whole
 
 
 def test_ctrl_c_reaches_the_child_once(tmp_path):

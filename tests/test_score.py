@@ -33,12 +33,7 @@ from hanokdiff.scoring.clip import (
 )
 from hanokdiff.scoring.stats import mean_interval, paired_interval, share_interval, t_quantile
 from hanokdiff.tiny import world
-
-
-def alphabet() -> list[str]:
-    """GPT-2's printable stand-ins of the 256 bytes, in CLIP's order."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return [chr(b) for b in shown] + [chr(256 + i) for i in range(256 - len(shown))]
+from hanokdiff.tiny.tokenizer import byte_letters
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +43,8 @@ def folder(tmp_path_factory):
 
     path = tmp_path_factory.mktemp("clip")
     merges = [("h", "o"), ("ho", "use</w>"), ("u", "s"), ("us", "e</w>")]
-    words = [*alphabet(), *(c + "</w>" for c in alphabet()), *map("".join, merges)]
+    letters = byte_letters()  # in CLIP's order
+    words = [*letters, *(c + "</w>" for c in letters), *map("".join, merges)]
     words += ["<|startoftext|>", "<|endoftext|>"]  # the end has the highest id
     (path / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(words)}), "utf-8")
     (path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)) + "\n", "utf-8")

@@ -598,8 +598,9 @@ def numbers(folder: Path) -> list[torch.Tensor]:
     return [t for f in folder.rglob("*.safetensors") for t in load_file(f).values()]
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient", "weight", "base", "photo"])
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize(("what", "value"), [
+    ("loss", math.nan), ("gradient", math.inf), ("weight", math.nan), ("base", math.inf), ("photo", math.nan),
+])  # fmt: skip
 def test_what_is_not_finite_in_a_real_training(tmp_path, monkeypatch, capsys, what, value):
     """A loss or a gradient: the step is skipped. A weight: back to the last state. One of the base, which no
     way back mends, ends the run, and a photo keeps it from starting. No file has such a number."""
