@@ -7,6 +7,7 @@ python docs/trials.py kv        a guided step that projects keys and values, ove
 python docs/trials.py pad_keys  a guided step that attends to 77 tokens, over one to 80, three of them masked
 python docs/trials.py bf16      a guided pass of the UNet in fp32 and diffusers' in bf16, over ours in bf16
 python docs/trials.py bf16-step a LoRA step in fp32, over one in bf16
+python docs/trials.py narrow    the tiny world's LoRA step beside every W, over W + delta in narrow layers
 """
 
 import sys
@@ -18,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from hanokdiff.bench import measure, setup
 from hanokdiff.device import keep_freed_memory
+from hanokdiff.methods import lora
 from hanokdiff.models import memory
 
 
@@ -26,6 +28,18 @@ def with_flag(steps, on: bool):
     while True:
         memory.ON_CPU = on
         next(steps)
+        yield
+
+
+def narrow(sd, merged: bool):
+    """The tiny world's LoRA step, 16 pictures: with W + delta in narrow layers, or beside W everywhere."""
+    parameters = list(lora.trainable(lora.insert(sd, 16, 16, "attention+ff+conv", 16)).values())
+    x, t, is_narrow = torch.randn(16, 4, 16, 16), torch.randint(1000, (16,)), lora.LoRA.is_narrow
+    while True:
+        lora.LoRA.is_narrow = is_narrow if merged else lambda layer: False
+        loss = sd.unet(x, t, sd.text(["* in the snow"] * 16)).square().mean()
+        torch.autograd.grad(loss, parameters)
+        lora.LoRA.is_narrow = is_narrow
         yield
 
 
@@ -96,6 +110,8 @@ def sides(trial: str, size: str, folder: Path) -> dict:
     if trial == "bf16-step":
         types = {"bf16": torch.bfloat16, "fp32": torch.float32}
         return {n: measure.train(build(t), "lora", side, batch, folder / n) for n, t in types.items()}
+    if trial == "narrow":
+        return {name: narrow(build(), name == "merged") for name in ("merged", "beside")}
     if trial == "packed":
         packed = build()
         pack(packed.unet)
@@ -109,11 +125,12 @@ def sides(trial: str, size: str, folder: Path) -> dict:
 
 
 if __name__ == "__main__":
-    trials = ("lean", "packed", "inside", "kv", "pad_keys", "bf16", "bf16-step")
+    trials = ("lean", "packed", "inside", "kv", "pad_keys", "bf16", "bf16-step", "narrow")
     if sys.argv[1:] not in ([name] for name in trials):
         sys.exit(__doc__)
     keep_freed_memory()
-    for size in ("small", "half") if sys.argv[1].startswith("bf16") else ("overhead", "small", "tiny"):
+    sizes = {"bf16": ("small", "half"), "bf16-step": ("small", "half"), "narrow": ("tiny",)}
+    for size in sizes.get(sys.argv[1], ("overhead", "small", "tiny")):
         with tempfile.TemporaryDirectory() as folder:
             rounds, turn = (3, 1) if size == "half" else (10, 1)
             times = measure.interleaved(sides(sys.argv[1], size, Path(folder)), rounds, turn)
