@@ -160,6 +160,26 @@ def test_even_words_are_the_same_words(words, dtype):
         assert x.shape == y.shape and (x - y).abs().max() < (1e-6 if dtype == torch.float32 else 0.05)
 
 
+@pytest.mark.parametrize("trained", ["q", "k", ""])
+def test_attention_in_bf16_is_trained_in_fp32_on_a_cpu(trained, monkeypatch):
+    """What torch's kernel is given, words lengthened to 16; drawing stays in bf16."""
+    kernel, seen = F.scaled_dot_product_attention, []
+
+    def spy(*tensors):
+        seen.append({t.dtype for t in tensors})
+        return kernel(*tensors)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    q, k, v = (normal(1, 2, n, 8, seed=n, dtype=torch.bfloat16) for n in (16, 5, 5))
+    q.requires_grad_(trained == "q"), k.requires_grad_(trained == "k")
+    out = memory.attention(q, k, v)
+    assert seen == [{torch.float32 if trained else torch.bfloat16}] and out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, kernel(q.float(), k.float(), v.float()).bfloat16(), rtol=0.02, atol=0.02)
+    if trained:
+        out.sum().backward()
+        assert {"q": q, "k": k}[trained].grad.dtype == torch.bfloat16
+
+
 def test_no_other_device_has_words_added():
     k = torch.empty(1, 2, 77, 8, device="meta")
     assert memory.pad_keys(k, k) == (k, k, None)

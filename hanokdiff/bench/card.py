@@ -1,4 +1,4 @@
-"""What card.sh needs beside the bench: whether a device computes what the CPU does, and the table at the end.
+"""What card.sh needs beside the bench: do two devices agree, and the table at the end.
 
 python -m hanokdiff.bench.card agree cuda sd15 a.json    bf16 and fp32 on the device against fp32 on the CPU
 python -m hanokdiff.bench.card table FOLDER              the JSON files of FOLDER as a table in markdown

@@ -149,7 +149,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     if mask is None and k.shape[2] != q.shape[2]:  # to the words; a picture's positions fill their vectors
         k, v, mask = pad_keys(k, v)
     mask = None if mask is None else mask.to(q.dtype)  # keys of half precision may have been made fp32 since
-    if q.is_cpu and q.requires_grad and q.dtype == torch.bfloat16:
+    if q.is_cpu and q.dtype == torch.bfloat16 and (q.requires_grad or k.requires_grad):
         # torch's backward pass on a CPU is two to four times as slow in bf16 (docs/LOG.md)
         mask = None if mask is None else mask.float()
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), mask).to(q.dtype)
