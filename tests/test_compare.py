@@ -503,6 +503,8 @@ def test_shards_merged_are_the_whole(here, tmp_path, capsys):
     assert compare.main(["--merge", "one", "two", "--out", "both"]) == 0
     assert results("both") == results("whole")
     assert Path("both/images.csv").read_bytes() == Path("whole/images.csv").read_bytes()
+    assert compare.main(["--merge", "one", "two", "--out", "both", "--lang", "ko"]) == 0
+    assert '<html lang="ko">' in Path("both/report.html").read_text("utf-8")
     capsys.readouterr()
     manifest = json.loads(Path("two/manifest.json").read_text("utf-8"))
     manifest["cells"][3]["folder"] += "0"
