@@ -261,7 +261,9 @@ def as_json(reading: Reading, prompt: str | None, notes: list[str]) -> str:
 def word_of(file: Path) -> str:
     """The pseudo word of a trained file, which stands in the config.json of its run."""
     for folder in (file, *file.parents[:2]):
-        if (config := folder / "config.json").is_file() and (word := read_json(config).get("token")):
+        config = folder / "config.json"
+        word = read_json(config).get("token") if config.is_file() else None
+        if word and isinstance(word, str):
             return word
     raise ValueError(f"--adapter {file}: no run's config.json beside it names its word; give it as --token")
 

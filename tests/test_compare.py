@@ -456,6 +456,8 @@ def test_one_picture_of_each_failure(done):
     """By the rule: the most frequent labels, of each the clearest picture; at the end the nearest copy."""
     found, images = collect(done, json.loads((done / "manifest.json").read_text("utf-8")))
     own = [i for i in images if i["photos"] and i["question"] in "ABC"]
+    for i in images:
+        i["copy"] = 0
     planted = ["campfire"] * 5 + ["snow"] * 4 + ["none"] * 2 + ["night"]
     assert len(own) == len(planted)
     for n, (i, condition) in enumerate(zip(own, planted, strict=True)):
@@ -470,17 +472,12 @@ def test_one_picture_of_each_failure(done):
     own[3]["likeness"], own[5]["likeness"] = 0.9, 0.8
     own[11] |= {"kind": "barn", "subject": 0, "wanted": 1, "condition": "fire", "copy": 1, "nearest": 0.99}
     other = {**own[0], "question": "word", "likeness": 2}
-    text = compose(done, found, summarise(found), [*images, other]).markdown()
+    copy = {**other, "copy": 1, "nearest": 0.995}
+    text = compose(done, found, summarise(found), [*images, other, copy]).markdown()
     table = text.partition("One picture of each failure")[2].partition("\n\n##")[0].splitlines()
     rows = [line.strip("| ").split(" | ") for line in table if re.match(r"\| \d", line)]
     shown = [[*r[1:5], r[5], r[8], r[9]] for r in rows]
-    expected = [
-        (own[3], 5, ""),
-        (own[5], 4, ""),
-        (own[10], 2, ""),
-        (own[11], 1, "0.990"),
-        (own[11], 1, "0.990"),
-    ]
+    expected = [(own[3], 5, ""), (own[5], 4, ""), (own[10], 2, ""), (own[11], 1, "0.990"), (copy, 2, "0.995")]
     assert shown == [
         [str(count), i["kind"], i["condition"], near, i["recipe"], i["question"], str(i["index"])]
         for i, count, near in expected
@@ -508,6 +505,8 @@ def test_shards_merged_are_the_whole(here, tmp_path, capsys):
     assert compare.main(["--merge", "one", "two", "--out", "both"]) == 0
     assert results("both") == results("whole")
     assert Path("both/images.csv").read_bytes() == Path("whole/images.csv").read_bytes()
+    assert compare.main(["--merge", "one", "two", "--out", "both", "--lang", "ko"]) == 0
+    assert '<html lang="ko">' in Path("both/report.html").read_text("utf-8")
     capsys.readouterr()
     manifest = json.loads(Path("two/manifest.json").read_text("utf-8"))
     manifest["cells"][3]["folder"] += "0"

@@ -14,15 +14,14 @@ PARTS = {r"\{\}": "(.*?)", r"\{n\}": r"(-?\d[\d.]*)"}
 
 @cache
 def pairs() -> list[tuple[re.Pattern, str]]:
-    """(what an English text looks like, the Korean one), the longest first."""
-    out = []
-    for line in FILE.read_text("utf-8").splitlines():
-        english, korean = line.split(" => ")
+    """(what an English text looks like, the Korean one), those with the most letters of their own first."""
+    lines, out = [line.split(" => ") for line in FILE.read_text("utf-8").splitlines()], []
+    for english, korean in sorted(lines, key=lambda line: -len(re.sub(r"\{n?\}", "", line[0]))):
         pattern = re.escape(english)
         for part, regex in PARTS.items():
             pattern = pattern.replace(part, regex)
         out.append((re.compile(pattern, re.DOTALL), korean))
-    return sorted(out, key=lambda pair: -len(pair[0].pattern))
+    return out
 
 
 @cache

@@ -312,20 +312,20 @@ class Answers(View):
 
     def failures(self) -> None:
         """One picture of each, by a rule that leaves no choice: the clearest by the scores of images.csv."""
-        page, own = self.page, [i for i in self.images if i["photos"] and i["question"] in self.keys]
-        own = [i for i in own if (i["at"], i["strength"]) == (1, 1) and (self.out / i["file"]).is_file()]
-        chosen = [
-            *clearest([i for i in own if i["subject"] and not i["wanted"]], "condition", "likeness", 3),
-            *clearest(
-                [i for i in own if i["wanted"] and not i["subject"]], "kind", "likeness", 2, least=True
-            ),
-            *clearest([i for i in own if i["copy"]], "copy", "nearest", 1),
-        ]
+        page, usual = self.page, [i for i in self.images if (i["at"], i["strength"]) == (1, 1)]
+        usual = [i for i in usual if i["photos"] and (self.out / i["file"]).is_file()]
+        own = [i for i in usual if i["question"] in self.keys]
+        lacking = [i for i in own if i["subject"] and not i["wanted"]]
+        other = [i for i in own if i["wanted"] and not i["subject"]]
+        copies = [i for i in usual if i["copy"] and i["question"] in (*self.keys, "word")]
+        chosen = clearest(lacking, "condition", "likeness", 3)
+        chosen += clearest(other, "kind", "likeness", 2, least=True) + clearest(copies, "copy", "nearest", 1)
         page.heading("One picture of each failure")
         page.text(f"""Of {len(own)} pictures of the prompts, by the scores in images.csv. The subject without
             what was asked for: of the three conditions seen most often instead, the picture most like the
             held-out photos. What was asked for on another building: of the two kinds seen most often, the
-            picture least like them. A suspected copy: the picture nearest to a training photo.""")
+            picture least like them. A suspected copy, also with the word alone: the picture nearest to
+            a training photo.""")
         if not chosen:
             page.text("There is none of them.")
             return
