@@ -350,7 +350,7 @@ def test_shards_and_adapters_elsewhere(tmp_path):
     open_model(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": {"logit_scale": "../model.safetensors"}}))
-    refused(lambda: open_model(tmp_path), index, "not in its folder")
+    refused(lambda: open_model(tmp_path), index, "names no files beside it")
     index.unlink()
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "../other"}')
     refused(lambda: open_model(tmp_path), "adapter_config.json")
