@@ -58,6 +58,15 @@ def could_be_hub_id(name: str) -> bool:
     return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
+def parts_of(index: Path) -> list[str]:
+    """The names of the files, beside this index of theirs, that hold a network's weights in parts."""
+    parts = read_json(index).get("weight_map")
+    names = list(parts.values()) if isinstance(parts, dict) else [None]
+    if not all(isinstance(n, str) and Path(n).name == n for n in names):
+        raise ValueError(f"{index} names no files beside it in weight_map; fetch it again")
+    return sorted(set(names))
+
+
 def check_model_folder(folder: Path, kind: type) -> None:
     """Refuse a folder that names files elsewhere, or a config.json that asks for more weights than the files
     hold."""
@@ -66,12 +75,7 @@ def check_model_folder(folder: Path, kind: type) -> None:
             f"{folder / 'adapter_config.json'} names another model; give a folder with the whole one"
         )
     for index in folder.glob("*.index.json"):
-        names = read_json(index).get("weight_map")
-        inside = isinstance(names, dict) and all(
-            isinstance(n, str) and Path(n).name == n for n in names.values()
-        )
-        if not inside:
-            raise ValueError(f"{index} names files that are not in its folder; fetch it again")
+        parts_of(index)
     config = read_json(folder / "config.json")
     check_numbers(config, folder / "config.json")
     with torch.device("meta"):  # allocates nothing

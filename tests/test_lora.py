@@ -347,18 +347,11 @@ def test_the_good_one_of_these_is_not_refused(sd, good, tmp_path):
     assert len(loras) == 2 and difference(outputs(sd)[0], before[0]) > 1e-2
 
 
-def test_files_that_are_no_files(sd, good, tmp_path):
-    path = tmp_path / "a.safetensors"
-    with pytest.raises(ValueError, match=r"no LoRA file at .*a\.safetensors"):
-        lora_file.apply_file(sd, path)
-    save_file(good, path)
-    whole = path.read_bytes()
-    for part in (b"", b"hello", whole[:100], whole[:-1]):
-        path.write_bytes(part)
-        with pytest.raises(ValueError, match=r"a\.safetensors cannot be read .*damaged"):
+def test_files_that_are_no_files(sd, tmp_path):
+    """Damaged ones: robustness/test_fuzz.py."""
+    for path in (tmp_path / "a.safetensors", tmp_path):
+        with pytest.raises(ValueError, match="no LoRA file at"):
             lora_file.apply_file(sd, path)
-    with pytest.raises(ValueError, match="no LoRA file at"):
-        lora_file.apply_file(sd, tmp_path)
 
 
 def test_what_is_not_finite_is_not_written(sd, tmp_path):

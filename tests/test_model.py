@@ -266,7 +266,7 @@ def test_missing_tokenizer(copy):
     refused(copy, copy / "tokenizer", "vocab.json", "is missing")
 
 
-@pytest.mark.parametrize("keep", [0, 5, 3000, 100_000, -1])
+@pytest.mark.parametrize("keep", [5, 100_000, -1])
 def test_truncated_safetensors(copy, keep):
     file = copy / "unet" / "diffusion_pytorch_model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])

@@ -560,9 +560,10 @@ def test_sharded_and_named_variants():
     shutil.copytree(TINY_MODEL, "variant")
     Path(f"variant/unet/{name}.safetensors").rename(f"variant/unet/{name}.non_ema.safetensors")
     assert load_model("variant", "cpu", log=None).digest == plain.digest
-    (unet / f"{name}.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../b"}}))
-    with pytest.raises(ValueError, match="names no files beside it"):
-        load_model("parts", "cpu", log=None)
+    for odd in ("../b", ["b"], None):
+        (unet / f"{name}.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": odd}}))
+        with pytest.raises(ValueError, match="names no files beside it"):
+            load_model("parts", "cpu", log=None)
 
 
 class ModelCheckpoint:

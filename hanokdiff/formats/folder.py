@@ -20,6 +20,7 @@ from hanokdiff.files import read_json, reason, write_json
 from hanokdiff.formats.tensors import read_tensors, write_tensors
 from hanokdiff.formats.tokenizer import save_tokenizer
 from hanokdiff.formats.validate import check_names
+from hanokdiff.pretrained import could_be_hub_id, parts_of
 
 # VAEs published in 2022
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -49,7 +50,7 @@ def find_model(model: str) -> Path:
             f"{model} is a file, but not a {' or '.join(SINGLE_FILES)}; give one of these, or a model "
             "folder (one that holds model_index.json)"
         )
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+    if not could_be_hub_id(model):
         raise ValueError(
             f'no model folder at "{model}"; give a folder with model_index.json, a single file '
             f'({", ".join(SINGLE_FILES)}), a hub id, or "tiny"'
@@ -136,11 +137,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     """The tensors of a file, or of all the parts that an index names."""
     if file.suffix != ".json":
         return read_tensors(file)
-    parts = read_json(file).get("weight_map")
-    names = sorted(set(parts.values())) if isinstance(parts, dict) else [None]
-    if not all(isinstance(n, str) and Path(n).name == n for n in names):
-        raise ValueError(f"{file} names no files beside it in weight_map; fetch it again")
-    return {k: t for name in names for k, t in read_tensors(file.with_name(name)).items()}
+    return {k: t for name in parts_of(file) for k, t in read_tensors(file.with_name(name)).items()}
 
 
 def plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -112,18 +112,15 @@ def training_parser(doc: str, defaults: dict[str, dict]) -> tuple[Parser, Callab
         return functools.partial(p.option, p.add_argument_group(title))
 
     data, train, out = group("model and data"), group("training"), group("output")
+    flag = dict(action="store_true")
     data("--model", '"tiny", a folder, a .safetensors or .ckpt file or a hub id', default="tiny")
     data("--tokenizer", "of a single-file model: a folder or hub id")
     data("--vae", "another autoencoder than the model's: a folder or file", metavar="PATH")
     data("--prediction", "if the model is silent or wrong about it", choices=("epsilon", "v_prediction"))
     data("--data", "photos, captions beside as NAME.txt (default with tiny: the drawn hanok)", type=Path)
     data("--images", "the first N photos of one fixed, nested order", type=int)
-    data(
-        "--photo-set",
-        "0, 1, 2, ...: other drawn hanok, or --data's photos in another order",
-        type=int,
-        default=0,
-    )
+    sets = "0, 1, 2, ...: other drawn hanok, or --data's photos in another order"
+    data("--photo-set", sets, type=int, default=0)
     data("--token", "the pseudo word", default="*")
     data(
         "--replace",
@@ -135,10 +132,10 @@ def training_parser(doc: str, defaults: dict[str, dict]) -> tuple[Parser, Callab
     )
     data("--caption", "of photos without one; {name} is the file's name", default="a photo of {token}")
     data("--held-out", "do not train on the last N photos, but log their loss", type=int, default=0)
-    data("--literal-tokens", "leave the pseudo word to the tokenizer, which fuses *,", action="store_true")
+    data("--literal-tokens", "leave the pseudo word to the tokenizer, which fuses *,", **flag)
     data("--resolution", "side in pixels (default: the model's own)", type=int)
-    data("--square", "crop all photos to squares, instead of sizes near their shapes", action="store_true")
-    data("--flip", "mirror every other photo", action="store_true", default=False)
+    data("--square", "crop all photos to squares, instead of sizes near their shapes", **flag)
+    data("--flip", "mirror every other photo", **flag, default=False)
     train("--steps", "optimiser steps", type=int)
     train("--batch-size", "photos a step", type=int)
     train("--micro-batch", "photos at once; gradients add up (default: all)", type=int, default=0)
@@ -151,32 +148,21 @@ def training_parser(doc: str, defaults: dict[str, dict]) -> tuple[Parser, Callab
         choices=MAX_TOKENS,
     )
     train("--clip-skip", "2 leaves the text encoder's last layer out", type=int, default=1)
-    train(
-        "--noise-offset", "adds so much noise of one value per channel, such as 0.05", type=float, default=0.0
-    )
-    train("--zero-terminal-snr", "a schedule that ends in noise alone (v prediction)", action="store_true")
+    offset = "adds so much noise of one value per channel, such as 0.05"
+    train("--noise-offset", offset, type=float, default=0.0)
+    train("--zero-terminal-snr", "a schedule that ends in noise alone (v prediction)", **flag)
     train("--min-snr", "gamma of the min-SNR weight, 0 for none", type=float)
     train("--seed", "seed of everything random", type=int, default=0)
     train("--device", "cuda, cpu, ... (default: the first GPU, else the CPU)")
     train("--dtype", "precision of what is frozen: auto, fp32, bf16 or fp16", default="auto")
-    train(
-        "--checkpointing", "run blocks again in the backward pass: slower, less memory", action="store_true"
-    )
-    train(
-        "--deterministic",
-        "on a GPU the same bits each time, slower; a CPU gives them anyway",
-        action="store_true",
-    )
-    train("--compile", "torch.compile of each block: minutes at the start", action="store_true")
+    train("--checkpointing", "run blocks again in the backward pass: slower, less memory", **flag)
+    train("--deterministic", "on a GPU the same bits each time, slower; a CPU gives them anyway", **flag)
+    train("--compile", "torch.compile of each block: minutes at the start", **flag)
     out("--out", "folder of the run (default: runs/METHOD, numbered if taken)", type=Path)
     out("--save-every", "steps between saved states and files, 0 for none", type=int)
     out("--preview-every", "steps between preview pictures, 0 for none", type=int)
     out("--resume", "go on with the run in this folder", type=Path, metavar="FOLDER")
-    out(
-        "--force",
-        "with --resume: accept other options and changed photos, and print which",
-        action="store_true",
-    )
+    out("--force", "with --resume: accept other options and changed photos, and print which", **flag)
     return p, group("the method")
 
 

@@ -89,7 +89,7 @@ AIMS = {  # and how many seconds after it has begun at most
 def child(module: str, argv: list[str], home: Path) -> None:
     """One start of a script in its home. What it is doing stands in a file, which outlives it."""
     os.chdir(home)
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))  # 1 under pytest -n 2
     said = os.open("said.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(said, 1), os.dup2(said, 2)
     doing, now = os.open("doing", os.O_RDWR | os.O_CREAT), ["starting", 0]

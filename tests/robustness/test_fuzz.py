@@ -119,6 +119,20 @@ def test_packed_pickles(tmp_path, sd, kind):
     refused(lambda: READ[kind](tmp_path / "a.pt", sd), "is compressed, which torch never does")
 
 
+def test_files_cut_short(home, tmp_path):
+    """Of every kind and in every container: refused by name, wherever a download stopped."""
+    readers = {read.__name__: (read, files) for read, files in fuzz.Readers(home).jobs}
+    for kind in ("lora", "word", "hyper", "single"):
+        read, files = readers[kind]
+        for good in files:
+            whole, cut = good.read_bytes(), tmp_path / good.name
+            for keep in (0, 5, 100, len(whole) // 2, len(whole) - 1):
+                cut.write_bytes(whole[:keep])
+                refused(lambda read=read, cut=cut: read(cut), cut.name)
+            cut.write_bytes(b"no such thing" * 100)
+            refused(lambda read=read, cut=cut: read(cut), cut.name)
+
+
 class Trap:
     def __reduce__(self):
         return os.system, ("touch sprung",)
@@ -350,7 +364,7 @@ def test_shards_and_adapters_elsewhere(tmp_path):
     open_model(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": {"logit_scale": "../model.safetensors"}}))
-    refused(lambda: open_model(tmp_path), index, "not in its folder")
+    refused(lambda: open_model(tmp_path), index, "names no files beside it")
     index.unlink()
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "../other"}')
     refused(lambda: open_model(tmp_path), "adapter_config.json")
