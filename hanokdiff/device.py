@@ -29,8 +29,8 @@ def choose_device(
         device, why = f"cuda:{LOCAL_RANK}", "each process has its own"
     elif device.startswith("cuda:") and LOCAL_WORLD_SIZE > 1:
         raise ValueError(
-            f"--device {device} is one card, and there are {LOCAL_WORLD_SIZE} processes here; say --device cuda, "
-            "and each takes its own, or start one process"
+            f"--device {device} is one card, and there are {LOCAL_WORLD_SIZE} processes here; say --device "
+            "cuda, and each takes its own, or start one process"
         )
     if device.startswith("cuda"):
         use_card(exact=dtype == "fp32")
@@ -56,8 +56,8 @@ def choose_device(
 
 
 def card_precision(capability: tuple[int, int], training: bool) -> tuple[str, str]:
-    """The precision that suits a card of this CUDA compute capability, and the reason in words. Before Ampere
-    (8.0) torch only emulates bf16, although it calls it supported; Volta and Turing (7.x) are fast in fp16."""
+    """The precision that suits a card of this CUDA compute capability, and the reason in words. Before
+    Ampere (8.0) torch only emulates bf16, yet calls it supported; Volta and Turing (7.x) are fast in fp16."""
     if capability >= (8, 0):
         return "bf16", "fp32's range at half the memory"
     without = f"compute capability {capability[0]}.{capability[1]} has no bf16"

@@ -77,8 +77,8 @@ def show_note(message, *_, **__) -> None:
 
 
 def is_out_of_memory(e: Exception) -> bool:
-    """torch.OutOfMemoryError is recognised by its name: no import; on a CPU, and where cuDNN or cuBLAS find no
-    room of their own, torch raises RuntimeError."""
+    """torch.OutOfMemoryError is recognised by its name: no import; on a CPU, and where cuDNN or cuBLAS find
+    no room of their own, torch raises RuntimeError."""
     if isinstance(e, MemoryError) or any(c.__name__ == "OutOfMemoryError" for c in type(e).__mro__):
         return True
     return isinstance(e, RuntimeError) and re.search(NO_MEMORY, str(e)) is not None

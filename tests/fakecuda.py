@@ -1,16 +1,14 @@
-"""hanokdiff on a CUDA device that is not there: which operations a card would be given, and where the host would
-wait for it. No numbers are computed, and nothing is said of a card's speed.
+"""hanokdiff on a CUDA device that is not there: which operations a card would be given, and where the host
+would wait for it. No numbers are computed, and nothing is said of a card's speed.
 
-    python tests/fakecuda.py GUARD.so FOLDER CASE ...     prints a JSON object: case -> what was seen
-
-torch's FakeTensorMode gives tensors a device and a shape but no memory; fakecuda.cpp, built as GUARD.so, makes
-torch's CPU build accept "cuda". Which attention kernel a card would choose is decided here by torch's rule of
-dtype, width and mask. Every number that is read back is 0.5, 0 or True. test_card.py runs this, in a process of
-its own: the guard must be loaded before torch.
+torch's FakeTensorMode gives tensors a device and a shape but no memory; fakecuda.cpp, built as guard.so
+and loaded before torch, makes torch's CPU build accept "cuda". Which attention kernel a card would choose is
+decided here by torch's rule of dtype, width and mask. Every number that is read back is 0.5, 0 or True.
+test_card.py runs `main` in a process of its own.
 """
 
 import contextlib
-import ctypes
+import importlib
 import json
 import os
 import subprocess
@@ -20,25 +18,6 @@ from collections import Counter
 from pathlib import Path
 from unittest import mock
 
-HERE = Path(__file__).parent
-
-
-def build_guard(folder: Path) -> Path:
-    """Compile fakecuda.cpp; half a minute on a busy machine, so test_card.py keeps it for the next run."""
-    import torch
-
-    home, guard = Path(torch.__file__).parent, folder / "guard.so"
-    include = [f"-I{home}/include", f"-I{home}/include/torch/csrc/api/include"]
-    link = [f"-L{home}/lib", f"-Wl,-rpath,{home}/lib", "-ltorch_cpu", "-lc10"]
-    command = ["g++", "-O0", "-shared", "-fPIC", "-std=c++20", *include, HERE / "fakecuda.cpp", *link]
-    subprocess.run([*command, "-o", guard], check=True, capture_output=True, text=True)
-    return guard
-
-
-if __name__ == "__main__":
-    ctypes.CDLL(sys.argv[1])
-    sys.path[:0] = [str(HERE.parent), str(HERE)]
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -47,13 +26,24 @@ from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+HERE = Path(__file__).parent
+
+
+def build_guard(guard: Path) -> None:
+    """Compile fakecuda.cpp: three seconds of a core, so test_card.py keeps it for the next run."""
+    home = Path(torch.__file__).parent
+    include = [f"-I{home}/include", f"-I{home}/include/torch/csrc/api/include"]
+    link = [f"-L{home}/lib", f"-Wl,-rpath,{home}/lib", "-ltorch_cpu", "-lc10"]
+    command = ["g++", "-O0", "-shared", "-fPIC", "-std=c++20", *include, HERE / "fakecuda.cpp", *link]
+    subprocess.run([*command, "-o", guard], check=True, capture_output=True, text=True)
+
+
 aten = torch.ops.aten
 PRODUCTS = {  # the first three are whole in inference mode only
     aten.linear, aten.matmul, aten.conv2d,
     aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution, aten.convolution_backward,
     aten._scaled_dot_product_flash_attention, aten._scaled_dot_product_efficient_attention,
 }  # fmt: skip
-COPIES = {aten._to_copy, aten.to, aten.copy_, aten.index}  # may take tensors of both devices
 
 
 class Spy(TorchDispatchMode):
@@ -68,7 +58,7 @@ class Spy(TorchDispatchMode):
         """What was seen since the last call, and the operations on the device, views included."""
         seen = getattr(self, "seen", {}) | {"operations": getattr(self, "operations", 0)}
         self.operations = 0
-        self.seen = {kind: Counter() for kind in ("waits", "blocking", "mixed", "products", "not bf16")}
+        self.seen = {kind: Counter() for kind in ("waits", "blocking", "products", "not bf16")}
         return seen
 
     def note(self, kind: str, what: str) -> None:
@@ -78,16 +68,18 @@ class Spy(TorchDispatchMode):
         op, kwargs = func._overloadpacket, dict(kwargs or {})
         if "generator" in kwargs:  # the CPU's; there are no numbers to draw
             kwargs["generator"] = None
+        if func.namespace != "aten":  # prim.device: where is it?
+            return func(*args, **kwargs)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        cuda = [t for t in tensors if t.is_cuda]
-        self.operations += bool(cuda) and func.namespace == "aten"  # prim.device only asks where a tensor is
         if op in (aten._local_scalar_dense, aten.item, aten.is_nonzero):
             return self.read_back(args[0])
-        if any(not isinstance(t, FakeTensor) for t in tensors):  # a true one would be copied to the device in truth
+        if not all(isinstance(t, FakeTensor) for t in tensors):  # true ones would truly be copied
             args, kwargs = tree_map_only(torch.Tensor, self.pretended, (args, kwargs))
             tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         for t in tensors:  # else FakeTensor would compute with the numbers that it still knows
             t.constant = None
+        cuda = [t for t in tensors if on_card(t)]
+        self.operations += bool(cuda)
         if op in PRODUCTS and cuda:
             dtypes = "+".join(sorted({str(t.dtype).removeprefix("torch.") for t in cuda}))
             self.seen["products"][dtypes] += 1
@@ -103,30 +95,34 @@ class Spy(TorchDispatchMode):
         return t if isinstance(t, FakeTensor) else self.fake.from_tensor(t)
 
     def look_at_devices(self, func, op, args, kwargs, tensors, out) -> None:
-        cpu = [t for t in tensors if t.device.type == "cpu" and t.dim()]
-        on_cuda = any(t.is_cuda for t in [*tensors, *tree_leaves(out)] if isinstance(t, torch.Tensor))
-        if op is aten.index and on_cuda and any(t.dtype in (torch.bool, torch.uint8) for t in args[1] if t is not None):
+        """Copies between host and device. What else has tensors of both, FakeTensor refuses, as CUDA does."""
+        results = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        if (
+            op is aten.index
+            and on_card(args[0])
+            and any(t.dtype == torch.bool for t in args[1] if t is not None)
+        ):
             self.note("waits", "an index of booleans")
-        to_host = op in (aten._to_copy, aten.to) and not out.is_cuda and args[0].is_cuda
-        to_host |= op is aten.copy_ and not args[0].is_cuda and args[1].is_cuda
-        if not (on_cuda and cpu or to_host):
-            return
-        waits_not = kwargs.get("non_blocking") or (op is aten.copy_ and len(args) > 2 and args[2])
-        if to_host:
+        copies = op in (aten._to_copy, aten.to, aten.copy_)
+        if copies and any(map(on_card, tensors)) and not all(map(on_card, results)):
             self.note("waits", "a copy to the host")
-        elif op not in COPIES and op not in (aten.detach,):
-            self.note("mixed", str(func))
-        elif not waits_not:
+        crosses = any(map(on_card, results)) and any(not on_card(t) and t.dim() for t in tensors)
+        if crosses and not (kwargs.get("non_blocking") or (op is aten.copy_ and len(args) > 2 and args[2])):
             self.note("blocking", str(func))
 
     def read_back(self, t):
         """A number for the host."""
-        if t.is_cuda:
+        if isinstance(t, FakeTensor) and on_card(t):
             self.note("waits", "a number read back")
         elif isinstance(t, FakeTensor) and t.constant is not None:
             with _disable_current_modes():
                 return t.constant.item()
         return True if t.dtype == torch.bool else 0.5 if t.is_floating_point() else 0
+
+
+def on_card(t: FakeTensor) -> bool:
+    """Its is_cuda, which would be an operation of its own."""
+    return t.fake_device.type == "cuda"
 
 
 def line() -> str:
@@ -143,14 +139,16 @@ REAL_ATTENTION = F.scaled_dot_product_attention
 
 
 def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """On a card: the flash kernel takes 16 bits, a width of at most 256 and no mask, the other one the rest."""
+    """On a card: the flash kernel takes 16 bits, a width of at most 256 and no mask, the other the rest."""
     if not q.is_cuda:
         return REAL_ATTENTION(q, k, v, attn_mask, dropout_p, is_causal, scale=scale)
     assert q.dtype == k.dtype == v.dtype, (q.dtype, k.dtype, v.dtype)
     if q.dtype.itemsize == 2 and q.shape[-1] <= 256 and attn_mask is None:
         return aten._scaled_dot_product_flash_attention(q, k, v, dropout_p, is_causal, scale=scale)[0]
     mask = None if attn_mask is None else attn_mask.expand(*q.shape[:-1], k.shape[-2])
-    return aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, dropout_p, is_causal, scale=scale)[0]
+    return aten._scaled_dot_product_efficient_attention(
+        q, k, v, mask, True, dropout_p, is_causal, scale=scale
+    )[0]
 
 
 def really(function):
@@ -164,7 +162,7 @@ def really(function):
 
 
 def apply(module, function, recurse=True):
-    """nn.Module._apply, which would change the tensor in a parameter: a true one cannot become a pretended one."""
+    """nn.Module._apply, which changes the tensor in a parameter: a true one cannot become a pretended one."""
     for part in module.modules():
         for name, p in part._parameters.items():
             if p is not None:
@@ -220,7 +218,9 @@ def card(capability: tuple[int, int] = (8, 0)):
             )
         ),
     ]
-    torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") is made on the CPU and copied
+    torch._C._set_only_lift_cpu_tensors(
+        True
+    )  # torch.tensor(..., device="cuda") is made on the CPU and copied
     with contextlib.ExitStack() as stack:
         for context in [*patches, fake, spy]:
             stack.enter_context(context)
@@ -232,8 +232,6 @@ def card(capability: tuple[int, int] = (8, 0)):
 
 def train(spy: Spy, script: str) -> dict:
     """Three steps of a script's main on the embedded model, the second of which is logged."""
-    import importlib
-
     from hanokdiff.training import trainer
     from hanokdiff.training.trainer import Trainer
 
@@ -250,10 +248,21 @@ def train(spy: Spy, script: str) -> dict:
         steps.append(spy.take())
         self.steps = self.step if len(steps) == 3 else self.steps
 
-    argv = ["--steps", "100", "--images", "4", "--batch-size", "2", "--preview-every", "0", "--save-every", "0"]
+    argv = [
+        "--steps",
+        "100",
+        "--images",
+        "4",
+        "--batch-size",
+        "2",
+        "--preview-every",
+        "0",
+        "--save-every",
+        "0",
+    ]
     replaced = {"__iter__": iterate, "_after_step": after_step, "_finish": lambda self: None}
     with mock.patch.multiple(Trainer, **replaced), mock.patch.object(trainer, "LOG_EVERY", 2):
-        assert module.main([*argv, "--out", f"runs/{len(os.listdir())}", *options]) == 0
+        assert module.main([*argv, "--out", f"runs/{script}", *options]) == 0
     return steps
 
 
@@ -310,7 +319,19 @@ def blip(spy: Spy, folder: str) -> list[dict]:
     return [spy.take()]
 
 
-def main(folder: str, cases: list[str]) -> None:
+def mistakes(spy: Spy, _) -> list[dict]:
+    """What the spy is for: copies that wait, an index on the CPU, a number read back, a product in fp32."""
+    x = torch.ones(3, 3).to("cuda")
+    y = x[torch.tensor([0, 1])] @ x
+    y.sum().item()
+    y.to("cpu")
+    x.bfloat16() @ torch.ones(3, 3).pin_memory().to("cuda", torch.bfloat16, non_blocking=True)
+    return [spy.take()]
+
+
+def main() -> None:
+    """python -c ... GUARD FOLDER CASE ...: prints JSON, case -> what was seen in each of its parts."""
+    _, _, folder, *cases = sys.argv
     os.chdir(folder)
     out = {}
     for case in cases:
@@ -321,7 +342,3 @@ def main(folder: str, cases: list[str]) -> None:
         except Exception:
             out[case] = traceback.format_exc()
     print(json.dumps(out))
-
-
-if __name__ == "__main__":
-    main(sys.argv[2], sys.argv[3:])

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import io
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from hanokdiff.formats import lora_file
 from hanokdiff.methods import lora
 from hanokdiff.methods.inject import base_layer
+from hanokdiff.models import memory
 from hanokdiff.models.text_encoder import TextConfig, TextEncoder
 from hanokdiff.models.unet import UNet, UNetConfig
 
@@ -137,6 +139,41 @@ def test_the_seed_decides_the_start(sd):
         lora.remove(sd, loras)
     assert equal(starts[0], starts[1])
     assert not any(torch.equal(a, b) for a, b in zip(starts[0], starts[2], strict=True))
+
+
+# ------------------------------------------------------------------------------------- in training, on a card
+
+
+def test_in_one_operation_it_is_the_same(sd, monkeypatch):
+    """As on a card, here on the CPU: outputs and gradients of the plain equation."""
+    loras = lora.insert(sd, 4, 2.0, "attention+ff+conv", 3)
+    trained(loras)
+    pixels, ids = inputs()
+    results = []
+    for fused in (False, True):
+        monkeypatch.setattr(memory, "ON_CPU", fused)
+        params = lora.trainable(loras)
+        y, z = sd.unet(*pixels), sd.text.encoder(ids)
+        grads = torch.autograd.grad(y.square().mean() + z.square().mean(), list(params.values()))
+        results.append([y.detach(), z.detach(), *grads])
+    names = ("y", "z", *params)
+    for name, plain, once in zip(names, *results, strict=True):
+        assert torch.allclose(plain, once, rtol=1e-4, atol=1e-6), name
+    assert any(not torch.equal(a, b) for a, b in zip(*results, strict=True))  # it was another way
+
+
+def test_half_precision_trains_copies_of_fp32(sd, tmp_path):
+    """What is used is in the network's precision; what is saved and merged has all digits."""
+    sd = replace(sd, unet=copy.deepcopy(sd.unet).bfloat16())
+    loras = lora.insert(sd, 2, 2)
+    exact = {name: m.down.detach().clone() for name, m in loras.items()}
+    params = lora.trainable(loras)
+    assert {(p.dtype, p.requires_grad) for p in params.values()} == {(torch.bfloat16, True)}
+    lora_file.save_file(tmp_path / "l.safetensors", loras, {}, torch.float32)
+    saved = load_file(tmp_path / "l.safetensors")
+    for name, m in loras.items():
+        assert torch.equal(saved[f"{name}.lora_down.weight"], exact[name])
+        assert m.delta().dtype == torch.float32 and not torch.equal(m.down.float(), exact[name])
 
 
 # --------------------------------------------------------------------------------- against peft and diffusers

@@ -354,7 +354,16 @@ def test_output_piped_in_another_encoding(monkeypatch):
     assert pipe.buffer.getvalue().decode("cp949").strip() == "한옥 \\U0001f525"
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        MemoryError(),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Unable to find a valid cuDNN algorithm to run convolution"),
+    ],
+)
 def test_out_of_memory(error, capsys):
     def main(argv):
         raise error

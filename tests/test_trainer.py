@@ -382,6 +382,20 @@ def test_half_precision_learns_through_fp32_masters(tmp_path, dtype):
     assert all(torch.equal(p, hand[k].detach().to(dtype)) for k, p in result.items())
 
 
+@pytest.mark.parametrize("micro_batch", [0, 1])
+def test_micro_batches_add_up_in_fp32(tmp_path, monkeypatch, micro_batch):
+    """32 + 7/8 is 33 in bf16, and 32 + 1/8 is 32, however often."""
+    seen, step = [], Trainer._optimizer_step
+    record = lambda run: (seen.append([m.grad.clone() for m in run.masters]), step(run))  # noqa: E731
+    monkeypatch.setattr(Trainer, "_optimizer_step", record)
+    weight = torch.tensor([256.0, *[1.0] * 7])
+    losses = lambda b, w: weight[list(b.indices)] * (w["w"].float().sum() + w["b"].float().sum())  # noqa: E731
+    result = toy(tmp_path, steps=2, losses=losses, dtype=torch.bfloat16, micro_batch=micro_batch)
+    expected = 32.875 if micro_batch else 33.0  # at once, the gradient of each weight is one number in bf16
+    assert all((grad == expected).all() and grad.dtype == torch.float32 for grads in seen for grad in grads)
+    assert len(seen) == 2 and all(p.dtype == torch.bfloat16 for p in result.values())
+
+
 def test_small_steps_add_up_in_half_precision(tmp_path):
     """1.0 - 1e-5 is 1.0 in bf16 and in fp16, however often."""
     down = lambda batch, w: w["w"].float().sum() + w["b"].float().sum()  # noqa: E731

@@ -6,7 +6,8 @@ import pytest
 import torch
 from conftest import difference
 
-from hanokdiff.models.unet import UNet, UNetConfig, timestep_embedding
+from hanokdiff.models import memory
+from hanokdiff.models.unet import Attention, UNet, UNetConfig, timestep_embedding
 
 
 def inputs(h: int, w: int, batch: int = 2):
@@ -111,3 +112,16 @@ def test_any_number_of_levels_and_layers(levels):
     x, t, _ = inputs(11, 6)
     context = torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(0))
     assert difference(ours(x, t, context), theirs(x, t, context).sample) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "dtype, inside", [("float16", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32")]
+)
+def test_attention_is_computed_in_fp32_where_fp16_would_overflow(monkeypatch, dtype, inside):
+    """SD 2.1's. In bf16, which has fp32's range, the flash kernel stays."""
+    seen, plain = [], memory.attention
+    monkeypatch.setattr(memory, "attention", lambda q, *kv: seen.append(q.dtype) or plain(q, *kv))
+    dtype = getattr(torch, dtype)
+    x = torch.randn(1, 6, 16, dtype=dtype)
+    assert Attention(16, 16, 2, upcast=True).to(dtype)(x, x).dtype == dtype
+    assert seen == [getattr(torch, inside)]

@@ -1,6 +1,7 @@
 """What a training step costs on a GPU, computed without one.
 
-    python -m hanokdiff.bench.budget          the largest batch of each method on a 48 GB card; a minute
+    python -m hanokdiff.bench.budget          what each method hands to a card, and its largest batch on
+                                              one of 48 GB; two minutes
 
 On the meta device tensors have shapes and no numbers. Counted are the operations of matrix products,
 convolutions and attention, and the bytes allocated at every moment, in hanokdiff's training step at the size
@@ -10,14 +11,18 @@ which a step does not need. A photo is a picture in the step: DreamBooth's are t
 class together.
 """
 
-import math
 import sys
+import tempfile
 import weakref
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
+from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from torch.optim import optimizer
+from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -27,37 +32,29 @@ from hanokdiff.errors import report_errors
 from hanokdiff.models import memory
 from hanokdiff.options import Options
 from hanokdiff.training.noise import Batch
+from hanokdiff.training.trainer import Trainer
 
 LIMIT = 44 * 2**30
 
 
-class Attention(torch.autograd.Function):
-    """The cost of a fused kernel: it saves q, k, v, out and the log-sum-exp; 2 products forward, 5
-    backward, one of which repeats q k^T."""
-
-    operations, repeated = 0, 0  # of all calls so far
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        *heads, n, d = q.shape
-        out, lse = torch.empty_like(q), q.new_empty(*heads, n, dtype=torch.float32)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.product = 2 * math.prod(heads) * n * k.shape[-2] * d
-        Attention.operations += 2 * ctx.product
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        Attention.operations += 5 * ctx.product
-        Attention.repeated += ctx.product
-        return tuple(torch.empty_like(a) for a in ctx.saved_tensors[:3])
+@contextmanager
+def fused_attention():
+    """Count attention as the flash kernel that a card has (2 products forward, 5 backward); torch on the meta
+    device would compute it from single products."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention
+    kernel = lambda q, k, v, mask=None, is_causal=False: flash(q, k, v, 0.0, is_causal)[0]  # noqa: E731
+    with mock.patch.object(F, "scaled_dot_product_attention", kernel):
+        yield
 
 
 @contextmanager
-def fused_attention():
-    """Count attention as a fused kernel; torch on the meta device would compute it from single products."""
-    kernel = lambda q, k, v, is_causal=False: Attention.apply(q, k, v)  # noqa: E731
-    with mock.patch.object(F, "scaled_dot_product_attention", kernel):
+def as_on_a_card():
+    """On the meta device torch's grouped and fused functions, as on a card, and `fused_attention`."""
+    with (
+        fused_attention(),
+        mock.patch.object(optimizer, "_get_fused_kernels_supported_devices", lambda: ["meta"]),
+        mock.patch.object(_foreach_utils, "_get_foreach_kernels_supported_devices", lambda: ["meta"]),
+    ):
         yield
 
 
@@ -65,26 +62,33 @@ class Count(TorchDispatchMode):
     """Count what runs inside `with Count() as count:`
 
     operations    floating-point operations of matrix products, convolutions and attention; `fp32`: those in
-    fp32 live, peak    bytes of the meta tensors made inside that are allocated now, and the most at once
+                  fp32; `repeated`: q k^T once more in attention's backward pass, one of its 5 products
+    live, peak    bytes of the meta tensors made inside that are allocated now, and the most at once
     syncs         names of the operations for which the host would wait for a GPU
+    dispatched    operations on meta tensors, views included: a host takes some microseconds for each
     """
 
     def __init__(self):
         super().__init__()
-        self.products, self.fp32, self.live, self.peak = 0, 0, 0, 0
+        self.operations, self.fp32, self.repeated, self.live, self.peak, self.dispatched = 0, 0, 0, 0, 0, 0
         self.sizes, self.syncs = {}, []  # sizes: storage -> bytes
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if func._overloadpacket in flop_registry:
             count = flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
-            self.products += count
+            self.operations += count
             self.fp32 += count * (args[0].dtype == torch.float32)
+            backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
+            self.repeated += count // 5 * (func._overloadpacket == backward)
         if synchronises(func._overloadpacket, args, kwargs or {}, out):
             self.syncs.append(str(func))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
-                self.allocated(tensor.untyped_storage())
+        meta = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_meta]
+        for tensor in meta:
+            self.allocated(tensor.untyped_storage())
+        self.dispatched += bool(meta) or any(
+            isinstance(t, torch.Tensor) and t.is_meta for t in tree_leaves((args, kwargs))
+        )
         return out
 
     def allocated(self, storage) -> None:
@@ -98,14 +102,6 @@ class Count(TorchDispatchMode):
 
     def freed(self, key) -> None:
         self.live -= self.sizes.pop(key)
-
-    def __enter__(self):
-        self.before = Attention.operations
-        return super().__enter__()
-
-    def __exit__(self, *what):
-        super().__exit__(*what)
-        self.operations = self.products + Attention.operations - self.before
 
 
 def synchronises(op, args, kwargs: dict, out) -> bool:
@@ -140,6 +136,24 @@ def step(
     return count.operations, resident + max(count.peak, masters), resident
 
 
+def dispatched(method: str, size: str = "sd15", batch: int = 1) -> int:
+    """The operations that one whole step of a method hands to a card, the trainer's update among them. At
+    small batches a card waits for the host, which needs as long for a small operation as for a large one."""
+    quiet = redirect_stdout(None), redirect_stderr(StringIO())
+    with as_on_a_card(), tempfile.TemporaryDirectory() as folder, quiet[0], quiet[1]:
+        sd = setup.build(size, "meta", torch.bfloat16)
+        trainable, losses = setup.prepare(sd, method, setup.side(size))
+        how = dict(steps=99, batch_size=batch, lr=1e-5, save=None, artefact="", config={})
+        trainer, count, starts = Trainer(Path(folder) / "run", trainable, **how), Count(), []
+        with count:
+            for part in trainer:
+                starts.append(count.dispatched)
+                if len(starts) == 3:
+                    break
+                trainer.backward(losses(part))
+    return starts[2] - starts[1]
+
+
 def largest(method: str, limit: int, checkpointing: bool) -> int:
     """The most photos per step within `limit` bytes, 0 for none. From 16 on, memory is linear in their
     number."""
@@ -160,10 +174,9 @@ def share_of(work: str, size: str, batch: int, checkpointing: bool) -> tuple[int
             context = torch.empty(2 * batch, 77, width, dtype=sd.dtype, device="meta")
             sd.guided(torch.empty(batch, 4, h, h, device="meta"), 3.0, 500.0, context, 7.5)
         return (setup.STEPS * count.operations,) * 2
-    before = Attention.repeated
-    model = step(work, size, batch)[0]
-    repeated = Attention.repeated - before
-    return model - repeated, step(work, size, batch, checkpointing)[0] if checkpointing else model
+    with Count() as count:
+        model = step(work, size, batch)[0]
+    return model - count.repeated, step(work, size, batch, checkpointing)[0] if checkpointing else model
 
 
 @report_errors
@@ -174,13 +187,17 @@ def main(argv=None):
     if not 0 < args.limit < float("inf"):
         raise ValueError(f"--limit is {args.limit:g}, but must be a number of GiB greater than 0")
     limit = int(args.limit * 2**30)
+    print("operations handed to the card in a whole step of one photo, views included\n")
+    methods = (*setup.TRAINED, *setup.RECIPES)
+    print(f"| {' | '.join(methods)} |\n{'|---' * len(methods)}|")
+    print(f"| {' | '.join(f'{dispatched(method):,}' for method in methods)} |\n", flush=True)
     print(
         f"SD 1.5 at 512 px in bf16, simulated on the meta device; largest batch within {args.limit:g} GiB\n"
     )
     sizes = "1 photo | 4 | 8 | 32 | largest | with --checkpointing: 32 | largest"
     print(f"| | operations a photo | resident | {sizes} |")
     print("|---" * 10 + "|")
-    for method in (*setup.TRAINED, *setup.RECIPES):
+    for method in methods:
         costs = [step(method, batch=n) for n in (1, 4, 8, 32)]
         operations, _, resident = costs[0]
         checkpointed = step(method, batch=32, checkpointing=True)[1]

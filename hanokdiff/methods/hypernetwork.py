@@ -171,8 +171,8 @@ class Hypernetwork(nn.Module):
     @torch.no_grad()
     def ratio(self, context: Tensor) -> float:
         """|f(x)| / |x| on a context (B, T, D): how far it is from the base model (0)."""
-        pair = self.pairs[str(context.shape[-1])]
-        return max((f(context.float()).norm() / context.float().norm()).item() for f in pair)
+        pair, x = self.pairs[str(context.shape[-1])], context.float()
+        return torch.stack([f(x).norm() for f in pair]).div(x.norm()).max().item()
 
 
 class HypernetLinear(InputWrapper):

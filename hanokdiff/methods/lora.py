@@ -84,8 +84,8 @@ class LoRA(nn.Module):
 
 def trainable(loras: dict[str, LoRA]) -> dict[str, nn.Parameter]:
     """The parameters that are trained, by name. In a network of half precision they become copies of its
-    precision, which the trainer makes anew once a step from the fp32 numbers in `p.master`: to cast each where
-    it is used would be four more launches per layer and step."""
+    precision, which the trainer makes anew once a step from the fp32 numbers in `p.master`: to cast each
+    where it is used would be four more launches per layer and step."""
     params = {}
     for name, lora in loras.items():
         for part in ("down", "up"):

@@ -130,14 +130,14 @@ class LowRank(torch.autograd.Function):
 
 
 def fuse_low_rank(lora: nn.Module) -> None:
-    """Let a LoRA around a frozen Linear be one operation where it is trained on a GPU. There a small batch waits
-    for its launches: half as many, and neither the scale nor the sum is a pass of its own over (N, out)."""
+    """Let a LoRA around a frozen Linear be one operation where it is trained on a GPU. There a small batch
+    waits for its launches: half as many, and neither scale nor sum is a pass of its own over (N, out)."""
     plain, layer = lora.forward, lora.base
-    if not isinstance(layer, nn.Linear):  # a convolution, or another LoRA
+    if not isinstance(layer, nn.Linear) or (layer.weight.is_cpu and not ON_CPU):  # not a convolution, a LoRA
         return
 
     def forward(x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and (ON_CPU or not x.is_cpu):
+        if torch.is_grad_enabled():
             return LowRank.apply(x, layer.weight, layer.bias, lora.down, lora.up, lora.scale)
         return plain(x)
 

@@ -78,7 +78,8 @@ class Clip:
         ends = to_device(torch.tensor([len(i) - 1 for i in ids]), self.device)  # (B,)
         longest = max(map(len, ids))
         padded = torch.tensor([i + i[-1:] * (longest - len(i)) for i in ids])  # (B, L)
-        states = self.model.text_model(input_ids=to_device(padded, self.device)).last_hidden_state  # (B, L, width)
+        padded = to_device(padded, self.device)
+        states = self.model.text_model(input_ids=padded).last_hidden_state  # (B, L, width)
         # Pooled at the end token by position: transformers guesses it from an id in the config, which goes
         # wrong with a small vocabulary. Attention looks back only, so the padding behind it has no effect.
         pooled = states[torch.arange(len(ids), device=ends.device), ends]  # (B, width)

@@ -92,7 +92,8 @@ class Trainer:
 
         self.parameters = list(trainable.values())
         self.masters = [fp32_master(p) for p in self.parameters]
-        self.half_precision = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
+        pairs = zip(self.parameters, self.masters, strict=True)
+        self.half_precision = [(p, m) for p, m in pairs if p is not m]
         lrs = lr if isinstance(lr, dict) else {"": lr}
         lrs = {part: rate for part, rate in lrs.items() if any(name.startswith(part) for name in trainable)}
         self.lr = next(iter(lrs.values()))  # the first one is logged; the others stay in proportion to it
@@ -184,8 +185,8 @@ class Trainer:
 
     def _add_to_masters(self) -> None:
         """Move half-precision gradients into those of the fp32 copies, where micro-batches and processes add
-        up: bf16 has 8 bits, and a sum in it loses what the later ones add. Some at once: each alone would be a
-        launch, all would keep two copies of every gradient."""
+        up: bf16 has 8 bits, and a sum in it loses what the later ones add. Some at once: each alone would be
+        a launch, all would keep two copies of every gradient."""
         pairs = [(p, m) for p, m in self.half_precision if p.grad is not None]
         for bucket in distributed.buckets([p for p, _ in pairs]):
             part, pairs = pairs[: len(bucket)], pairs[len(bucket) :]
