@@ -1,4 +1,4 @@
-"""Two judges on the same generated pictures: how far do they agree? (LOG, section 20)
+"""Two judges on the same generated pictures: how far do they agree? (LOG, section 24)
 
     python -m hanokdiff.tiny.build clip --seed 1 --out runs/judge       another judge (10 minutes; it wants
                                                                         tiny/sd/tokenizer at runs/judge/sd)

@@ -6,8 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import fakecuda
 import pytest
@@ -19,31 +17,28 @@ from hanokdiff.files import replacing
 # Operations that a step of each script hands to the card at the embedded model, views included, when this was
 # last changed: whoever needs fewer lowers them. At SD 1.5's size: test_budget.py.
 OPERATIONS = {
-    "train ti": 0,
-    "train dreambooth --class-images 2 --held-out 2": 0,
-    "train lora --targets attention --rank 4 --class-images 0": 0,
-    "train hypernet --widths all --class-images 0 --micro-batch 1": 0,
+    "train ti": 1387,
+    "train dreambooth --class-images 2 --held-out 2": 2442,
+    "train lora --targets attention --rank 4 --class-images 0": 2089,
+    "train hypernet --widths all --class-images 0 --micro-batch 1": 3674,
 }
 STEPS = 3  # of the sampler
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory, blip):  # noqa: F811
+def seen(tmp_path_factory, pytestconfig, blip):  # noqa: F811
     """Case -> its parts -> what the spy saw. One process for all; the guard is built once for each torch."""
     if not (shutil.which("g++") and sys.platform == "linux"):
         pytest.skip("no g++ here to build the pretended card with")
     source = (fakecuda.HERE / "fakecuda.cpp").read_bytes() + torch.__version__.encode()
-    guard = Path(tempfile.gettempdir()) / f"hanokdiff-{hashlib.sha256(source).hexdigest()[:12]}.so"
+    guard = pytestconfig.cache.mkdir("card") / f"{hashlib.sha256(source).hexdigest()[:12]}.so"
     if not guard.exists():
         with replacing(guard) as aside:
             fakecuda.build_guard(aside)
     cases = [*OPERATIONS, f"sample --steps {STEPS}", "vae", "clip", f"blip {blip}", "mistakes"]
-    home, code = (
-        fakecuda.HERE.parent,
-        "import ctypes, sys; ctypes.CDLL(sys.argv[1])\nimport fakecuda; fakecuda.main()",
-    )
+    code = "import ctypes, sys; ctypes.CDLL(sys.argv[1])\nimport fakecuda; fakecuda.main()"
     command = [sys.executable, "-c", code, guard, tmp_path_factory.mktemp("card"), *cases]
-    path = os.pathsep.join(map(str, (home, fakecuda.HERE)))
+    path = os.pathsep.join(map(str, (fakecuda.HERE.parent, fakecuda.HERE)))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr

@@ -57,7 +57,7 @@ class LoRA(nn.Module):
     def is_narrow(self) -> bool:
         """Whether one product with W + delta is less work than W's and two more. Per row of x its gradient
         costs in * out, theirs with their forward pass 3 * rank * (in + out), and as much again in passes over
-        memory (docs/LOG.md, section 20). In fp32 only: bf16 would round a small delta away."""
+        memory (docs/LOG.md, section 24). In fp32 only: bf16 would round a small delta away."""
         if not isinstance(self.base, nn.Linear | nn.Conv2d) or self.base.weight.dtype != torch.float32:
             return False
         rank, inputs, outputs = self.rank, self.down[0].numel(), len(self.up)
