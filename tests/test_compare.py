@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -679,8 +680,9 @@ def test_several_trainings_are_compared(done):
     assert "1 of 8 [2, 47] %" in text and "8 trainings per cell at most" in text and "0.0156" in text
 
 
-def test_workers(tmp_path, capsys):
-    """Two at once, as processes, each with its share of the threads; a second start finds all done."""
+def test_workers(tmp_path, capsys, monkeypatch):
+    """Two at once, as processes, each with its share of the threads; a second start finds all done, and one
+    that is left alone has no more threads than before: it would sum in another order."""
     argv = [*SMALL[:-2], *ONE, *recipe("ti"), "--seeds", "1", "2", "--jobs", "2", "--out", "a"]
     assert compare.main(argv) == 0
     out = capsys.readouterr().out
@@ -690,6 +692,10 @@ def test_workers(tmp_path, capsys):
     threads = {c["times"]["threads"] for c in cells if c["photos"]}
     assert not found["missing"] and threads == {max(1, workers.cores() // 2)}
     assert compare.main(argv) == 0 and results("a") == found
+    shutil.rmtree(Path("a") / next(c["folder"] for c in cells if c["photos"]))
+    asked, start = [], workers.start
+    monkeypatch.setattr(workers, "start", lambda k, jobs: asked.append((k, jobs)) or start(k, jobs))
+    assert compare.main(argv) == 0 and asked == [(0, 2)] and results("a") == found
 
 
 @pytest.mark.parametrize("press", [False, True])

@@ -145,10 +145,10 @@ def run_cells(args, context: plan.Context, manifest: dict, argv: list[str], shar
     out, groups, drawing = args.out, workers.trainings(manifest["cells"]), manifest["settings"]["drawing"]
     mine = range(shard - 1, len(groups), shards)
     todo = [i for i in mine if not all((out / c["folder"] / c["scores"]).exists() for c in groups[i])]
-    jobs = min(len(todo), args.jobs or workers.usual_jobs(context.sd, args.device))
+    jobs = args.jobs or workers.usual_jobs(context.sd, args.device)
     cells = sum(len(groups[i]) for i in mine)
     left = sum(len(groups[i]) for i in todo)
-    side = f", {jobs} trainings at once" if jobs > 1 else ""
+    side = f", {min(jobs, len(todo))} trainings at once" if min(jobs, len(todo)) > 1 else ""
     print(
         f"{cells} cells, {cells - left} of them done{side}; the page to watch: {out / 'report.html'}",
         flush=True,
@@ -156,7 +156,7 @@ def run_cells(args, context: plan.Context, manifest: dict, argv: list[str], shar
     planned = {out / c["folder"] for c in manifest["cells"]}
     if others := [f for f in out.glob("cells/*") if f not in planned]:
         print(f"of other settings, left alone and not in the report: {len(others)}, such as {others[0].name}")
-    if jobs > 1:
+    if jobs > 1 and todo:  # also for the last one alone: with all cores it would sum in another order
         context.sd = context.clip = None  # every worker opens its own
         torch.cuda.empty_cache()
         finished = workers.side_by_side(argv, todo, jobs)

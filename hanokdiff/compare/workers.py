@@ -67,7 +67,7 @@ def side_by_side(argv: list[str], todo: list[int], jobs: int) -> Iterator[int]:
     stop the others, which keep their states."""
     answers: queue.Queue = queue.Queue()
     waiting = iter(todo)
-    workers = [start(k, jobs) for k in range(jobs)]
+    workers = [start(k, jobs) for k in range(min(jobs, len(todo)))]
     try:
         for worker in workers:
             threading.Thread(target=listen, args=(worker, answers), daemon=True).start()
@@ -95,7 +95,7 @@ def side_by_side(argv: list[str], todo: list[int], jobs: int) -> Iterator[int]:
 
 
 def start(k: int, jobs: int) -> subprocess.Popen:
-    """The k-th worker. It ends when this process does."""
+    """The k-th of so many workers, with its share of the cores. It ends when this process does."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(plan.SCRIPTS), *sys.path])}
     if torch.cuda.is_available():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")

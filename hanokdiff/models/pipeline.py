@@ -190,8 +190,8 @@ class StableDiffusion:
             for part in latents.split(slice):
                 if not torch.isfinite(part).all():
                     raise ValueError(
-                        "what was drawn is not a number, which would be a black picture; draw with a smaller "
-                        "strength of what was applied to the model, with --dtype fp32, or with another file"
+                        f"what {self.name} drew is not a number, which would be a black picture; draw with a "
+                        "smaller strength of what was applied to it, with --dtype fp32, or with another file"
                     )
                 x = self.vae.decode(part.to(self.dtype)).float()
                 if not torch.isfinite(x).all():
