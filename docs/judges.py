@@ -5,16 +5,17 @@
     python -m hanokdiff.compare ...                                     a comparison, scored by the usual one
     cp runs/compare/images.csv runs/first.csv
     python -m hanokdiff.compare ... --clip runs/judge/clip              the same pictures, scored by the other
-    python docs/judges.py runs/first.csv runs/compare/images.csv
+    python docs/judges.py runs/first.csv runs/compare/images.csv [COUNTS.json]
+    python docs/judges.py features      can the judge be asked for the parts of a house (the paper's Table 1)?
 
 Prompts A, B and C. Kappa is agreement beyond chance (Cohen 1960): (agreed - chance) / (1 - chance).
 """
 
 import csv
+import json
 import sys
-from collections import defaultdict
-
-import numpy as np
+from collections import Counter, defaultdict
+from pathlib import Path
 
 WHAT = {"subject": "a hanok", "wanted": "on fire", "both": "both at once"}
 
@@ -24,26 +25,70 @@ def read(file: str) -> dict[str, dict]:
         return {r["file"]: r for r in csv.DictReader(f) if r["question"] in ("A", "B", "C")}
 
 
-def kappa(a: np.ndarray, b: np.ndarray) -> float:
-    """Cohen's kappa of two columns of 0 and 1; not a number where both say the same of everything."""
-    chance = a.mean() * b.mean() + (1 - a.mean()) * (1 - b.mean())
-    return ((a == b).mean() - chance) / (1 - chance) if chance < 1 else float("nan")
+def kappa(a: float, b: float, same: float) -> float:
+    """Cohen's kappa of two judges' shares of yes and the share on which they agree; not a number where both
+    say the same of everything."""
+    chance = a * b + (1 - a) * (1 - b)
+    return (same - chance) / (1 - chance) if chance < 1 else float("nan")
 
 
-def main(first: str, second: str) -> None:
-    one, two = read(first), read(second)
-    groups = defaultdict(list)
-    for file in one.keys() & two.keys():
-        groups["all"].append(file)
-        groups[f"{one[file]['recipe']}, {one[file]['photos']} photos"].append(file)
-    print("recipe | pictures |", " | ".join(f"{w}: first, second, agree, kappa" for w in WHAT.values()))
-    for name, files in groups.items():
-        columns = []
+def counts(one: dict, two: dict) -> list[dict]:
+    """Of every recipe, number of photos, set and prompt: how many pictures, how many each judge says yes to,
+    and to how many both say the same."""
+    rows: dict[tuple, dict] = {}
+    for file in sorted(one.keys() & two.keys()):
+        r = one[file]
+        key = (r["recipe"], int(r["photos"]), int(r["seed"]), r["question"])
+        row = rows.setdefault(key, dict(zip(("recipe", "photos", "set", "prompt"), key)) | {"pictures": 0})
+        row["pictures"] += 1
         for what in WHAT:
-            a, b = (np.array([int(judge[f][what]) for f in files]) for judge in (one, two))
-            columns.append(f"{a.mean():.3f} {b.mean():.3f} {(a == b).mean():.3f} {kappa(a, b):.2f}")
-        print(f"{name} | {len(files)} |", " | ".join(columns))
+            a, b = int(r[what]), int(two[file][what])
+            found = row.setdefault(what, [0, 0, 0])  # yes by the first, by the second, the same by both
+            row[what] = [found[0] + a, found[1] + b, found[2] + (a == b)]
+    return [rows[key] for key in sorted(rows)]
+
+
+def main(first: str, second: str, *write: str) -> None:
+    """Print the table; into a third file, if named, the counts."""
+    rows = counts(read(first), read(second))
+    if write:
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        Path(*write).write_text(f"[\n{lines}\n]\n", "utf-8")
+    groups = defaultdict(list)
+    for row in rows:
+        groups["all"].append(row)
+        groups[f"{row['recipe']}, {row['photos']} photos"].append(row)
+    print("recipe | pictures |", " | ".join(f"{w}: first, second, agree, kappa" for w in WHAT.values()))
+    for name, group in groups.items():
+        n, columns = sum(r["pictures"] for r in group), []
+        for what in WHAT:
+            a, b, same = (sum(r[what][k] for r in group) / n for k in range(3))
+            columns.append(f"{a:.3f} {b:.3f} {same:.3f} {kappa(a, b, same):.2f}")
+        print(f"{name} | {n} |", " | ".join(columns))
+
+
+def features() -> None:
+    """The parts of 200 drawn plain houses, and of 200 hanok, by the words that the world's captions have."""
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from hanokdiff.scoring.clip import Clip, presence
+    from hanokdiff.tiny import scenes, world
+
+    colours = {c: f"a house with {'an' if c == 'orange' else 'a'} {c} roof" for c in scenes.ROOF_COLOURS}
+    asked = [  # in the order of a scene's attributes
+        {w: f"a {w} house" for w in scenes.WIDTHS},
+        colours,
+        {f: f"a house with a {f} roof" for f in scenes.ROOFS},
+        {c: f"a house with {c} walls" for c in scenes.WALL_COLOURS},
+    ]
+    judge = Clip()
+    for kind in ("house", "hanok"):
+        drawn = [world.scene(f"feat {i}", (kind,), ("none", "fire", "snow", "night")) for i in range(200)]
+        images = judge.images([world.draw(s) for s in drawn])
+        for i, texts in enumerate(asked):
+            said = [list(texts)[k] for k in presence(images, judge.texts(list(texts.values())))]
+            right = sum(s.attributes[i] == word for s, word in zip(drawn, said)) if kind == "house" else ""
+            print(kind, right, Counter(said).most_common(4))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    features() if sys.argv[1:] == ["features"] else main(*sys.argv[1:])

@@ -2,11 +2,14 @@
 
 import json
 import re
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 
+from hanokdiff.compare import recipes
 from hanokdiff.compare.summary import find, summarise
+from hanokdiff.scoring.stats import holm, sign_flip
 
 ROOT = Path(__file__).resolve().parent.parent
 STUDY = ROOT / "docs" / "study"
@@ -64,3 +67,29 @@ def test_labels_by_eye():
     )
     text = (STUDY / "README.md").read_text("utf-8")
     assert "; ".join(f"{s:.1f} %" for s in shares) in text, shares
+
+
+def test_a_second_judge():
+    """What the study and the LOG say of another judge, from the counts of both."""
+    rows = json.loads((STUDY / "judges.json").read_text("utf-8"))
+
+    def shares(of: list[dict]) -> list[float]:
+        n = sum(r["pictures"] for r in of)
+        return [100 * sum(r["both"][k] for r in of) / n for k in range(3)]
+
+    means = {name: shares([r for r in rows if r["recipe"] == name]) for name in recipes.BEST}
+    assert sorted(means, key=lambda name: -means[name][1]) == list(recipes.BEST)
+    log = (ROOT / "docs" / "LOG.md").read_text("utf-8")
+    for name, (first, second, same) in means.items():
+        assert f"| {name} | 768 | {first:.0f}, {second:.0f} % | {same:.0f} % |" in log
+    each = {
+        name: [shares([r for r in rows if (r["recipe"], r["set"]) == (name, n)])[1] for n in range(1, 9)]
+        for name in recipes.BEST
+    }
+    p = [sign_flip([a - b for a, b in zip(each[x], each[y])])[0] for x, y in combinations(each, 2)]
+    assert max(holm(p)) < 0.05
+    text = (STUDY / "README.md").read_text("utf-8")
+    first, second, same = shares(rows)
+    assert f"{same:.0f} % of {sum(r['pictures'] for r in rows):,} pictures" in text
+    for name, (_, second, _) in means.items():
+        assert f"{name} {second:.0f}" in text
