@@ -162,6 +162,27 @@ def test_in_one_operation_it_is_the_same(sd, monkeypatch):
     assert any(not torch.equal(a, b) for a, b in zip(*results, strict=True))  # it was another way
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [torch.nn.Linear(64, 96), torch.nn.Conv2d(16, 24, 3, stride=2, padding=1), torch.nn.Conv2d(8, 8, 1)],
+)
+def test_a_narrow_layer_is_the_same_equation(layer):
+    """(W + delta) x, output and gradients, against W x + up(down(x)); in fp32 only, not in wide layers."""
+    x = (
+        torch.randn(2, 5, 64)
+        if isinstance(layer, torch.nn.Linear)
+        else torch.randn(2, layer.in_channels, 9, 9)
+    )
+    narrow = lora.LoRA(layer.requires_grad_(False), 16, 8.0)
+    parameters = [torch.nn.init.normal_(p, std=0.1) for p in (narrow.down, narrow.up)]
+    assert narrow.is_narrow() and not lora.LoRA(torch.nn.Linear(320, 320), 8, 8.0).is_narrow()
+    assert not lora.LoRA(copy.deepcopy(layer).bfloat16(), 16, 8.0).is_narrow()
+    ours, equation = narrow(x), layer(x) + 0.5 * narrow.up_down(x)
+    assert difference(ours, layer(x)) > 0.1 and difference(ours, equation) < 1e-5
+    for a, b in zip(*(torch.autograd.grad(y.square().sum(), parameters) for y in (ours, equation))):
+        assert difference(a, b) < 1e-5 * b.abs().max()
+
+
 def test_half_precision_trains_copies_of_fp32(sd, tmp_path):
     """What is used is in the network's precision; what is saved and merged has all digits."""
     sd = replace(sd, unet=copy.deepcopy(sd.unet).bfloat16())
