@@ -36,7 +36,7 @@ BUDGET = {
     "dreambooth": (2.513, 0, 0.8059, 1.6118),
     "dreambooth --freeze-text": (2.470, 0, 0.7774, None),
     "lora --rank 4 --text-rank 0": (1.777, 0, 0.5276, 1.0536),
-    "lora --rank 4 --text-rank 4": (1.807, 0, 0.5576, None),
+    "lora --rank 4 --text-rank 4": (1.807, 0, 0.5547, None),
     "ti": (1.749, 0, 0.4854, 0.9707),
     "hypernet": (1.751, 0, 0.4706, None),  # there 16 layers transform the context, here one: 1.724
     "hypernet --widths all": (2.111, 0, 0.6338, 1.2285),  # likewise: 2.084
