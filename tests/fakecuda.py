@@ -21,6 +21,7 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
@@ -283,8 +284,6 @@ def sample(spy: Spy, options: str) -> list[dict]:
 
 
 def vae(spy: Spy, _) -> list[dict]:
-    from PIL import Image
-
     from hanokdiff.formats.load import load_model
     from hanokdiff.training.dataset import LatentDataset
 
@@ -295,8 +294,6 @@ def vae(spy: Spy, _) -> list[dict]:
 
 
 def clip(spy: Spy, _) -> list[dict]:
-    from PIL import Image
-
     from hanokdiff.scoring.clip import Clip
 
     model = Clip(device="cuda")
@@ -307,8 +304,6 @@ def clip(spy: Spy, _) -> list[dict]:
 
 
 def blip(spy: Spy, folder: str) -> list[dict]:
-    from PIL import Image
-
     from hanokdiff.caption import Blip
 
     model = really(Blip)(folder, "cpu", "bf16", 5, 8, 1)
@@ -333,6 +328,9 @@ def main() -> None:
     """python -c ... GUARD FOLDER CASE ...: prints JSON, case -> what was seen in each of its parts."""
     _, _, folder, *cases = sys.argv
     os.chdir(folder)
+    os.mkdir("class")
+    for i in range(2):
+        Image.new("RGB", (64, 64)).save(f"class/{i}.png")
     out = {}
     for case in cases:
         kind, _, rest = case.partition(" ")

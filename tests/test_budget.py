@@ -31,7 +31,7 @@ BUDGET = {
     "dreambooth": (2.513, 0.8059),
     "dreambooth --freeze-text": (2.470, 0.7774),
     "lora --rank 4 --text-rank 0": (1.777, 0.5276),
-    "lora --rank 4 --text-rank 4": (1.807, 0.5576),
+    "lora --rank 4 --text-rank 4": (1.807, 0.5547),
     "ti": (1.749, 0.4854),
     "hypernet": (1.751, 0.4706),  # there 16 layers transform the context, here one: 1.724
     "hypernet --widths all": (2.111, 0.6338),  # likewise: 2.084

@@ -18,7 +18,7 @@ from hanokdiff.files import replacing
 # last changed: whoever needs fewer lowers them. At SD 1.5's size: test_budget.py.
 OPERATIONS = {
     "train ti": 1387,
-    "train dreambooth --class-images 2 --held-out 2": 2442,
+    "train dreambooth --class-images class --held-out 2": 2442,
     "train lora --targets attention --rank 4 --class-images 0": 2089,
     "train hypernet --widths all --class-images 0 --micro-batch 1": 3674,
 }
@@ -65,7 +65,7 @@ def test_a_training_step_keeps_the_card_busy(seen, case):
 
 def test_a_look_waits_for_the_steps_before_it(seen):
     """Else the time that the card still needs for them would be taken for the look's."""
-    waits = list(seen["train dreambooth --class-images 2 --held-out 2"][0]["waits"])
+    waits = list(seen["train dreambooth --class-images class --held-out 2"][0]["waits"])
     assert waits[0].startswith("synchronize at hanokdiff/training/trainer.py") and "validation.py" in waits[1]
 
 
