@@ -99,7 +99,7 @@ def test_stopped(monkeypatch, tmp_path, capsys):
     """Ctrl-C stops it without a saved state or a folder; the JSON has what was measured before."""
     real, temporary, file = measure.interleaved, tmp_path / "temporary", tmp_path / "new" / "a.json"
     temporary.mkdir()
-    monkeypatch.setattr(bench.tempfile, "tempdir", str(temporary))
+    monkeypatch.setattr(measure.tempfile, "tempdir", str(temporary))
 
     def interrupted(sides, *how):
         if file.exists():  # the second work has begun
@@ -178,7 +178,9 @@ def test_on_a_gpu_each_side_is_freed_before_the_next(pretended, monkeypatch):
 
 def test_the_gpu_that_is_named(pretended, monkeypatch, capsys):
     """All that asks for the present GPU asks for the one of --device; a side that does not fit has a line."""
-    monkeypatch.setattr(bench, "choose_device", lambda *_: (torch.device("cuda:1"), torch.bfloat16, "named"))
+    monkeypatch.setattr(
+        bench, "choose_device", lambda *_, **__: (torch.device("cuda:1"), torch.bfloat16, "named")
+    )
     rows = [("ours", {"seconds": [2.0, 1.0], "peak_bytes": 1 << 30}), ("diffusers best", {})]
     monkeypatch.setattr(measure, "time_sides", lambda args, work: pretended.append(work) or iter(rows))
     monkeypatch.setattr(measure, "limit_memory", lambda gib: pretended.append(("cap", gib)))

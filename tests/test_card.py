@@ -17,9 +17,9 @@ from hanokdiff.files import replacing
 # Operations that a step of each script hands to the card at the embedded model, views included, when this was
 # last changed: whoever needs fewer lowers them. At SD 1.5's size: test_budget.py.
 OPERATIONS = {
-    "train ti": 1387,
-    "train dreambooth --class-images class --held-out 2": 2442,
-    "train lora --targets attention --rank 4 --class-images 0": 2089,
+    "train ti": 1385,
+    "train dreambooth --class-images class --held-out 2": 2438,
+    "train lora --targets attention --rank 4 --class-images 0": 2087,
     "train hypernet --widths all --class-images 0 --micro-batch 1": 3674,
 }
 STEPS = 3  # of the sampler
@@ -60,7 +60,7 @@ def test_a_training_step_keeps_the_card_busy(seen, case):
     first, logged, plain = (sum(step["waits"].values()) for step in steps)
     assert plain == 0 and 0 < logged <= 2  # textual inversion logs the norm of its vectors as well
     assert first == (2 if "held-out" in case else 0)  # the look at held-out photos: before it, and its loss
-    assert plain == 0 and steps[2]["operations"] == OPERATIONS[case]
+    assert plain == 0 and steps[2]["operations"] <= OPERATIONS[case]
 
 
 def test_a_look_waits_for_the_steps_before_it(seen):

@@ -140,7 +140,7 @@ def test_models_that_differ_in_anything_have_other_class_pictures(monkeypatch):
     ]
     seen = []
     monkeypatch.setattr(prior, "make_folder", lambda path, _: seen.append(path))
-    monkeypatch.setattr(prior, "read", lambda file: None)
+    monkeypatch.setattr(prior, "read", lambda file: (None, 0.0))
     for sd in (tiny, *others):
         monkeypatch.setattr(sd, "draw", lambda *_, **__: [None])
         monkeypatch.setattr(prior, "write_png", lambda *_: None)

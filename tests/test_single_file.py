@@ -425,8 +425,12 @@ def test_ckpt_of_something_else(tmp_path, content):
 
 
 def test_not_a_pickle(tmp_path):
-    (tmp_path / "a.ckpt").write_text("<!DOCTYPE html><title>404</title>")
-    refused(tmp_path / "a.ckpt", "damaged or incomplete")
+    for content, words in (
+        ("<!DOCTYPE html><title>404</title>", "web page"),
+        ("no pickle", "damaged or incomplete"),
+    ):
+        (tmp_path / "a.ckpt").write_text(content)
+        refused(tmp_path / "a.ckpt", words)
 
 
 # ------------------------------------------------------------------------------------ what the UNet predicts
