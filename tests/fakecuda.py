@@ -130,7 +130,9 @@ def line() -> str:
     """The innermost line of hanokdiff in the calls that led here."""
     for frame in reversed(traceback.extract_stack()):
         file = Path(frame.filename)
-        if file.is_relative_to(HERE.parent) and file != Path(__file__):
+        # a virtual environment may lie in the repository
+        ours = file.is_relative_to(HERE.parent) and "site-packages" not in file.parts
+        if ours and file != Path(__file__):
             return f"{file.relative_to(HERE.parent)}:{frame.lineno}"
     return "?"
 
