@@ -130,7 +130,7 @@ def line(row: dict) -> str:
 def main(argv=None):
     args = options().parse_args(argv)
     check(args)
-    device, args.dtype, why = choose_device(args.device, args.dtype, parameters=setup.parameters(args.size))
+    device, args.dtype, why = choose_device(args.device, args.dtype, True, setup.parameters(args.size))
     if args.cap and device.type != "cuda":
         raise ValueError(f"--cap is for a GPU, but the device is {device}; leave it out")
     args.device, args.side = str(device), setup.side(args.size)
