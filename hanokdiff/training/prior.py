@@ -177,7 +177,7 @@ def pictures(sd, texts: list[str], n: int, sizes: list, seed: int, root: Path = 
     for part in tqdm(parts, "class pictures", unit="batch", leave=False, disable=None):
         begun = time.perf_counter()
         drawn = sd.draw([words[i] for i in part], [seed + i for i in part], at_once, size=sizes[part[0]])
-        each = (time.perf_counter() - begun) / len(todo & set(part))
+        each = (time.perf_counter() - begun) / len(part)
         for i, picture in zip(part, drawn, strict=True):
             if i in todo:
                 write_png(files[i], picture, {"seconds": f"{each:.6f}"})
