@@ -6,7 +6,7 @@
                                                              model drew: prior preservation
     Ruiz et al. 2022, arXiv:2208.12242, equation 2; UNet and text encoder are trained, or with --train less
 
-    python train_dreambooth.py                                          the embedded hanok, a minute
+    python train_dreambooth.py                                          the embedded hanok, one to two minutes
     python train_dreambooth.py --model MODEL --data PHOTOS --token sks  your photos on a real checkpoint
 
 Writes runs/dreambooth/model/ (a whole model in the diffusers layout), log.jsonl and previews/; with --train

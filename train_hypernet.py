@@ -5,7 +5,7 @@
         + w || eps' - eps_theta(x'_t', t', class prompt) ||^2
                                                              with --class-images: prior preservation
 
-    python train_hypernet.py                                          the embedded hanok, half a minute
+    python train_hypernet.py                                          the embedded hanok, one to two minutes
     python train_hypernet.py --model MODEL --data PHOTOS --token sks  your photos on a real checkpoint
 
 Writes runs/hypernet/hypernet.pt (the WebUI reads it), log.jsonl (with |f(x)| / |x|) and previews/.

@@ -5,7 +5,7 @@
         + w || eps' - eps_theta(x'_t', t', class prompt) ||^2
                                                              with --class-images: prior preservation
 
-    python train_lora.py                                          the embedded hanok, half a minute
+    python train_lora.py                                          the embedded hanok, two minutes
     python train_lora.py --model MODEL --data PHOTOS --token sks  your photos on a real checkpoint
 
 Writes runs/lora/lora.safetensors (kohya's format: the WebUI, ComfyUI and diffusers read it), log.jsonl and
