@@ -48,8 +48,7 @@ def load_model(
                  a schedule that ends in noise alone, for models that predict v
     training     gradients are to be computed: "auto" is not fp16 then
     masters      keep what the file says as `master` of each parameter: to learn from it and to save it
-                 again, not from
-                 what half precision leaves of it"""
+                 again, not from what half precision leaves of it"""
     start, (dev, precision, reason) = time.perf_counter(), choose_device(device, dtype, training)
     path = TINY_MODEL if model == "tiny" else find_model(model)
     open_ = open_file if path.is_file() else open_folder
