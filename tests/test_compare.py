@@ -328,6 +328,11 @@ def test_budgets(context):
 
     assert steps("--steps", 100) == [100] * 3
     assert steps("--steps", 100, "--budget", "epochs") == [10, 100, 200]
+    usual = plan.script("lora").DEFAULTS["tiny"]["steps"]
+    quick = arguments("--quick")
+    assert plan.training(quick, "lora", 50, 2, 1)[1]["steps"] == quick.steps
+    quick.steps = None
+    assert plan.training(quick, "lora", 50, 2, 1)[1]["steps"] == usual // 2
 
 
 # ------------------------------------------------------------------------------------- the whole, in small

@@ -51,21 +51,20 @@ def options():
     add("--same-photos", action="store_true", help="the same photos for all seeds")
     strengths = "at which LoRAs and hypernetworks are drawn, of one training (default: 1)"
     add("--strengths", nargs="+", type=float, default=[1.0], help=strengths)
-    add(
-        "--at",
-        nargs="+",
-        type=float,
-        default=[1.0],
-        help="shares of a training's steps to draw at (default: 1)",
-    )
-    add("--quick", action="store_true", help="a first look: 50 photos only, 8 pictures a prompt")
+    at = "shares of a training's steps to draw at (default: 1)"
+    add("--at", nargs="+", type=float, default=[1.0], help=at)
+    add("--quick", action="store_true", help="a first look: 50 photos, half the steps, 8 pictures a prompt")
     add = p.add_argument_group("training").add_argument
     add("--model", default="tiny", help='"tiny", a folder, a file or a hub id (default: tiny)')
     add("--data", type=Path, help="folder of photos, captions beside as NAME.txt")
     add("--token", default="*", help="the pseudo word (default: *)")
     budget = "the same for every size: steps (default), or passes over the photos"
     add("--budget", choices=("steps", "epochs"), default="steps", help=budget)
-    add("--steps", type=int, help="of training (default: each recipe's own; under epochs, at 50 photos)")
+    add(
+        "--steps",
+        type=int,
+        help="of training (default: a recipe's own, quick half; under epochs, at 50 photos)",
+    )
     add("--jobs", type=int, help="trainings at once (default: one per GPU, else one per core)")
     add("--device", help="default: the first GPU, else the CPU")
     add = p.add_argument_group("pictures").add_argument

@@ -149,8 +149,9 @@ class Answers(View):
             names = "; ".join(missing[:12]) + ("; ..." if len(missing) > 12 else "")
             page.text(f"UNFINISHED: {done} of {done + len(missing)} cells are done. Missing: {names}.")
         if s["quick"]:
-            page.text("""A QUICK LOOK, not a result: --quick draws few pictures, with half the sampling steps.
-                Run without it before you believe anything here.""")
+            page.text("""A QUICK LOOK, not a result: --quick trains with half of each recipe's steps and
+                draws few pictures, with half the sampling steps. Run without it before you believe anything
+                here.""")
         drawing = s["drawing"]
         page.text(f"""Model `{s["model"]}`, photos: {s["data"]}; {s["n"]} pictures for each cell and prompt,
             drawn by {drawing["sampler"]} in {drawing["steps"]} steps with guidance {drawing["cfg"]:g} at
