@@ -1,4 +1,4 @@
-"""What can be done about the missing condition while drawing? (LOG, section 17)
+"""What can be done about the missing condition while drawing? (LOG, sections 17 and 25)
 
     python docs/drawing.py                     every way, with the trainings of docs/remedies.py, sets 1 to 4
     python docs/drawing.py --ways "as it is" "word after 0.2" --test
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import remedies
 
-METHODS = ("ti", "lora", "lora + text", "hypernet")  # recipes of remedies.py
+METHODS = ("ti", "hypernet + word + class", "lora + text + word + class")  # the defaults
 PLAIN = "a building"
 
 
@@ -34,13 +34,29 @@ def emphasised(weight: float):
     return lambda prompt, condition: re.sub(rf"\b{condition}\b", f"({condition}:{weight})", prompt)
 
 
-WAYS = {  # name -> (what becomes of a prompt, strength of the artefact, Attend-and-Excite's scale)
-    "as it is": (lambda prompt, condition: prompt, 1, 0),
-    **{f"word after {w}": (late(w), 1, 0) for w in (0.1, 0.2, 0.3, 0.4, 0.5)},
-    **{f"AND {w}": (parts(w), 1, 0) for w in (0.3, 0.5)},
-    **{f"emphasis {w}": (emphasised(w), 1, 0) for w in (1.3, 1.6)},
-    **{f"strength {s}": (lambda prompt, condition: prompt, s, 0) for s in (0.7, 0.5)},
-    **{f"attend {s}": (lambda prompt, condition: prompt, 1, s) for s in (5, 20)},
+def insisted(weight: float):
+    return lambda prompt, condition: prompt.replace("*", f"(*:{weight})")
+
+
+def same(prompt: str, condition: str) -> str:
+    return prompt
+
+
+JAPANESE, CHINESE, WESTERN = "a japanese house", "a chinese pavilion", "a western house"
+WAYS = {  # name -> (what becomes of a prompt, the artefact's strength, options of the drawing)
+    "as it is": (same, 1, {}),
+    **{f"word after {w}": (late(w), 1, {}) for w in (0.1, 0.2, 0.3, 0.4, 0.5)},
+    **{f"AND {w}": (parts(w), 1, {}) for w in (0.3, 0.5)},
+    **{f"emphasis {w}": (emphasised(w), 1, {}) for w in (1.3, 1.6)},
+    **{f"word's emphasis {w}": (insisted(w), 1, {}) for w in (1.3, 1.6, 2)},
+    **{f"strength {s}": (same, s, {}) for s in (0.7, 0.5)},
+    **{f"attend {s}": (same, 1, {"attend_scale": s}) for s in (5, 20)},
+    "without Japanese": (same, 1, {"negative": JAPANESE}),
+    "without Chinese": (same, 1, {"negative": CHINESE}),
+    "without western": (same, 1, {"negative": WESTERN}),
+    "without the three": (same, 1, {"negative": f"{CHINESE}, {JAPANESE}, {WESTERN}"}),
+    **{f"guidance {g}": (same, 1, {"cfg": g}) for g in (7, 10, 14)},
+    "guidance 10, word's emphasis 1.6": (insisted(1.6), 1, {"cfg": 10}),
 }
 
 
@@ -51,7 +67,7 @@ def cell(name: str, way: str, number: int, home: Path, test: bool) -> None:
     from hanokdiff.scoring.clip import Clip
     from hanokdiff.tiny import build
 
-    change, strength, scale = WAYS[way]
+    change, strength, extra = WAYS[way]
     method, options, _ = remedies.RECIPES[name]
     run = remedies.run_folder(home, method, options, number)
     remedies.train(method, options, number, run)
@@ -61,7 +77,7 @@ def cell(name: str, way: str, number: int, home: Path, test: bool) -> None:
     for place, (prompt, condition) in enumerate((remedies.TEST if test else remedies.DEVELOPMENT).items()):
         word = condition if condition in prompt else "fire"
         seeds = remedies.seeds(number, place + 1, test)
-        how = dict(cfg=4.0, attend=("*", word) if scale else (), attend_scale=scale)
+        how = {"cfg": 4.0, "attend": ("*", word) if "attend_scale" in extra else (), **extra}
         drawn = sd.draw([change(prompt, word)] * len(seeds), seeds, **how)
         out[prompt] = remedies.recognised(judge, build, drawn, condition)
     result.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Which remedies bring the condition back? Recipes x sets of photos, development prompts (LOG, section 15).
+"""Which remedies bring the condition back? Recipes x sets of photos, development prompts (LOG, section 16).
 
     python docs/remedies.py                             every recipe, sets 1 to 4; goes on where it stopped
     python docs/remedies.py --recipes lora "lora + text"     some of them
@@ -31,22 +31,24 @@ DEVELOPMENT = {
 }
 TEST = {"*, fire": "fire", "* in the fire": "fire", "A fire broke out in *": "fire"}
 NEUTRAL = "--class-prompts docs/neutral_prompts.txt"
-ATTRIBUTES = '--init "a wide house with a grey curved roof and white walls"'
+ALONE = (
+    "--vectors 0 --class-images 0"  # neither a word that learns nor class pictures: the defaults have both
+)
 RECIPES = {  # name -> (method, options of its script, strength of the artefact when drawing)
-    "lora": ("lora", "--text-rank 0", 1),
-    "lora at 0.5": ("lora", "--text-rank 0", 0.5),
-    "lora + text": ("lora", "", 1),
-    "lora + class": ("lora", "--text-rank 0 --class-images 64", 1),
-    "lora + text + class": ("lora", "--class-images 64", 1),
-    "lora + text + neutral class": ("lora", f"--class-images 64 {NEUTRAL}", 1),
-    "lora + word": ("lora", "--text-rank 0 --vectors 4", 1),
-    "lora + word + class": ("lora", "--text-rank 0 --vectors 4 --class-images 64", 1),
-    "lora + text + word + class": ("lora", "--vectors 4 --class-images 64", 1),
-    "hypernet": ("hypernet", "", 1),
-    "hypernet + class": ("hypernet", "--class-images 64", 1),
-    "hypernet + class at 0.5": ("hypernet", "--class-images 64", 0.5),
-    "hypernet + word": ("hypernet", "--vectors 4", 1),
-    "hypernet + word + class": ("hypernet", "--vectors 4 --class-images 64", 1),
+    "lora": ("lora", f"--text-rank 0 {ALONE}", 1),
+    "lora at 0.5": ("lora", f"--text-rank 0 {ALONE}", 0.5),
+    "lora + text": ("lora", ALONE, 1),
+    "lora + class": ("lora", "--text-rank 0 --vectors 0", 1),
+    "lora + text + class": ("lora", "--vectors 0", 1),
+    "lora + text + neutral class": ("lora", f"--vectors 0 {NEUTRAL}", 1),
+    "lora + word": ("lora", "--text-rank 0 --class-images 0", 1),
+    "lora + word + class": ("lora", "--text-rank 0", 1),
+    "lora + text + word + class": ("lora", "", 1),
+    "hypernet": ("hypernet", ALONE, 1),
+    "hypernet + class": ("hypernet", "--vectors 0", 1),
+    "hypernet + class at 0.5": ("hypernet", "--vectors 0", 0.5),
+    "hypernet + word": ("hypernet", "--class-images 0", 1),
+    "hypernet + word + class": ("hypernet", "", 1),
     "dreambooth": ("dreambooth", "", 1),
     "dreambooth, neutral class": ("dreambooth", NEUTRAL, 1),
     "dreambooth, no class": ("dreambooth", "--class-images 0", 1),
