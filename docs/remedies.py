@@ -56,6 +56,7 @@ RECIPES = {  # name -> (method, options of its script, strength of the artefact 
     "svdiff": ("dreambooth", "--train singular-values", 1),
     "ti": ("ti", "", 1),
     "ti of a house": ("ti", "--init house", 1),
+    "ti, rate 3e-2": ("ti", "--lr 3e-2", 1),
     "ti, 900 steps": ("ti", "--steps 900", 1),
     "ti, 16 vectors": ("ti", "--vectors 16", 1),
     "ti, 16 vectors, 900 steps": ("ti", "--vectors 16 --steps 900", 1),
