@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from hanokdiff.compare import recipes
+from hanokdiff.compare.sections import each, percent, points
 from hanokdiff.compare.summary import find, summarise
 from hanokdiff.scoring.stats import holm, sign_flip
 
@@ -32,11 +33,11 @@ def test_every_number_is_made_of_the_counts(results):
 @pytest.mark.parametrize("doc", DOCUMENTS, ids=lambda d: str(d.relative_to(ROOT)))
 def test_tables_of_joint_shares(doc, results):
     """A row `| recipe | 12 % [3, 20] | ...`: 5, 50 and 100 photos, both at once, all prompts."""
-    row = r"^\| (LoRA|DreamBooth|Hypernetwork|Textual Inversion) \|(.*%.*)\|$"
+    row = r"^\| (LoRA|DreamBooth|Hypernetwork|Textual Inversion) \|((?:[^|]*%[^|]*\|){3})$"
     rows = re.findall(row, doc.read_text("utf-8"), re.MULTILINE)
     assert len(rows) == 4, rows
     for recipe, cells in rows:
-        for photos, cell in zip((5, 50, 100), cells.split("|"), strict=True):
+        for photos, cell in zip((5, 50, 100), cells.split("|")[:3], strict=True):
             mean, low, high = find(results["summary"], recipe, photos)["both"]
             said = cell.strip().replace("*", "")
             assert said == f"{100 * mean:.0f} % [{100 * low:.0f}, {100 * high:.0f}]", (
@@ -44,6 +45,24 @@ def test_tables_of_joint_shares(doc, results):
                 recipe,
                 photos,
             )
+
+
+@pytest.mark.parametrize("doc", DOCUMENTS[2:], ids=lambda d: d.name)
+def test_one_switch_at_a_time(doc):
+    """Every row of the two tables of that section, from the counts of switches.json."""
+    results = json.loads((STUDY / "switches.json").read_text("utf-8"))
+    summary = results.pop("summary")
+    assert summarise(results) == summary
+    text = doc.read_text("utf-8")
+    for name in ("LoRA", "DreamBooth", *recipes.PRESETS["switches"][0]):
+        row, word = (find(summary, name, 50, question) for question in ("all", "word"))
+        shares = [f"{100 * v[0]:.0f}" for v in (row["subject"], row["wanted"], word["subject"])]
+        cells = [name, percent(row["both"]), each(row["both_each"]), *shares]
+        assert f"| {' | '.join(cells)} |" in text, cells
+    for test in summary["tests"]["switches"]:
+        p = [f"{test['p']:.4f}", f"{test['p_holm']:.3f}"]
+        cells = [test["question"], points(test["difference"]), each(test["each"]), *p]
+        assert f"| {' | '.join(cells)} |" in text and test["p_holm"] > 0.05, cells
 
 
 def test_labels_by_eye():
