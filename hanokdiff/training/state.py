@@ -27,12 +27,11 @@ def state_files(out: Path) -> list[Path]:
 def delete_states(out: Path, keep: Path | None = None) -> None:
     for file in (out / "state").glob("[0-9]*.pt*"):  # with what a kill left half written
         if file != keep:
-            file.unlink()
+            file.unlink(missing_ok=True)
 
 
 def write_state(out: Path, step: int, state: dict, keep: Path | None) -> Path:
-    """Write state/STEP.pt. `keep` is the state before it, which stays: should the disk damage one, the other
-    is there."""
+    """Write state/STEP.pt. `keep` is the state before it, which stays, should the disk damage one."""
     file = out / "state" / f"{step:06d}.pt"
     file.parent.mkdir(exist_ok=True)
     delete_states(out, keep)
@@ -73,15 +72,11 @@ def newest_state(out: Path, device) -> tuple[Path, dict] | None:
 
 
 def check_config(out: Path, config: dict, force: bool) -> bool:
-    """Refuse to resume with other options than before; with `force`, print them. Returns whether any
-    differ."""
+    """Refuse to resume with other options; with `force`, print them. Returns whether any differ."""
     changed = "; ".join(differences(read_json(out / "config.json"), config))
     if changed and not force:
-        raise ValueError(
-            f"{out}: {changed}: another run cannot go on from there; undo that, accept it with --force, or "
-            f"start a "
-            "new one without --resume"
-        )
+        way = "undo that, accept it with --force, or start a new one without --resume"
+        raise ValueError(f"{out}: {changed}: another run cannot go on from there; {way}")
     if changed:
         print(f"--force: {changed}; what was trained until now was trained with the former")
     return bool(changed)
