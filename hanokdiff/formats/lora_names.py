@@ -1,14 +1,9 @@
-"""The spellings of LoRA files: what every tool calls the same tensor, and the way back. Names only, no
-numbers.
+"""The spellings of LoRA files: what every tool calls the same tensor, and the way back. No numbers.
 
-    kohya                lora_unet_down_blocks_0_attentions_1_..._attn1_to_q.lora_down.weight      (ours; the
-                                                                                                   WebUI's)
-    peft, diffusers      unet.down_blocks.0.attentions.1....attn1.to_q.lora_A.weight               (`unet.`
-                                                                                                   may lack)
-    diffusers 0.22       unet.down_blocks.0.attentions.1....attn1.to_q.lora.down.weight            (often
-                                                                                                   among
-                                                                                                   peft's)
-    diffusers of 2023    unet.down_blocks.0.attentions.1....attn1.processor.to_q_lora.down.weight
+    kohya (ours, the WebUI's)  lora_unet_down_blocks_0_attentions_1_..._attn1_to_q.lora_down.weight
+    peft, diffusers            unet.down_blocks.0.attentions.1....attn1.to_q.lora_A.weight, `unet.` may lack
+    diffusers 0.22             unet.down_blocks.0.attentions.1....attn1.to_q.lora.down.weight, also mixed
+    diffusers of 2023          unet.down_blocks.0.attentions.1....attn1.processor.to_q_lora.down.weight
     its text encoder
         text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.down.weight
 
@@ -32,42 +27,12 @@ ENDS = {
 OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}  # diffusers of 2023
 UNET_ROOTS = ("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding")
 WORDS = (
-    *UNET_ROOTS,
-    "resnets",
-    "conv1",
-    "conv2",
-    "conv_shortcut",
-    "time_emb_proj",
-    "downsamplers",
-    "upsamplers",
-    "conv",
-    "linear_1",
-    "linear_2",
-    "attentions",
-    "proj_in",
-    "proj_out",
-    "transformer_blocks",
-    "attn1",
-    "attn2",
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out",
-    "ff",
-    "net",
-    "proj",
-    "encoder",
-    "layers",
-    "self_attn",
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "out_proj",
-    "mlp",
-    "fc1",
-    "fc2",
-)
-WORD = re.compile("|".join(sorted(WORDS, key=len, reverse=True)) + r"|\d+")  # the longest word that fits
+    "resnets conv1 conv2 conv_shortcut time_emb_proj downsamplers upsamplers conv linear_1 linear_2 "
+    "attentions proj_in proj_out transformer_blocks attn1 attn2 to_q to_k to_v to_out ff net proj encoder "
+    "layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2"
+).split()
+LONGEST_FIRST = sorted((*UNET_ROOTS, *WORDS), key=len, reverse=True)
+WORD = re.compile("|".join(LONGEST_FIRST) + r"|\d+")
 
 
 def parse(key: str) -> tuple[str, str, str] | None:
@@ -154,10 +119,8 @@ def diffusers_name(name: str) -> str:
         words = WORD.findall(rest)
         if rest != name and words and "_".join(words) == rest:
             return network + ".".join(words)
-    raise ValueError(
-        f"{name} is no layer of Stable Diffusion 1 or 2, so diffusers has no name for it; leave the file "
-        "in kohya's layout"
-    )
+    unknown = f"{name} is no layer of Stable Diffusion 1 or 2, so diffusers has no name for it"
+    raise ValueError(f"{unknown}; leave the file in kohya's layout")
 
 
 def is_written(key: str) -> bool:
