@@ -18,8 +18,7 @@ def mse(pred: Tensor, target: Tensor) -> Tensor:
 
 
 def min_snr_weight(schedule: Schedule, t: Tensor, gamma: float) -> Tensor | float:
-    """min(SNR, gamma) / SNR for eps, / (SNR + 1) for v, at timesteps t (B,); gamma 0 gives every timestep
-    weight 1."""
+    """min(SNR, gamma) / SNR for eps, / (SNR + 1) for v, at timesteps t (B,); gamma 0: weight 1 at all."""
     if not gamma:
         return 1.0
     snr = schedule.snr(t)

@@ -107,9 +107,8 @@ def take_tags(prompt: str) -> tuple[str, list[tuple[str, str, float]]]:
     tags = []
     for kind, name, scale in TAG.findall(prompt):
         if scale and not NUMBER.fullmatch(scale):
-            raise ValueError(
-                f"<{kind}:{name}:{scale}>: the scale is {scale!r}, but must be a number such as 0.8"
-            )
+            bad = f"the scale is {scale!r}, but must be a number such as 0.8"
+            raise ValueError(f"<{kind}:{name}:{scale}>: {bad}")
         tags.append((kind, name.strip(), float(scale) if scale else 1.0))
     return re.sub(r"  +", " ", TAG.sub("", prompt)).strip() if tags else prompt, tags
 

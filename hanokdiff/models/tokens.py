@@ -5,12 +5,10 @@ punctuation: in "*, fire" it sees one symbol "*,", which is not the "*" that was
 silently loses its subject. Here the word is found as literal text and given its own ids, in training and in
 sampling alike.
 
-Shapes:  B prompts;  T = 77 positions;  D the width (768 in SD 1.x, 1024 in SD 2.x);  k chunks of a long
-prompt.
+Shapes:  B prompts;  T = 77 positions;  D the width (768 in SD 1.x, 1024 in SD 2.x);  k chunks of a prompt.
 """
 
 import functools
-import itertools
 import math
 import re
 import warnings
@@ -29,9 +27,8 @@ MAX_TOKENS = (75, 150, 225)  # of a caption in training: the choices of kohya's 
 
 
 def word_pattern(word: str) -> re.Pattern:
-    """Finds a pseudo word as literal text; one that starts or ends with a letter only at a word's boundary
-    there, so that "sks" is not found in "asks", while "*" is found in "(*)" and "*,". Any case, any white
-    space between words."""
+    """Finds a pseudo word as literal text, in any case and white space; one that starts or ends with a letter
+    only at a word's boundary there: "sks" not in "asks", while "*" is found in "(*)" and "*,"."""
     word = word.strip()
     before = r"(?<!\w)" if re.match(r"\w", word) else ""
     after = r"(?!\w)" if re.search(r"\w$", word) else ""
@@ -55,10 +52,9 @@ MARK = "\ue000"
 class Text:
     """Texts in, context out, on the encoder's device.
 
-        text(["a barn on fire", "*, fire"])             (B, 77, D)      captions: plain, cut at max_tokens
-                                                                        with a warning; (B, 77 k, D) if that
-                                                                        is more than 75
-        text.prompts(["a barn, (fire:1.3)", long])      (B, 77 k, D)    prompts: emphasis, BREAK, any length
+        text(["a barn on fire", "*, fire"])         (B, 77, D)      captions: plain, cut at max_tokens with a
+                                                                    warning; (B, 77 k, D) beyond 75
+        text.prompts(["a barn, (fire:1.3)", long])  (B, 77 k, D)    prompts: emphasis, BREAK, any length
 
     words           pseudo word -> its token ids, cut out before the tokenizer (`add_word`)
     literal_tokens  do not cut them out, so that "*," is one symbol as in other tools (to compare)
@@ -75,37 +71,30 @@ class Text:
         self._warned, self._cache = set(), {}
 
     def add_word(self, word: str, ids: list[int] | None = None) -> list[int]:
-        """Make this a pseudo word, with ids of its own beyond the vocabulary or, by default, those it has
-        alone."""
+        """Make this a pseudo word, with ids of its own beyond the vocabulary or those it has alone."""
         if re.search("[\0-\x1f\x7f-\x9f\ud800-\udfff]", word):
             raise ValueError(f"{word[:40]!r} has control characters; choose another pseudo word")
         ids = ids or self._tokens(word)
         if not word.strip() or not ids:
             raise ValueError(f'"{word}" has no token in this vocabulary; choose another pseudo word')
         if len(ids) > self.length - 2:
-            raise ValueError(
-                f"{word[:40]!r} has {len(ids)} tokens, more than the {self.length - 2} of a prompt; "
-                "choose another pseudo word"
-            )
-        # the word given last replaces an earlier one
+            many = f"{word[:40]!r} has {len(ids)} tokens, more than the {self.length - 2} of a prompt"
+            raise ValueError(f"{many}; choose another pseudo word")
+        # the word given last replaces an earlier one; longest first
         others = {w: own for w, own in self.words.items() if same_word(w) != same_word(word)}
-        # longest first
         self.words = dict(sorted({**others, word: ids}.items(), key=lambda item: -len(item[0])))
         self._cache.clear()
         return ids
 
     def skip(self, clip_skip: int) -> None:
-        """Leave out the last clip_skip - 1 layers. SD 2's encoder was trained without its last one and has no
-        more."""
+        """Leave out the last clip_skip - 1 layers, but none of SD 2, trained without its last one."""
         layers = self.encoder.config.num_hidden_layers
         if not 1 <= clip_skip <= layers:
-            raise ValueError(
-                f"clip skip is {clip_skip}, but the text encoder has {layers} layers: 1 to {layers}"
-            )
+            has = f"the text encoder has {layers} layers: 1 to {layers}"
+            raise ValueError(f"clip skip is {clip_skip}, but {has}")
         if clip_skip > 1 and self.encoder.config.hidden_size == 1024:
-            warnings.warn(
-                "clip skip has no effect on SD 2, whose last layer is always left out", stacklevel=2
-            )
+            message = "clip skip has no effect on SD 2, whose last layer is always left out"
+            warnings.warn(message, stacklevel=2)
             clip_skip = 1
         self.clip_skip = clip_skip
         self._cache.clear()
@@ -131,8 +120,7 @@ class Text:
         return self._by_ids(out) if self.literal_tokens else out
 
     def _by_ids(self, units: list[list[int]]) -> list[list[int]]:
-        """What other tools do: find a pseudo word by the ids that it has alone. In "*," there are none of
-        them."""
+        """What other tools do: find a pseudo word by the ids that it has alone. In "*," there are none."""
         for word, ids in self.words.items():
             alone, i = [[i] for i in self._tokens(word)], 0
             while i + len(alone) <= len(units):
@@ -184,18 +172,14 @@ class Text:
         # of different lengths: repeated, which no softmax over the tokens notices; so each is read as in
         # sampling, whatever the others in its batch
         longest = math.lcm(*map(len, rows))
-        return torch.stack(
-            [row.repeat(longest // len(row), 1) if len(row) < longest else row for row in rows]
-        )
+        rows = [row if len(row) == longest else row.repeat(longest // len(row), 1) for row in rows]
+        return torch.stack(rows)
 
     def _contexts(self, texts: list[str]) -> list[Tensor]:
         """Of each caption (77 k, D), k its own."""
         chunks = [self._caption(p) for p in texts]
         z = self._encode([ids for own in chunks for ids in own])
-        places = itertools.accumulate(map(len, chunks), initial=0)
-        return [
-            z[i] if len(own) == 1 else z[i : i + len(own)].flatten(0, 1) for i, own in zip(places, chunks)
-        ]
+        return [own.flatten(0, 1) for own in z.split(list(map(len, chunks)))]
 
     def _encode(self, ids: list[list[int]]) -> Tensor:
         device = self.encoder.final_layer_norm.weight.device
@@ -217,8 +201,7 @@ class Text:
 
     @torch.no_grad()
     def cache_prompts(self, texts: list[str]) -> None:
-        """Encode these captions now and give the same context from then on: right while the encoder is
-        frozen."""
+        """Encode these captions once and for all: right while the encoder is frozen."""
         distinct = sorted(set(texts) - self._cache.keys())
         for k in range(0, len(distinct), 32):
             part = distinct[k : k + 32]
@@ -231,10 +214,8 @@ class Text:
         for prompt in prompts:
             rest = functools.reduce(lambda text, w: word_pattern(w).sub("", text), self.words, prompt)
             if HANGUL.search(rest):
-                message = (
-                    f'the prompt "{prompt}" is in Korean, which this text encoder reads as noise; write it '
-                    "in English, or give a disaster alert to --alert"
-                )
+                noise = "is in Korean, which this text encoder reads as noise; write it in English"
+                message = f'the prompt "{prompt}" {noise}, or give a disaster alert to --alert'
                 warnings.warn(message, stacklevel=2)
             if words and not any(contains_word(prompt, word) for word in words):
                 trained = " or ".join(f'"{w}"' for w in words)
