@@ -117,9 +117,7 @@ def same(old: Path, new: Path) -> None:
         print(f"{len(commands)} commands, {len(names[0])} files compared")
 
 
-def speed(
-    old: Path, new: Path, works: list[str], sizes: list[str], rounds: int, batch_size: int | None
-) -> None:
+def speed(old: Path, new: Path, works: list[str], sizes: list[str], rounds: int, batch_size) -> None:
     print("work, size: new / old of the fastest step; median of the pairs (and of them the quartiles)")
     for work, size in ((w, s) for s in sizes for w in works):
         seconds: dict[Path, list[float]] = {old: [], new: []}
@@ -134,10 +132,8 @@ def speed(
         pairs = sorted(b / a for a, b in zip(seconds[old], seconds[new], strict=True))
         low, middle, high = statistics.quantiles(pairs, n=4)
         fastest = min(seconds[new]) / min(seconds[old])
-        print(
-            f"{work}, {size}: {fastest:.3f}; {middle:.3f} ({low:.3f} to {high:.3f}), {rounds} pairs",
-            flush=True,
-        )
+        middle = f"{middle:.3f} ({low:.3f} to {high:.3f}), {rounds} pairs"
+        print(f"{work}, {size}: {fastest:.3f}; {middle}", flush=True)
 
 
 if __name__ == "__main__":

@@ -183,8 +183,7 @@ def find_time(text: str) -> str | None:
 
 
 def hour_of_24(part: str | None, hour: int) -> int:
-    """오후 3시 is 15 o'clock, 밤 12시 midnight, 새벽 3시 three; without such a word it is the
-    24-hour clock."""
+    """오후 3시 is 15 o'clock, 밤 12시 midnight, 새벽 3시 three; else it is the 24-hour clock."""
     if hour == 12:
         return 0 if part in ("밤", "오전", "새벽") else 12
     later = part in ("오후", "저녁") or (part == "낮" and hour < 7) or (part == "밤" and hour > 5)

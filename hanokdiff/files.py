@@ -52,9 +52,8 @@ def read_text(path: str | Path) -> tuple[str, str]:
 
 def check_file_size(path: Path, max_bytes: int) -> None:
     if (size := path.stat().st_size) > max_bytes:
-        raise ValueError(
-            f"{path} has {size:,} bytes, more than the {max_bytes:,} that are read; it is no such file"
-        )
+        more = f"{path} has {size:,} bytes, more than the {max_bytes:,} that are read"
+        raise ValueError(f"{more}; it is no such file")
 
 
 def what_else(path: Path) -> str:

@@ -33,8 +33,7 @@ diffusers.utils.logging.disable_progress_bar()
 
 
 def kinds(device: str) -> tuple[str, ...]:
-    """The baseline's sides. Which memory layout is faster depends on the card: of the two best ones the
-    faster counts."""
+    """The baseline's sides. Which memory layout is faster depends on the card: the faster counts."""
     more = ("diffusers best, NHWC",) if device.startswith("cuda") else ()
     return "diffusers default", "diffusers best", *more
 
@@ -48,9 +47,7 @@ def pipeline(sd) -> StableDiffusionPipeline:
     return pipe.to(sd.device)
 
 
-def run(
-    sd, work: str, kind: str, side: int, batch: int, images, captions, compile: bool = False
-) -> Iterator[None]:
+def run(sd, work: str, kind: str, side: int, batch: int, images, captions, compile=False) -> Iterator[None]:
     """One step of `work` at every next(); kind: one of kinds()."""
     pipe, best = pipeline(sd), kind != "diffusers default"
     if kind.endswith("NHWC"):

@@ -51,9 +51,7 @@ def train(sd: StableDiffusion, method: str, side: int, batch: int, folder: Path)
         part = next(batches)
 
 
-def sample(
-    sd: StableDiffusion, side: int, batch: int, prompt: str = "a house in the snow", attend: tuple = ()
-) -> Iterator[None]:
+def sample(sd, side: int, batch: int, prompt="a house in the snow", attend: tuple = ()) -> Iterator[None]:
     """Our sampler, from the prompt to the latents: `batch` pictures of STEPS steps at every next()."""
     how = dict(sampler="ddim", steps=setup.STEPS, cfg=7.5, size=(side, side), attend=attend)
     while True:
@@ -73,8 +71,7 @@ def import_baseline():
 
 
 def sides(args: Namespace, work: str, folder: Path) -> dict[str, Callable[[], Iterator[None]]]:
-    """Name of a side -> function that builds it: an iterator that does one step of `work` at every next().
-    Its files go into `folder`."""
+    """Name of a side -> function that builds an iterator: a step of `work` each, files in `folder`."""
 
     def build():
         sd = setup.build(args.size, args.device, args.dtype)
@@ -108,12 +105,9 @@ def sides(args: Namespace, work: str, folder: Path) -> dict[str, Callable[[], It
 # ------------------------------------------------------------------------------------------------------- time
 
 
-def interleaved(
-    sides: dict[str, Iterator[None]], rounds: int, turn: int, wait: Callable[[], None] = lambda: None
-) -> dict[str, list[float]]:
+def interleaved(sides: dict, rounds: int, turn: int, wait=lambda: None) -> dict[str, list[float]]:
     """Seconds of a step of each side, the mean of each of its `rounds` turns of `turn` steps, by turns, after
-    one turn to warm up. `wait` for the device comes once a turn, as in a run that does not look at every
-    step."""
+    one turn to warm up. `wait` for the device comes once a turn, as a run does not look at every step."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(rounds + 1):
         for name, steps in sides.items():
@@ -127,9 +121,8 @@ def interleaved(
 
 
 def on_card(build: Callable[[], Iterator[None]], rounds: int, turn: int) -> dict:
-    """Seconds of a step in each turn, peak bytes of these turns and the clock in MHz, of one side that has
-    the GPU to itself; nothing of them if it does not fit. The peak is of steps alone: without building the
-    model and encoding the photos."""
+    """Seconds of a step in each turn, peak bytes of these turns (of steps alone) and the clock in MHz, of one
+    side that has the GPU to itself; nothing of them if it does not fit."""
     gc.collect()  # the side before, whose iterators and modules refer to each other
     torch.cuda.empty_cache()
     try:
@@ -146,8 +139,7 @@ def on_card(build: Callable[[], Iterator[None]], rounds: int, turn: int) -> dict
 
 def time_sides(args: Namespace, work: str) -> Iterator[tuple[str, dict]]:
     """(name of a side, {"seconds": of a step in each turn, "peak_bytes": of its steps}). On a CPU the sides
-    take turns, because other processes slow it now and then; on a GPU one comes after the other, because
-    together they would not fit."""
+    take turns, because other processes slow it now and then; on a GPU, where both may not fit, not."""
     if work == "start":
         times = time_process_start(args.rounds, ["ours"] + ["diffusers"] * bool(args.vs))
         yield from ((name, {"seconds": seconds}) for name, seconds in times.items())
@@ -203,8 +195,7 @@ def limit_memory(gib: float | None) -> None:
 
 
 def send_peak(args: Namespace, work: str, side: str, pipe) -> None:
-    """In a process of its own, on a CPU: send the peak memory in bytes of three steps of one side, without
-    building it."""
+    """In a process of its own, on a CPU: send the peak memory in bytes of three steps of one built side."""
     with tempfile.TemporaryDirectory() as folder:
         steps = sides(args, work, Path(folder))[side]()
         next(steps)  # what is allocated once
@@ -231,8 +222,7 @@ def peak_memory(args: Namespace, work: str, side: str) -> int | None:
 
 
 def nvidia_smi(field: str) -> str | None:
-    """What nvidia-smi says of the present GPU, such as its "driver_version"; None where it is not
-    installed."""
+    """What nvidia-smi says of the present GPU, such as its "driver_version"; None where it is missing."""
     gpu = f"--id=GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
     ask = ["nvidia-smi", gpu, f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     try:

@@ -97,8 +97,7 @@ def photos(side: int, n: int = 8) -> tuple[list[Image.Image], list[str]]:
 
 
 def trained(sd: StableDiffusion, method: str) -> dict:
-    """What a method trains, name -> parameter, as in train_METHOD.py; LoRAs of rank 4, as in diffusers'
-    script."""
+    """What a method trains, name -> parameter, as in train_METHOD.py; LoRAs of rank 4, as diffusers' are."""
     if method == "lora":
         return lora.trainable(lora.insert(sd, 4, 4))
     if method == "lora-text":
@@ -115,7 +114,7 @@ def trained(sd: StableDiffusion, method: str) -> dict:
     if method == "ti":
         return textual_inversion.trainable(embedding)
     train = {"custom-diffusion": "cross-attention", "svdiff": "singular-values"}.get(method, "all")
-    return dreambooth.trainable(sd, embedding, train)
+    return dreambooth.prepare(sd, embedding, train).parameters
 
 
 def prepare(sd: StableDiffusion, method: str, side: int) -> tuple[dict, Callable[[Batch], Tensor]]:

@@ -49,8 +49,7 @@ __all__ = [
     "PHOTO_CONDITIONS", "PHOTO_PHRASE", "SENTENCES", "SIZE", "Scene", "caption",
     "condition_prompts", "draw", "kind_prompts", "photo_caption", "photos", "scene",
 ]  # fmt: skip
-# for DreamBooth's class pictures; no fire in it
-CLASS_PROMPTS = Path(__file__).with_name("class_prompts.txt")
+CLASS_PROMPTS = Path(__file__).with_name("class_prompts.txt")  # for DreamBooth; no fire in it
 PHOTOS, HELD_OUT_PHOTOS = 100, 30  # how many there are
 
 
