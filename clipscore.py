@@ -15,8 +15,7 @@
 prints the scorer, the exact texts it scored (the prompts that sample.py and the WebUI leave in their PNGs),
 and for each folder the means and the share of pictures recognised as each thing, with 95 % intervals.
 --paired subtracts pictures of the same prompt and seed, so that an easy prompt is easy for both. References
-here are pictures, best real ones that no training saw; the paper's are captions: do not compare RefCLIPScores
-with its.
+here are pictures, best real ones that no training saw; the paper's are captions: not comparable.
 
 CLIPScore is blind to quality, reads a bag of words, and has a scale of its own per model: compare only under
 one scorer. A pseudo word means nothing to it: --replace-token "*" "a hanok".

@@ -1,8 +1,7 @@
 """Textual inversion: teach Stable Diffusion a subject by a new word alone.
 
     v* = argmin_v  E || eps - eps_theta(x_t, t, prompt(v)) ||^2
-    Gal et al. 2022, arXiv:2208.01618, equation 2: nothing in the model changes; v, n vectors of the token
-    embedding's width, is trained
+    Gal et al. 2022, arXiv:2208.01618, equation 2: v, n vectors of the token embedding, is all that is trained
 
     python train_ti.py                                            the embedded hanok, half a minute
     python train_ti.py --model MODEL --data PHOTOS --init house   your photos on a real checkpoint
@@ -10,8 +9,7 @@
 Writes runs/ti/embedding.safetensors, log.jsonl and previews/. For diffusers, which wants another word than
 "*": load_textual_inversion(FILE, token="<hanok>"); for the WebUI, python -m hanokdiff.convert makes a .pt.
 Then:  python sample.py "*, fire" "* in the fire" --embedding runs/ti/embedding.safetensors
-Read next: hanokdiff/methods/textual_inversion.py (vectors beyond the vocabulary), hanokdiff/models/tokens.py
-(how a prompt comes to them).
+Read next: hanokdiff/methods/textual_inversion.py (vectors beyond the vocabulary), hanokdiff/models/tokens.py.
 """
 
 import argparse

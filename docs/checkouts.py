@@ -4,8 +4,7 @@ python docs/checkouts.py same OLD NEW       the same commands in both; every fil
 python docs/checkouts.py speed OLD NEW      hanokdiff.bench in turns; the new one's time over the old one's
 python docs/checkouts.py speed OLD NEW --works sample --sizes tiny --rounds 12 --batch-size 4
 
-One thread each, as a second core's help varies. `git worktree add ../old COMMIT` makes a checkout to compare
-with.
+One thread each, as a second core's help varies. `git worktree add ../old COMMIT` makes a checkout.
 """
 
 import argparse

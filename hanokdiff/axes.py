@@ -1,5 +1,4 @@
-"""The axes of an X/Y plot, as sample.py --vary names them: "seed=1-4", "cfg=3,5,7", "prompt=a barn|a
-castle"."""
+"""The axes of an X/Y plot, as sample.py --vary names them: "seed=1-4", "cfg=3,5,7", "prompt=barn|tent"."""
 
 import re
 from pathlib import Path

@@ -6,8 +6,7 @@
 
 Both parts go on where they stopped: a caption that exists is kept, one that has the pseudo word is left as
 it is. If every photo has a caption, BLIP is not opened. Training can do the second part on the fly (its own
---replace, the exact phrase only) and leaves the files alone; here they are changed, and variants of the
-phrase are found too:
+--replace, the exact phrase only) and leaves the files alone; here they are changed, variants included:
 
     a, an and the are one word; so are building, house, home and structure
     up to two more words may follow an article: "a large house with a tiled roof" is "a building with a roof"
@@ -57,9 +56,6 @@ OUTCOMES = (
     "not reached yet",
 )  # fmt: skip
 Outcomes = dict[str, list[Path]]  # outcome -> photos; every photo has one
-
-
-# --------------------------------------------------------------------------------------------------- BLIP
 
 
 class Blip:
@@ -113,9 +109,6 @@ def open_blip(name: str):
     """(BlipForConditionalGeneration, tokenizer). A folder that exists comes first, then the hub."""
     kinds = "BlipForConditionalGeneration", "AutoTokenizer"
     return open_pretrained(name, *kinds, option="--blip", whole="a whole BLIP model", example=BLIP)
-
-
-# ---------------------------------------------------------------------------------------------- the folder
 
 
 def find_uncaptioned(folder: Path, overwrite: bool, outcomes: Outcomes) -> tuple[list[Path], dict[Path, str]]:
@@ -187,9 +180,6 @@ def readable(photos: list[Path], outcomes: Outcomes) -> Iterator[tuple[Path, Ima
         yield photo, image
 
 
-# --------------------------------------------------------------------------------------------- the phrase
-
-
 def variants(phrase: str) -> re.Pattern:
     """Matches a phrase, in any case and white space, and its variants (see the module's docstring)."""
     article = rf"(?:{'|'.join(ARTICLES)})(?:\s+(?!(?:{KEEP})\b)[\w'-]+){{0,2}}"
@@ -221,9 +211,6 @@ def replace(texts: dict[Path, str], phrase: str, word: str, exact: bool, dry: bo
         what, example = repr(phrase) + ("" if exact else " or a variant of it"), repr(texts[missed[0]])
         none = f"no caption contains {what}, for example {example}"
         raise ValueError(f"{none}; give the phrase that means your subject")
-
-
-# ----------------------------------------------------------------------------------------- the command line
 
 
 def options() -> Options:

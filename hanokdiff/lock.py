@@ -1,7 +1,6 @@
 """One process at a time in a folder: NAME/lock.json says who, on which machine.
 
-Left by a kill, it is taken over with a notice; of another machine, which cannot be asked, after an hour
-without a sign of life."""
+Left by a kill, it is taken over with a notice; of another machine after an hour without a sign of life."""
 
 import json
 import os

@@ -1,5 +1,4 @@
-"""Opening a model with transformers, from a folder or the hub, such that a file in the folder can do no
-harm."""
+"""Opening a model with transformers, from a folder or the hub, so that a file in it can do no harm."""
 
 import math
 from pathlib import Path

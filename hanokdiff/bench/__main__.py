@@ -9,13 +9,11 @@ Both sides have the same weights (random, but for the tiny world's), batch and p
 turns in one process, a few steps each; the ratio is of their fastest turns (of their medians in brackets): a
 machine's other work slows some turns, never speeds one up. On a GPU each is built, measured and freed before
 the next, so that none has to share --cap with another; what does not fit says so. A step of "sample" is a
-whole batch of pictures; DreamBooth's pictures are its own and the class's together. Of the baseline's two
-best sides on a GPU the faster counts.
+whole batch of pictures; DreamBooth's are its own and the class's together. The faster baseline counts.
 
 MFU is the share of the fastest matrix product here that the model's own operations take: the same operations
 for every side. "limit" counts ours as executed, with what checkpointing and attention's backward pass repeat.
-Read next: measure.py (how it is timed), baseline.py (diffusers' loops), budget.py (costs without a GPU),
-card.sh (a card's figures in eight minutes).
+Read next: measure.py (how it is timed), baseline.py (diffusers' loops), budget.py (costs without a GPU).
 """
 
 import statistics

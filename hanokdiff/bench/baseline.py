@@ -1,8 +1,7 @@
 """The baseline of hanokdiff.bench: training and sampling with diffusers and peft, as their own scripts do it.
 
 Not used by anything else, and the only file here that needs diffusers and peft (pip install -r
-requirements-dev.txt). Each loop follows the script named in it (diffusers 0.42), without accelerate, which
-here only passes the calls on:
+requirements-dev.txt). Each loop follows the script named in it (diffusers 0.42), without accelerate:
 
     default     as the script is when no flag is given: photos encoded in every step, the text encoder run in
                 every step, torch's default AdamW; on a GPU fp32 weights under bf16 autocast

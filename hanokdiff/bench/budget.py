@@ -7,8 +7,7 @@ On the meta device tensors have shapes and no numbers. Counted are the operation
 convolutions and attention, and the bytes allocated at every moment, in hanokdiff's training step at the size
 of SD 1.5 (512 px, bf16). Not counted: the allocator's fragmentation, cuDNN's workspaces and CUDA's own
 memory, 1 to 2 GB together; so the limit is 44 GiB (47.2 GB) of a 48 GB card. Nor is the autoencoder (0.2 GB),
-which a step does not need. A photo is a picture in the step: DreamBooth's are those of the subject and of the
-class together.
+which a step does not need. A photo is a picture in the step: DreamBooth's are its own and the class's.
 """
 
 import sys

@@ -31,9 +31,6 @@ FIRST_STEP = {  # side -> the code of a process that loads the embedded model an
 }
 
 
-# ----------------------------------------------------------------------------- what is measured, step by step
-
-
 def train(sd: StableDiffusion, method: str, side: int, batch: int, folder: Path) -> Iterator[None]:
     """Our training of a method in a whole Trainer: one step at every next()."""
     trainable, losses = setup.prepare(sd, method, side)
@@ -100,9 +97,6 @@ def sides(args: Namespace, work: str, folder: Path) -> dict[str, Callable[[], It
         kinds = import_baseline().kinds(args.device)
         out |= {kind: functools.partial(theirs, kind) for kind in kinds}
     return out
-
-
-# ------------------------------------------------------------------------------------------------------- time
 
 
 def interleaved(sides: dict, rounds: int, turn: int, wait=lambda: None) -> dict[str, list[float]]:
@@ -182,9 +176,6 @@ def fastest_matmul(device: str, dtype: torch.dtype) -> float:
 
     wait = torch.cuda.synchronize if gpu else lambda: None
     return 2 * n**3 / min(interleaved({"": products()}, 10, 10 if gpu else 1, wait)[""])
-
-
-# ----------------------------------------------------------------------------- memory, and what it was run on
 
 
 def limit_memory(gib: float | None) -> None:

@@ -52,7 +52,7 @@ def from_hub(model: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        if offline():
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
             return Path(snapshot_download(model, local_files_only=True))
         names = HfApi().list_repo_files(model)
         return Path(snapshot_download(model, allow_patterns=wanted_files(names)))
@@ -62,10 +62,6 @@ def from_hub(model: str) -> Path:
         reason = str(e).strip().split("\n")[0]
         none = f'no folder "{model}" here, nor from the hub ({reason})'
         raise ValueError(f"{none}; name a local folder") from None
-
-
-def offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def wanted_files(names: list[str]) -> list[str]:

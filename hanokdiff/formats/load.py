@@ -115,7 +115,7 @@ def open_folder(folder: Path, tokenizer: str | None, prediction: str | None, log
     check_fit(unet.config, encoder.config, folder)
     own, c = folder / "tokenizer", encoder.config
     if tokenizer:
-        words = tokenizer_of(c, tokenizer, folder)
+        words = find_tokenizer(tokenizer, folder, c.vocab_size, single_file.is_sd2(c))
     else:
         words = check_tokenizer(load_tokenizer(own), own, c.vocab_size)
     return unet, vae, encoder, words, schedule
@@ -138,8 +138,6 @@ def open_vae(path: Path, own: VAEConfig) -> VAE:
 def open_file(path: Path, tokenizer: str | None, prediction: str | None, log) -> tuple:
     """The same five of a single file; the tokenizer is found elsewhere."""
     unet, vae, encoder, schedule = single_file.read_file(path, prediction, log)
-    return unet, vae, encoder, tokenizer_of(encoder.config, tokenizer, path.parent), schedule
-
-
-def tokenizer_of(c: TextConfig, named: str | None, beside: Path):
-    return find_tokenizer(named, beside, c.vocab_size, single_file.is_sd2(c))
+    c = encoder.config
+    words = find_tokenizer(tokenizer, path.parent, c.vocab_size, single_file.is_sd2(c))
+    return unet, vae, encoder, words, schedule

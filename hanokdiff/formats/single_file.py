@@ -2,13 +2,11 @@
 
     model.diffusion_model.*     the UNet
     first_stage_model.*         the VAE
-    cond_stage_model.*          the text encoder: `transformer.text_model.` in SD 1.x, `model.` (OpenCLIP) in
-                                SD 2.x
+    cond_stage_model.*          the text encoder: `transformer.text_model.` in SD 1.x, `model.` in SD 2.x
 
 `unet_places`, `vae_places` and `open_clip_places` say once where each of our modules (named as in diffusers)
 lies; reading and writing both go through `namer`.  A module that is not in the table has one name in both
-worlds. Such a file has no config: the sizes are read off the tensors' shapes, unless `save_file` left them
-in the metadata.
+worlds. Such a file has no config: sizes are read off the tensors' shapes, or off the metadata of `save_file`.
 
 The names are those of CompVis/latent-diffusion and Stability-AI/stablediffusion.  L is layers_per_block.
 """

@@ -11,8 +11,7 @@ backward pass for a few per cent more memory traffic and no matrix product (on a
 
 Results and gradients are those of torch's own operations, on a CPU the first two's to the bit; there, where
 memory is plenty and making it again costs 3 to 10 % of a step, torch's own are used. Where all that is not
-enough, `checkpoint` keeps only what goes into each block and runs the block twice (Chen et al. 2016,
-arXiv:1604.06174).
+enough, `checkpoint` runs each block twice instead of keeping its inside (Chen et al. 2016, arXiv:1604.06174).
 """
 
 import contextlib

@@ -6,6 +6,7 @@ sd.pictures(x)[0].save("castle.png")
 """
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -115,32 +116,27 @@ class StableDiffusion:
             raise ValueError(f"{both}: give as many of one as of the other")
         cfg = self.cfg if cfg is None else cfg
         noise = self.noise(seeds, size or (self.resolution, self.resolution))
-        plan = samplers.plan(sampler, self.schedule, steps, None if init_latents is None else strength)
+        strength = None if init_latents is None else strength
+        step, plan, start = samplers.plan(sampler, self.schedule, steps, strength)
+        excite = Attend(self, prompts, list(attend), len(plan), attend_scale) if attend else None
         with torch.inference_mode():
-            contexts, weights = self.contexts(prompts, negative, len(plan.steps), cfg)
-        told, context, kv = iter(contexts), None, []
-
-        def denoise(x: Tensor, sigma: float, t: float) -> Tensor:
-            nonlocal context, kv
-            before, context = context, next(told)
-            if context is not before:  # at the first step, and where the prompt changes
-                kv = project_kv(self.unet, context)
-            with given_kv(kv):
-                pred = self.guided(x, sigma, t, context, cfg, weights)
-            return self.schedule.predict_x0(x, pred, sigma)
-
-        excite = Attend(self, prompts, list(attend), len(plan.steps), attend_scale) if attend else None
-
-        def move(x: Tensor, sigma: float, t: float, i: int) -> Tensor:
-            return excite(x, sigma, t, contexts[i][-len(x) :], i)
-
-        walk = samplers.sample(plan, denoise, noise, init_latents, move if excite else None)
-        while True:  # inference mode for our steps, not for the caller's code between them
-            with torch.inference_mode():
-                x = next(walk, None)
-            if x is None:
-                return
-            yield x
+            contexts, weights = self.contexts(prompts, negative, len(plan), cfg)
+            x, previous, last = noise() * start, None, None
+            if init_latents is not None:
+                x = init_latents + x
+        for i, (sigma, after, t) in enumerate(plan):
+            with torch.inference_mode():  # for our steps, not for the caller's code between them
+                context = contexts[i]
+                if excite:
+                    x = excite(x, sigma, t, context[-len(x) :], i)
+                if context is not last:  # at the first step, and where the prompt changes
+                    kv, last = project_kv(self.unet, context), context
+                with given_kv(kv):
+                    pred = self.guided(x, sigma, t, context, cfg, weights)
+                x0 = self.schedule.predict_x0(x, pred, sigma)
+                x = step(x, x0, sigma, after, previous, noise)
+                previous, latents = (x0, sigma), x / math.sqrt(after**2 + 1)
+            yield latents
 
     def draw(self, prompts: list[str], seeds, batch_size: int = 32, **options) -> list[Image.Image]:
         """One finished picture per prompt and seed; `options` are those of `sample`."""

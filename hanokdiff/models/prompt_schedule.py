@@ -7,8 +7,7 @@ r"""The WebUI's prompts that change while a picture is drawn, and prompts of sev
 
 `when` with a point is a share of the steps (0.5: half of them; 1.0: all), without one a number of steps.
 Fields may hold brackets of their own. A backslash makes [ ] : | and < plain characters; what fits no rule is
-text, and `not_understood` names it. AND is composable diffusion: Liu et al. 2022, arXiv:2206.01714,
-equation 11.
+text, and `not_understood` names it. AND is composable diffusion (Liu et al. 2022, arXiv:2206.01714, eq. 11).
 """
 
 import re

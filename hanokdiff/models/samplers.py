@@ -13,7 +13,7 @@ A sampler is one function, the step from sigma to the next lower sigma; the loop
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -138,20 +138,3 @@ def plan(name: str, schedule: Schedule, steps: int, strength: float | None = Non
         sigmas, ts = sigmas[skipped:], ts[skipped:]
         start = sigmas[0]
     return Plan(s.step, list(zip(sigmas, sigmas[1:], ts)), start)
-
-
-def sample(plan: Plan, denoise: Callable, noise: Noise, init_latents=None, move=None) -> Iterator[Tensor]:
-    """Yield the latents (B, 4, h, w) after each step of a plan; the last are the result.
-
-    `denoise(x, sigma, t)` guesses x0; `init_latents` (B, 4, h, w) are those of a picture to begin with;
-    `move(x, sigma, t, step)` gives another x before each step (attend.py).
-    What is yielded is scaled as the UNet takes it (variance about 1 throughout)."""
-    x, previous = noise() * plan.start, None
-    if init_latents is not None:
-        x = init_latents + x
-    for i, (sigma, after, t) in enumerate(plan.steps):
-        x = move(x, sigma, t, i) if move else x
-        x0 = denoise(x, sigma, t)
-        x = plan.step(x, x0, sigma, after, previous, noise)
-        previous = x0, sigma
-        yield x / math.sqrt(after**2 + 1)

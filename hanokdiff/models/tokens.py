@@ -2,8 +2,7 @@
 
 A pseudo word is cut out of the text before the tokenizer sees it.  CLIP's tokenizer fuses runs of
 punctuation: in "*, fire" it sees one symbol "*,", which is not the "*" that was trained, and the prompt
-silently loses its subject. Here the word is found as literal text and given its own ids, in training and in
-sampling alike.
+silently loses its subject. Here, in training and sampling, the word is found as text and has its own ids.
 
 Shapes:  B prompts;  T = 77 positions;  D the width (768 in SD 1.x, 1024 in SD 2.x);  k chunks of a prompt.
 """
@@ -22,8 +21,6 @@ from hanokdiff.models.text_encoder import TextEncoder
 
 MOST_VECTORS = 75  # of a pseudo word: a chunk of a prompt has room for no more
 MAX_TOKENS = (75, 150, 225)  # of a caption in training: the choices of kohya's scripts
-
-# -------------------------------------------------------------------------------------------- the pseudo word
 
 
 def word_pattern(word: str) -> re.Pattern:
@@ -99,8 +96,6 @@ class Text:
         self.clip_skip = clip_skip
         self._cache.clear()
 
-    # -------------------------------------------------------------------------------------------- text to ids
-
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids if text.strip() else []
 
@@ -159,8 +154,6 @@ class Text:
             # an escaped \[V\] is found only now
             units += [(u, piece[1]) for u in self._units(self._mark(piece[0]))] if piece else [None]
         return split_chunks(units, self.length - 2, self._tokens(",")[0])
-
-    # ----------------------------------------------------------------------------------------- ids to context
 
     def __call__(self, texts: list[str]) -> Tensor:
         known = self._cache

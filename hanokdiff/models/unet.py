@@ -10,7 +10,7 @@ T tokens and D their width in the context;  E = 4 * C0 the width of the time emb
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -63,29 +63,13 @@ class UNetConfig:
         """The same numbers as diffusers writes them."""
         down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in self.attention]
         up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(self.attention)]
-        return {
-            "_class_name": "UNet2DConditionModel",
-            "sample_size": self.sample_size,
-            "in_channels": self.in_channels,
-            "out_channels": self.out_channels,
-            "block_out_channels": list(self.block_out_channels),
-            "down_block_types": down,
-            "mid_block_type": "UNetMidBlock2DCrossAttn",
-            "up_block_types": up,
-            "attention_head_dim": list(self.heads),
-            "layers_per_block": self.layers_per_block,
-            "cross_attention_dim": self.cross_attention_dim,
-            "use_linear_projection": self.use_linear_projection,
-            "upcast_attention": self.upcast_attention,
-            "norm_num_groups": self.norm_num_groups,
-            "norm_eps": self.norm_eps,
-            "act_fn": "silu",
-            "flip_sin_to_cos": True,
-            "freq_shift": 0,
-            "center_input_sample": False,
-            "downsample_padding": 1,
-            "mid_block_scale_factor": 1,
-        }
+        blocks = {"down_block_types": down, "mid_block_type": "UNetMidBlock2DCrossAttn", "up_block_types": up}
+        out: dict = {"_class_name": "UNet2DConditionModel"}
+        for name, value in asdict(self).items():
+            other = {"attention": blocks, "heads": {"attention_head_dim": list(self.heads)}}
+            out |= other.get(name, {name: list(value) if isinstance(value, tuple) else value})
+        out |= {"act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "center_input_sample": False}
+        return {**out, "downsample_padding": 1, "mid_block_scale_factor": 1}
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:

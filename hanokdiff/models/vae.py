@@ -1,13 +1,12 @@
 """The autoencoder: pictures to latents and back (Kingma & Welling 2014), in Stable Diffusion's shape.
 
 Diffusion happens on latents, 8 times smaller per side (4 in the tiny world) and 4 channels deep.  The encoder
-gives a normal distribution per latent value; training draws from it anew at every step.  Names are diffusers'
-tensor names.
+gives a normal distribution per latent value; training draws from it anew at every step. Names: diffusers'.
 
 Shapes:  B pictures of H x W pixels in [-1, 1];  h x w = H / f x W / f the latent;  C channels of a level.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -38,20 +37,9 @@ class VAEConfig:
 
     def to_json(self) -> dict:
         n = len(self.block_out_channels)
-        return {
-            "_class_name": "AutoencoderKL",
-            "in_channels": 3,
-            "out_channels": 3,
-            "act_fn": "silu",
-            "down_block_types": ["DownEncoderBlock2D"] * n,
-            "up_block_types": ["UpDecoderBlock2D"] * n,
-            "block_out_channels": list(self.block_out_channels),
-            "layers_per_block": self.layers_per_block,
-            "latent_channels": self.latent_channels,
-            "norm_num_groups": self.norm_num_groups,
-            "scaling_factor": self.scaling_factor,
-            "sample_size": self.sample_size,
-        }
+        blocks = {"down_block_types": ["DownEncoderBlock2D"] * n, "up_block_types": ["UpDecoderBlock2D"] * n}
+        kind = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "act_fn": "silu"}
+        return {**kind, **blocks, **asdict(self), "block_out_channels": list(self.block_out_channels)}
 
     @property
     def factor(self) -> int:

@@ -4,8 +4,7 @@
     CLIP-I     mean cosine of a picture and reference pictures; the nearest of them; RefCLIPScore of both
     presence   which of several texts fits a picture best (Radford et al. 2021, zero-shot)
 
-Shapes:  N pictures, M texts or references, d the width of CLIP's common space. An embedding is a float32
-vector of length 1.
+Shapes:  N pictures, M texts or references, d the width of CLIP's common space. Embeddings have length 1.
 """
 
 import math
@@ -31,9 +30,6 @@ EXAMPLE = "openai/clip-vit-base-patch32"  # what CLIPScore is published with
 BATCH = 64  # pictures or texts that go through the model at once
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, of all its CLIPs
 STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-# ---------------------------------------------------------------------------------------------- embeddings
 
 
 class Clip:
@@ -132,9 +128,6 @@ def mean_std(source: str) -> tuple[tuple, tuple]:
             f"{source}: preprocessor_config.json has image_mean and image_std of {str(values)[:80]}"
         )
     return mean, std
-
-
-# -------------------------------------------------------------------------------------------------- scores
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,6 @@ UNET_SHAPE = UNetConfig(
 TEXT_SHAPE = dict(hidden_size=72, intermediate_size=288, num_hidden_layers=2, num_attention_heads=4)
 
 
-# -------------------------------------------------------------------------------------- drawings
-
-
 def paint(scene: world.Scene) -> np.ndarray:
     return np.asarray(world.draw(scene))
 
@@ -119,9 +116,6 @@ class Training:
             self.losses = []
             took = time.time() - self.start
             print(f"step {self.step}/{self.steps} loss {mean:.4f} {report()} {took:.0f} s", flush=True)
-
-
-# -------------------------------------------------------------------------------------- autoencoder
 
 
 def psnr(vae: VAE, pictures: Tensor) -> float:
@@ -219,9 +213,6 @@ def write_vae(vae: VAE, pictures: Tensor, args) -> None:
     print(f"{folder}: scaling factor {scaled.config.scaling_factor}")
 
 
-# -------------------------------------------------------------------------------------- base
-
-
 def base(args) -> None:
     """Text encoder and UNet together, from nothing: eps prediction on cached latents (Ho et al. 2020).
 
@@ -282,9 +273,6 @@ def encode(vae: VAE, pictures: Tensor, args) -> Tensor:
             mean, std = vae.encode(unit(part, args.device))
             out.append((mean + std * torch.randn_like(mean)).cpu())
     return torch.cat(out).clone().contiguous()
-
-
-# -------------------------------------------------------------------------------------- CLIP
 
 
 def claim(scene: world.Scene, r: Random) -> tuple[str, tuple]:
@@ -362,9 +350,6 @@ def disturb(x: Tensor, r: Random) -> Tensor:
         x = torch.lerp(x, F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1), r.random())
     g = torch.Generator().manual_seed(r.getrandbits(60))
     return x * r.uniform(0.9, 1.1) + r.uniform(0, 0.04) * torch.randn(x.shape, generator=g).to(x.device)
-
-
-# -------------------------------------------------------------------------------------- check
 
 
 def recognise(judge, pictures) -> tuple[list[str], list[str]]:

@@ -57,8 +57,6 @@ def house_attributes(r: Random) -> tuple[str, str, str, str]:
             return width, colour, form, wall
 
 
-# --------------------------------------------------------------------------------------------------- captions
-
 SENTENCES = {
     "none": ("{b}", "{b}", "a picture of {b}", "{b} in the daytime"),
     "fire": (

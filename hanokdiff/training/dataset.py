@@ -180,18 +180,13 @@ def load_photos(
     shown = Counter(p.image.size for p in photos)
     if len(shown) > 1:
         log("sizes: " + ", ".join(f"{w}x{h} {n} times" for (w, h), n in shown.most_common()))
-    note = summary(photos, f"photos from {source}") + bad
-    photos, often = repeated(photos)
-    log(note + often + held_out_note(aside))
-    return photos, aside
-
-
-def repeated(photos: list[Photo]) -> tuple[list[Photo], str]:
-    """Each photo as often as its folder's number says, against the others'."""
-    common = functools.reduce(math.gcd, [p.repeats for p in photos], 0) or 1
+    # each as often as its folder's number says, against the others'
+    common = math.gcd(*(p.repeats for p in photos)) or 1
     times = [p.repeats // common for p in photos]
     out = [p for k in range(max(times)) for p, n in zip(photos, times) if n > k]
-    return out, f"; {len(out)} with their folders' repeats" if len(out) > len(photos) else ""
+    often = f"; {len(out)} with their folders' repeats" if len(out) > len(photos) else ""
+    log(summary(photos, f"photos from {source}") + bad + often + held_out_note(aside))
+    return out, aside
 
 
 def held_out_note(photos: list[Photo]) -> str:
@@ -281,7 +276,7 @@ def summary(photos: list[Photo], what: str) -> str:
 
 def prepare_captions(photos: list[Photo], token: str, replace: str, caption: str, log=print) -> list[str]:
     """A prompt per photo: its caption with the phrase `replace` become the pseudo word; else `caption`, in
-    which {token} is the pseudo word and {name} the file's name."""
+    which {token} is the pseudo word and {name} the file's name. Refuses a word that no caption contains."""
     pattern = word_pattern(replace) if replace.strip() else re.compile("(?!)")  # no phrase: match nothing
     swapped = [p.caption and pattern.subn(lambda _: token, p.caption) for p in photos]  # (text, count), None
     own = [s for s in swapped if s]
@@ -298,12 +293,7 @@ def prepare_captions(photos: list[Photo], token: str, replace: str, caption: str
         used = next(text for text, s in zip(default, swapped, strict=True) if not s)
         such = ", such as" if "{name}" in caption else ":"
         log(f"{len(photos) - len(own)} of {len(photos)} photos have no caption{such} {used!r} is used")
-    check_word([text for text, _ in own] or default, token, log)
-    return [s[0] if s else text for s, text in zip(swapped, default, strict=True)]
-
-
-def check_word(captions: list[str], token: str, log: Log) -> None:
-    """Refuse to train a word that no caption contains; mention it where some do not."""
+    captions = [text for text, _ in own] or default
     without = [text for text in captions if not contains_word(text, token)]
     if len(without) == len(captions):
         example = f"no caption contains {token!r}, for example {captions[0]!r}"
@@ -311,6 +301,7 @@ def check_word(captions: list[str], token: str, log: Log) -> None:
         raise ValueError(f"{example}; {way} --token, or put {{token}} into --caption")
     if without:
         log(f"{len(without)} of {len(captions)} captions lack {token!r}, for example {without[0]!r}")
+    return [s[0] if s else text for s, text in zip(swapped, default, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------- latents
@@ -342,16 +333,13 @@ class LatentDataset:
             ways = [own, [ImageOps.mirror(image) for image in own]] if flip else [own]
             encoded = [encode(vae, way) for way in ways]
             mean, std = (torch.stack(t).to(device) for t in zip(*encoded))
-            self.check_finite(mean + std, [prompts[i] for i in group])
             self.mean.append(mean)
             self.std.append(std)
-
-    def check_finite(self, latents: Tensor, prompts: list[str]) -> None:
-        bad = (~torch.isfinite(latents)).flatten(2).any(-1).any(0)  # (N,)
-        wrong = [] if bad.is_meta else [p for p, b in zip(prompts, bad.tolist(), strict=True) if b]
-        if wrong:  # fp16 ends at 65504
-            few = f"of {len(wrong)} of {len(prompts)} pictures (such as {wrong[0]!r})"
-            raise ValueError(f"{few} the autoencoder makes numbers that are not finite; try --dtype fp32")
+            bad = (~torch.isfinite(mean + std)).flatten(2).any(-1).any(0)  # (N,)
+            wrong = [] if bad.is_meta else [prompts[i] for i, b in zip(group, bad.tolist(), strict=True) if b]
+            if wrong:  # fp16 ends at 65504
+                few = f"of {len(wrong)} of {len(group)} pictures (such as {wrong[0]!r})"
+                raise ValueError(f"{few} the autoencoder makes numbers that are not finite; try --dtype fp32")
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -1,5 +1,4 @@
-"""Several processes, one training: torchrun starts the same script N times, each trains on its share of
-every batch.
+"""Several processes, one training: torchrun starts a script N times, each trains on its share of a batch.
 
     torchrun --nproc_per_node=2 train_lora.py ...
 

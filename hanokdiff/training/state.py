@@ -68,9 +68,6 @@ def newest_state(out: Path, device) -> tuple[Path, dict] | None:
     return None
 
 
-# --------------------------------------------------------------------------------------------- config and log
-
-
 def check_config(out: Path, config: dict, force: bool) -> bool:
     """Refuse to resume with other options; with `force`, print them. Returns whether any differ."""
     changed = "; ".join(differences(read_json(out / "config.json"), config))
@@ -87,11 +84,6 @@ def differences(before: dict, now: dict) -> list[str]:
     now = json.loads(json.dumps(now))  # as it comes back from a file: lists for tuples
     changed = [k for k, v in now.items() if k not in HARMLESS and before.get(k) != v]
     return [f"{k} was {str(before.get(k))[:60]} and is now {str(now[k])[:60]}" for k in changed]
-
-
-def append_log(out: Path, row: dict) -> None:
-    with open(out / "log.jsonl", "a", encoding="utf-8") as f:
-        f.write(json.dumps(row) + "\n")
 
 
 def truncate_log(out: Path, step: int) -> None:

@@ -8,6 +8,7 @@ What a batch holds and every random number follow from (seed, step, index): see 
 """
 
 import contextlib
+import json
 import math
 import os
 import signal
@@ -138,7 +139,9 @@ class Trainer:
     # ----------------------------------------------------------------------------------------------- the loop
 
     def __iter__(self) -> Iterator[Batch]:
-        handlers = self._catch_signals()
+        here = threading.current_thread() is threading.main_thread()  # no other may set handlers
+        numbers = (signal.SIGINT, signal.SIGTERM) if here else ()
+        handlers = {number: signal.signal(number, self._interrupt) for number in numbers}
         self.bar = tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True, mininterval=0.5)
         self.clock = time.perf_counter()
         try:
@@ -282,7 +285,8 @@ class Trainer:
 
     def _write(self, row: dict) -> None:
         if distributed.RANK == 0:
-            state.append_log(self.out, row)
+            with open(self.out / "log.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(row) + "\n")
 
     @contextlib.contextmanager
     def _clock_stopped(self) -> Iterator[None]:
@@ -329,13 +333,8 @@ class Trainer:
 
     # ----------------------------------------------------------------------- interruptions, divergence, state
 
-    def _catch_signals(self) -> dict:
-        """Ctrl-C and SIGTERM end the run after the step under way. Returns the former handlers."""
-        if threading.current_thread() is not threading.main_thread():
-            return {}
-        return {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-
     def _interrupt(self, *_) -> None:
+        """Ctrl-C and SIGTERM end the run after the step under way."""
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
