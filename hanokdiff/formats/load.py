@@ -30,23 +30,15 @@ def load_model(
     device: str | None = None,
     dtype: str = "auto",
     log=print,
-    tokenizer: str | None = None,
-    prediction: str | None = None,
-    masters: bool = False,
-    vae: str | None = None,
-    zero_terminal_snr: bool = False,
-    training: bool = False,
+    tokenizer: str | None = None,  # folder or hub id of another one than the model's own
+    prediction: str | None = None,  # what the UNet predicts, if the model is silent or wrong
+    masters: bool = False,  # keep what the file says as `master` of each parameter: to train and to save it
+    vae: str | None = None,  # folder or single file of another autoencoder
+    zero_terminal_snr: bool = False,  # a schedule that ends in noise alone, for models that predict v
+    training: bool = False,  # gradients are to be computed: "auto" is not fp16 then
 ) -> StableDiffusion:
     """Open a model: "tiny", a diffusers folder, a hub id, or a single file (.safetensors, .ckpt). Everything
-    is frozen; what is trained is up to the method.
-
-    tokenizer    folder or hub id of another tokenizer than the model's own
-    prediction   "epsilon" or "v_prediction": what the UNet predicts, if the model is silent or wrong
-    vae          folder or single file of another autoencoder than the model's own
-    zero_terminal_snr: a schedule that ends in noise alone, for models that predict v
-    training     gradients are to be computed: "auto" is not fp16 then
-    masters      keep what the file says as `master` of each parameter: to train it and to save it again, not
-                 what half precision leaves of it"""
+    is frozen; what is trained is up to the method."""
     start, (dev, precision, reason) = time.perf_counter(), choose_device(device, dtype, training)
     path = TINY_MODEL if model == "tiny" else find_model(model)
     open_ = open_file if path.is_file() else open_folder

@@ -99,18 +99,13 @@ class StableDiffusion:
         sampler: str = samplers.DEFAULT,
         steps: int = 20,
         cfg: float | None = None,
-        size: tuple[int, int] | None = None,
-        init_latents: Tensor | None = None,
-        strength: float = 1.0,
-        attend: tuple[str, ...] = (),
+        size: tuple[int, int] | None = None,  # (width, height) in pixels; default: the model's own
+        init_latents: Tensor | None = None,  # (1, 4, h, w) of a picture, from `latents`
+        strength: float = 1.0,  # the smaller, the more of that picture stays
+        attend: tuple[str, ...] = (),  # words for Attend-and-Excite
         attend_scale: float = SCALE,
     ) -> Iterator[Tensor]:
-        """Yield the latents (B, 4, h, w) after every step: sample.py's loop, for previews, class pictures and
-        compare.
-
-        `size` is (width, height) in pixels, both divisible by 8 (4 in the tiny world); default the model's
-        own. `init_latents` (1, 4, h, w), from `latents`, are a picture's: the smaller `strength`, the more of
-        it stays. `attend`: words for Attend-and-Excite."""
+        """Yield the latents (B, 4, h, w) after every step: sample.py's loop, for previews and compare."""
         if len(prompts) != len(seeds):
             both = f"{len(prompts)} prompts for {len(seeds)} seeds"
             raise ValueError(f"{both}: give as many of one as of the other")

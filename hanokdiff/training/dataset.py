@@ -128,20 +128,17 @@ class Captions:
 
 
 def load_photos(
-    source: str | Path | Callable,
+    source: str | Path | Callable,  # or a function that draws them, such as tiny.world.photos
     resolution: int,
     images: int | None = None,
     held_out: int = 0,
     log: Log = print,
-    option: str = "--data",
-    photo_set: int = 0,
-    step: int | None = None,
+    option: str = "--data",  # what named the folder, for messages
+    photo_set: int = 0,  # 1, 2, ... take the photos in other orders; those held out stay the same
+    step: int | None = None,  # pixels by which sizes that are not square differ; None: all become squares
 ) -> tuple[list[Photo], list[Photo]]:
     """The first `images` readable ones of a folder (None: all) in its fixed order, and its last `held_out`,
-    which are not among them. `source` may also be a function that draws them, such as tiny.world.photos.
-    `option`: what named the folder, for messages. `photo_set` 1, 2, ... take the photos in other orders;
-    those held out stay the same. `step`: pixels by which the sizes of photos that are not square differ; None
-    crops all to squares."""
+    which are not among them."""
     if images is not None and images < 1:
         raise ValueError(f"--images {images}: at least 1 is needed; leave it out to take them all")
     if callable(source):

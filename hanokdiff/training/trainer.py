@@ -34,45 +34,33 @@ VALIDATIONS = 10  # per run, and one at the start
 
 
 class Trainer:
-    """Iterate over micro-batches; call `backward` with the loss of each.
-
-    out            the run's folder: config.json, log.jsonl, previews/, state/, and what `save` writes
-    trainable      name -> parameter
-    save           writes the artefact to a path; called at the end and every `save_every` steps
-    artefact       the artefact's file name, such as "lora.safetensors"
-    config         what the run was started with: stored in config.json, compared on resume
-    lr             one learning rate, or several by the beginning of the parameters' names: {"unet": 2e-6,
-                   "text": 1e-6}; those of which nothing is trained are left out
-    micro_batch    photos at once; their gradients add up to those of `batch_size`. 0: all at once
-    preview        draws a picture of the present state; called every `preview_every` steps
-    metrics        returns more numbers for each line of the log
-    page           writes the run's page, from its folder and the artefact's name
-    validate       returns the loss of held-out photos; logged at the start and VALIDATIONS times later
-    resume, force  go on from the newest state; with `force` also under another config, if the tensors fit
-    """
+    """Iterate over micro-batches; call `backward` with the loss of each."""
 
     def __init__(
         self,
-        out: Path,
-        trainable: dict[str, nn.Parameter],
+        out: Path,  # the run's folder: config.json, log.jsonl, previews/, state/, and what `save` writes
+        trainable: dict[str, nn.Parameter],  # by name
         *,
         steps: int,
         batch_size: int,
+        # one, or by the beginning of names: {"unet": 2e-6, "text": 1e-6}; unused ones are left out
         lr: float | dict[str, float],
-        save: Callable[[Path], None],
-        artefact: str,
-        config: dict,
-        micro_batch: int = 0,
+        save: Callable[
+            [Path], None
+        ],  # writes the artefact to a path, at the end and every `save_every` steps
+        artefact: str,  # its file name, such as "lora.safetensors"
+        config: dict,  # what the run was started with: stored in config.json, compared on resume
+        micro_batch: int = 0,  # photos at once; gradients add up to those of `batch_size`. 0: all at once
         seed: int = 0,
         weight_decay: float = 0.01,
         save_every: int = 0,
-        preview: Callable | None = None,
+        preview: Callable | None = None,  # draws a picture of the present state, every `preview_every` steps
         preview_every: int = 0,
-        metrics: Callable[[], dict] | None = None,
-        validate: Callable[[], float] | None = None,
-        page: Callable[[Path, str], None] | None = None,
-        resume: bool = False,
-        force: bool = False,
+        metrics: Callable[[], dict] | None = None,  # more numbers for each line of the log
+        validate: Callable[[], float] | None = None,  # the loss of held-out photos, VALIDATIONS times
+        page: Callable[[Path, str], None] | None = None,  # writes the run's page: folder, artefact's name
+        resume: bool = False,  # go on from the newest state
+        force: bool = False,  # also under another config, if the tensors fit
     ):
         self.out, self.trainable, self.steps, self.batch_size = out, trainable, steps, batch_size
         self.micro_batch, self.seed = micro_batch or batch_size, seed
