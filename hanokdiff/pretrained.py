@@ -15,8 +15,7 @@ def open_pretrained(model: str | Path, kind: str, tokenizer: str, option: str, w
 
     Classes are given by name because importing transformers takes seconds. ValueError if the model cannot be
     opened or lacks weights, which transformers would leave random; its message names the command's `option`,
-    what a folder must hold (`whole`), and a hub id that works.
-    """
+    what a folder must hold (`whole`), and a hub id that works."""
     folder, name = Path(model).expanduser(), str(model)
     local = folder.is_dir()
     if not local and (isinstance(model, Path) or folder.exists() or not could_be_hub_id(name)):

@@ -61,8 +61,7 @@ class Count(TorchDispatchMode):
                   fp32; `repeated`: q k^T once more in attention's backward pass, one of its 5 products
     live, peak    bytes of the meta tensors made inside that are allocated now, and the most at once
     syncs         names of the operations for which the host would wait for a GPU
-    dispatched    operations on meta tensors, views included: a host takes some microseconds for each
-    """
+    dispatched    operations on meta tensors, views included: a host takes some microseconds for each"""
 
     def __init__(self):
         super().__init__()

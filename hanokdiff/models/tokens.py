@@ -56,8 +56,7 @@ class Text:
     words           pseudo word -> its token ids, cut out before the tokenizer (`add_word`)
     literal_tokens  do not cut them out, so that "*," is one symbol as in other tools (to compare)
     clip_skip       leave out the last n - 1 layers
-    max_tokens      of a caption: 75, or 75 n to read it in n chunks, as prompts are read
-    """
+    max_tokens      of a caption: 75, or 75 n to read it in n chunks, as prompts are read"""
 
     def __init__(self, encoder: TextEncoder, tokenizer, literal_tokens: bool = False, clip_skip: int = 1):
         self.encoder, self.tokenizer = encoder, tokenizer

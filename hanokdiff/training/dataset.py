@@ -215,8 +215,7 @@ def photo_files(folder: Path, option: str = "--data") -> list[Path]:
 
     Sorted by a hash of the name: shuffled, yet the same however the folder is listed, and adding or removing
     one leaves the others in order. NFC, because a Mac writes Korean names in another normal form. A folder
-    without pictures may hold kohya's: 10_NAME, 5_OTHER, the number is the repeats (kohya_ss#1725).
-    """
+    without pictures may hold kohya's: 10_NAME, 5_OTHER, the number is the repeats (kohya_ss#1725)."""
     if not os.path.isdir(folder):  # pathlib's own raises at a name that is too long
         what = "not a folder" if os.path.exists(folder) else "no such folder"
         raise ValueError(f"{option} {folder}: {what}; name one that holds photos")
