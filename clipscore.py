@@ -66,8 +66,7 @@ def options() -> Options:
     add("--device", default="cpu", help="cpu, cuda ... (default: %(default)s, the same everywhere)")
     add = p.add_argument_group("output").add_argument
     add("--per-image", action="store_true", help="print a line for every picture")
-    everything = "everything: scorer, formulas, every picture, summary"
-    add("--json", type=Path, metavar="FILE", help=everything)
+    add("--json", type=Path, metavar="FILE", help="everything: scorer, formulas, every picture, summary")
     add("--csv", type=Path, metavar="FILE", help="a line for every picture")
     return p
 

@@ -90,8 +90,7 @@ def main(argv=None):
     if args.freeze_text:  # a frozen encoder's output never changes
         sd.text.cache_prompts([*dataset.prompts, *(class_dataset.prompts if class_dataset else [])])
     else:
-        vectors = textual_inversion.token_embedding(sd)[ids]
-        embedding = textual_inversion.insert(sd, args.token, vectors)
+        embedding = textual_inversion.insert(sd, args.token, textual_inversion.token_embedding(sd)[ids])
         rates |= {"text": args.text_lr, "word": args.word_lr}
     trained = dreambooth.prepare(sd, embedding, args.train)
     print(f"trains {trained.described()}, {command_line.count(trained.parameters)}")

@@ -69,8 +69,7 @@ def main(argv=None):
     args, given = parser.parse(argv), parser.given(argv)
     command_line.check_training(args)
     prior.check(args)
-    decided = ("widths", "layers", "activation", "layer_norm", "dropout")
-    start = command_line.from_file(args, given, decided)
+    start = command_line.from_file(args, given, ("widths", "layers", "activation", "layer_norm", "dropout"))
     if start:
         config, _, metadata = hypernet_file.read_file(start)
         words, word = hypernet_file.read_words(start, metadata), hypernet_file.pseudo_word(metadata)

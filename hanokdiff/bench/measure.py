@@ -135,7 +135,8 @@ def time_sides(args: Namespace, work: str) -> Iterator[tuple[str, dict]]:
     """(name of a side, {"seconds": of a step in each turn, "peak_bytes": of its steps}). On a CPU the sides
     take turns, because other processes slow it now and then; on a GPU, where both may not fit, not."""
     if work == "start":
-        times = time_process_start(args.rounds, ["ours"] + ["diffusers"] * bool(args.vs))
+        names = ("ours", "diffusers") if args.vs else ("ours",)
+        times = interleaved({name: start_process(name) for name in names}, args.rounds, 1)
         yield from ((name, {"seconds": seconds}) for name, seconds in times.items())
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -150,17 +151,12 @@ def time_sides(args: Namespace, work: str) -> Iterator[tuple[str, dict]]:
         yield name, {"seconds": seconds} | peak
 
 
-def time_process_start(rounds: int, sides: list[str]) -> dict[str, list[float]]:
-    """Seconds from the start of a process to the end of the first sampling step, with the embedded model."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    for i in range(rounds + 1):  # the first round fills the page cache
-        for name in sides:
-            start = time.perf_counter()
-            subprocess.run([sys.executable, "-c", FIRST_STEP[name]], check=True, capture_output=True, env=env)
-            if i:
-                times[name].append(time.perf_counter() - start)
-    return times
+def start_process(side: str) -> Iterator[None]:
+    """A new process at every next(), to the end of its first sampling step, with the embedded model."""
+    command, env = [sys.executable, "-c", FIRST_STEP[side]], {**os.environ, "HF_HUB_OFFLINE": "1"}
+    while True:
+        subprocess.run(command, check=True, capture_output=True, env=env)
+        yield
 
 
 def fastest_matmul(device: str, dtype: torch.dtype) -> float:

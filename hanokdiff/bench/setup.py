@@ -93,8 +93,7 @@ def build(size: str, device: str, dtype: torch.dtype) -> StableDiffusion:
 def photos(side: int, n: int = 8) -> tuple[list[Image.Image], list[str]]:
     """n images of noise, side x side pixels, the same at every call, and their captions."""
     noise = np.random.default_rng(0).integers(256, size=(n, side, side, 3), dtype=np.uint8)
-    images = [Image.fromarray(pixels) for pixels in noise]
-    return images, [f"* {i} in the snow" for i in range(n)]
+    return [Image.fromarray(pixels) for pixels in noise], [f"* {i} in the snow" for i in range(n)]
 
 
 def trained(sd: StableDiffusion, method: str) -> dict:

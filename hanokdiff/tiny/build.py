@@ -367,8 +367,7 @@ def check(args) -> None:
     sd = load_model(str(args.out / "sd"), args.device)
     held_out, scenes = drawings("test", args.images or 1_000, world.KINDS)
     print(f"autoencoder: {psnr(sd.vae, held_out[:512]):.2f} dB on held-out drawings")
-    pictures = [world.draw(s) for s in scenes]
-    kinds, conditions = recognise(judge, pictures)
+    kinds, conditions = recognise(judge, [world.draw(s) for s in scenes])
     right = np.mean([k == s.kind for k, s in zip(kinds, scenes, strict=True)])
     weather = np.mean([c == s.condition for c, s in zip(conditions, scenes, strict=True)])
     others = np.mean([k == "hanok" for k, s in zip(kinds, scenes, strict=True) if s.kind != "hanok"])

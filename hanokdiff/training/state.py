@@ -20,8 +20,7 @@ HARMLESS = ("device", "deterministic", "checkpointing", "compile", "save_every",
 
 def state_files(out: Path) -> list[Path]:
     """The saved states, newest first: each was written aside, synced and renamed, so none is half written."""
-    found = (out / "state").glob("[0-9]*.pt")
-    return sorted(found, key=lambda f: (len(f.name), f.name), reverse=True)
+    return sorted((out / "state").glob("[0-9]*.pt"), key=lambda f: (len(f.name), f.name), reverse=True)
 
 
 def delete_states(out: Path, keep: Path | None = None) -> None:
