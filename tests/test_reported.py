@@ -215,7 +215,7 @@ def test_torchrun_ends_with_our_sentence(monkeypatch, capsys):
     peer = RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.1]:1")
     with monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
-        patch.setattr(train_lora, "check_training", lambda args: raised(peer))
+        patch.setattr(train_lora.command_line, "check_training", lambda args: raised(peer))
         assert train_lora.main([]) == 2 and not Path("error.json").exists()
     assert capsys.readouterr().err == "error: another process has ended\n"
     refused(train_lora, ["--steps", "0", "--device", "cpu"], ["--steps is 0"], capsys)
