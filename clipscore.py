@@ -15,8 +15,7 @@
 prints the scorer, the exact texts it scored (the prompts that sample.py and the WebUI leave in their PNGs),
 and for each folder the means and the share of pictures recognised as each thing, with 95 % intervals.
 --paired subtracts pictures of the same prompt and seed, so that an easy prompt is easy for both. References
-here are pictures, best real ones that no training saw; the paper's are captions: do not compare RefCLIPScores
-with its.
+here are pictures, best real ones that no training saw; the paper's are captions: not comparable.
 
 CLIPScore is blind to quality, reads a bag of words, and has a scale of its own per model: compare only under
 one scorer. A pseudo word means nothing to it: --replace-token "*" "a hanok".
@@ -67,8 +66,7 @@ def options() -> Options:
     add("--device", default="cpu", help="cpu, cuda ... (default: %(default)s, the same everywhere)")
     add = p.add_argument_group("output").add_argument
     add("--per-image", action="store_true", help="print a line for every picture")
-    everything = "everything: scorer, formulas, every picture, summary"
-    add("--json", type=Path, metavar="FILE", help=everything)
+    add("--json", type=Path, metavar="FILE", help="everything: scorer, formulas, every picture, summary")
     add("--csv", type=Path, metavar="FILE", help="a line for every picture")
     return p
 
@@ -83,10 +81,8 @@ def pictures_in(folder: Path) -> list[Path]:
     if sheets:
         print(f"note: {folder}: {len(sheets)} contact sheets skipped ({sheets[0].name})", file=sys.stderr)
     if len(files) == len(sheets):
-        raise ValueError(
-            f"{folder} holds no pictures ({' '.join(sorted(SUFFIXES))}); folders inside are not "
-            "searched, so give the one that holds them"
-        )
+        way = "folders inside are not searched, so give the one that holds them"
+        raise ValueError(f"{folder} holds no pictures ({' '.join(sorted(SUFFIXES))}); {way}")
     return [f for f in files if f not in sheets]
 
 
@@ -102,8 +98,7 @@ def collect(paths: list[str]) -> dict[str, str]:
 
 
 def origin(parameters: str) -> dict:
-    """Prompt and seed in what the WebUI writes: the prompt, "Negative prompt: ...", "Steps: 20, ..., Seed: 0,
-    ..."."""
+    """Prompt and seed in the WebUI's text: the prompt, "Negative prompt: ...", "Steps: 20, ..., Seed: 0"."""
     prompt = re.split(r"(?:^|\n)(?:Negative prompt|Steps):", parameters, maxsplit=1)[0].strip()
     seed = re.search(r"^Steps: .*\bSeed: (\d{1,19})\b", parameters, re.MULTILINE)
     return {"prompt": prompt, "seed": int(seed[1]) if seed else None}
@@ -124,15 +119,11 @@ def read_pictures(files) -> tuple[dict[str, dict], list[str]]:
             flat += [file] * all(low == high for low, high in image.convert("RGB").getextrema())
             pictures[file] = {"side": side, **origin(str(image.info.get("parameters", "")))}
     if flat:
-        print(
-            f"note: {len(flat)} pictures are of one colour (such as {flat[0]}), as a model makes them whose "
-            "numbers overflow; they are scored like the others",
-            file=sys.stderr,
-        )
+        one = f"note: {len(flat)} pictures are of one colour (such as {flat[0]}), as a model makes them whose"
+        print(f"{one} numbers overflow; they are scored like the others", file=sys.stderr)
     if not pictures:
-        raise ValueError(
-            f"none of the {len(broken)} pictures can be read, {broken[0]} first; give some that can"
-        )
+        none = f"none of the {len(broken)} pictures can be read, {broken[0]} first"
+        raise ValueError(f"{none}; give some that can")
     return pictures, broken
 
 
@@ -152,9 +143,8 @@ def set_texts(rows: list[dict], prompt: str | None, replace: list[tuple[str, str
             raise ValueError('--replace-token has an empty TOKEN; give the pseudo word, e.g. "*"')
         n = sum(contains_word(row["text"], token) for row in rows)
         if not n:
-            raise ValueError(
-                f'none of the {len(rows)} prompts holds "{token}"; see --replace-token, or leave it away'
-            )
+            none = f'none of the {len(rows)} prompts holds "{token}"'
+            raise ValueError(f"{none}; see --replace-token, or leave it away")
         for row in rows:
             row["text"] = word_pattern(token).sub(lambda _, words=words: words, row["text"])
         print(f'"{token}" replaced by "{words}" in {n} of {len(rows)} prompts')
@@ -163,9 +153,8 @@ def set_texts(rows: list[dict], prompt: str | None, replace: list[tuple[str, str
 def labels_of(presence: str | None) -> list[str]:
     labels = [x.strip() for x in (presence or "").split("|") if x.strip()]
     if presence is not None and len(set(labels)) < max(2, len(labels)):
-        raise ValueError(
-            f'--presence "{presence}" must name at least 2 different things, as in "a hanok|a barn"'
-        )
+        two = 'must name at least 2 different things, as in "a hanok|a barn"'
+        raise ValueError(f'--presence "{presence}" {two}')
     return labels
 
 
@@ -173,10 +162,8 @@ def choose_clip(pictures: dict[str, dict], clip: str | None) -> str | Path:
     largest = max(pictures, key=lambda file: pictures[file]["side"])
     side = pictures[largest]["side"]
     if clip is None and side > 64:
-        raise ValueError(
-            f"{largest} is {side} px on its short side, but the embedded CLIP knows only the tiny world's "
-            f"64; name another: --clip {EXAMPLE}"
-        )
+        known = f"the embedded CLIP knows only the tiny world's 64; name another: --clip {EXAMPLE}"
+        raise ValueError(f"{largest} is {side} px on its short side, but {known}")
     return TINY_CLIP if clip in (None, "tiny") else clip
 
 
@@ -236,24 +223,18 @@ def match(rows: list[dict], paths: list[str], prompt: str | None) -> dict:
         key = f'"{row[column]}" with seed {row["seed"]}' if by_seed else Path(row["file"]).stem
         folder = a if Path(row["folder"]) == Path(paths[0]) else b
         if key in folder:
-            raise ValueError(
-                f"{folder[key]['file']} and {row['file']} are both {key}, so it is uncertain which makes the "
-                "pair; take one of them out of its folder"
-            )
+            both = f"{folder[key]['file']} and {row['file']} are both {key}"
+            way = "take one of them out of its folder"
+            raise ValueError(f"{both}, so it is uncertain which makes the pair; {way}")
         folder[key] = row
     by = "prompt and seed" if by_seed else "file name"
     if not a.keys() & b.keys():
         first, second = (next(iter(folder), "nothing readable") for folder in (a, b))
-        raise ValueError(
-            f"no picture of {paths[0]} matches one of {paths[1]} by {by} (the first ones: {first}; "
-            f"{second}); draw both from the same prompts and seeds"
-        )
-    pairs = [(a[k], b[k]) for k in a if k in b]
-    return {
-        "by": by,
-        "pairs": pairs,
-        "unmatched": [(a | b)[k]["file"] for k in a | b if (k in a) != (k in b)],
-    }
+        first = f"the first ones: {first}; {second}"
+        none = f"no picture of {paths[0]} matches one of {paths[1]} by {by} ({first})"
+        raise ValueError(f"{none}; draw both from the same prompts and seeds")
+    unmatched = [(a | b)[k]["file"] for k in a | b if (k in a) != (k in b)]
+    return {"by": by, "pairs": [(a[k], b[k]) for k in a if k in b], "unmatched": unmatched}
 
 
 def differences(pairs: list[tuple[dict, dict]], names: list[str], labels: list[str]) -> dict:
@@ -326,31 +307,23 @@ def as_csv(rows: list[dict]) -> str:
 
 def check(args) -> None:
     """What can be refused before the work."""
-    for option, path in (("--json", args.json), ("--csv", args.csv)):
-        if path is not None:
-            check_output(option, path)
+    for named, path in ((f"--json {args.json}", args.json), (f"--csv {args.csv}", args.csv)):
+        if path is None:
+            continue
+        if path.is_dir():
+            raise ValueError(f"{named} is a folder; name a file in it")
+        if path.exists() and path.suffix.lower() not in (".json", ".csv"):
+            raise ValueError(f"{named} is there and would be replaced; name one that ends in .json or .csv")
+        folder = path.absolute().parent
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise ValueError(f"{named} cannot be written; name a file in a folder that exists and is yours")
     if args.json and args.csv and args.json.absolute() == args.csv.absolute():
         raise ValueError(f"--json and --csv are both {args.json}; name two files")
     folders = {Path(p).resolve() for p in args.paths if Path(p).is_dir()}
     if args.paired and not len(args.paths) == len(folders) == 2:
-        raise ValueError(
-            f"--paired compares 2 different folders, but of the {len(args.paths)} paths {len(folders)} are; "
-            "give two: clipscore.py A B --paired"
-        )
-
-
-def check_output(option: str, path: Path) -> None:
-    if path.is_dir():
-        raise ValueError(f"{option} {path} is a folder; name a file in it")
-    if path.exists() and path.suffix.lower() not in (".json", ".csv"):
-        raise ValueError(
-            f"{option} {path} is there and would be replaced; name one that ends in .json or .csv"
-        )
-    folder = path.absolute().parent
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise ValueError(
-            f"{option} {path} cannot be written; name a file in a folder that exists and is yours"
-        )
+        are = f"of the {len(args.paths)} paths {len(folders)} are"
+        way = "give two: clipscore.py A B --paired"
+        raise ValueError(f"--paired compares 2 different folders, but {are}; {way}")
 
 
 @report_errors

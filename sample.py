@@ -24,11 +24,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
 from tqdm import tqdm
 
 from hanokdiff import alert, axes
-from hanokdiff.errors import check_folder, make_folder, report_errors
+from hanokdiff.errors import check_file, check_folder, make_folder, report_errors
 from hanokdiff.files import free_folder
 from hanokdiff.formats import delta_file, embedding_file, hypernet_file, lora_file
 from hanokdiff.formats.load import load_model
@@ -48,16 +47,8 @@ MOST_SEED = 2**32 - 1  # torch's generator on the CPU takes 32 bits: from there 
 
 
 @torch.inference_mode()
-def sample(
-    sd,
-    prompts: list[str],
-    seeds: list[int],
-    args,
-    size: tuple[int, int],
-    init_latents: Tensor | None,
-    bar: tqdm,
-) -> list[Image.Image]:
-    """One picture per prompt and seed: the sampling loop, B pictures at once."""
+def sample(sd, prompts: list[str], seeds: list[int], args, size, init_latents, bar) -> list[Image.Image]:
+    """One picture of this size per prompt and seed: the sampling loop, B pictures at once."""
     noise = sd.noise(seeds, size)  # noise(): (B, 4, h, w), a function of each picture's own seed
     step, steps, start = samplers.plan(args.sampler, sd.schedule, args.steps, args.strength)
     # of each step ((1 + K) B, 77, D): B times the negative prompt, then each of the prompts' K parts; K is 1
@@ -159,35 +150,33 @@ def parse_word(text: str) -> tuple[Path, str | None]:
 
 
 def check(args) -> None:
+    """Refuse what can be refused before a model is opened, or even fetched."""
     if not args.prompt and args.alert is None:
         raise ValueError("nothing to draw: give a prompt, or --alert TEXT")
     if args.prompt and args.alert is not None:
         raise ValueError("--alert makes the prompt itself; leave out either the prompts or --alert")
     for name in ("n", "steps", "batch_size", "clip_skip"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
+        if (value := getattr(args, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, but must be at least 1")
     if args.n > MOST:
         raise ValueError(f"--n is {args.n}, but must be at most {MOST}; draw more with another --seed")
-    if args.sampler not in samplers.SAMPLERS:
-        samplers.sigmas_and_timesteps(args.sampler, None, args.steps)  # which refuses it
+    for sampler in [args.sampler, *args.axes.get("sampler", [])]:
+        if sampler not in samplers.SAMPLERS:
+            samplers.sigmas_and_timesteps(sampler, None, args.steps)  # which refuses it
     if not 0 <= args.seed <= MOST_SEED - args.n + 1:
         raise ValueError(f"--seed is {args.seed}, but must be between 0 and {MOST_SEED - args.n + 1}")
-    scales = [
-        (f"--{kind} {p}", s)
-        for kind in ("lora", "hypernet")
-        for p, s in map(parse_scale, getattr(args, kind))
-    ]
+    scales = [(f"--{kind} {path}", scale) for kind, path, scale in given_files(args)]
     for name, value in [("--cfg", args.cfg or 0.0), ("--attend-scale", args.attend_scale), *scales]:
         if not math.isfinite(value):
             raise ValueError(f"{name} is {value}, but must be a finite number")
-    for kind, parse in (("lora", parse_scale), ("embedding", parse_word), ("hypernet", parse_scale)):
-        for path, named in ((parse(given)[0], given) for given in getattr(args, kind)):
-            check_file(path, f"--{kind} {named}")
-    for path in args.delta:
-        check_file(path, f"--delta {path}")
-    if args.init_image:
-        check_file(args.init_image, f"--init-image {args.init_image}")
+    for kind, parse in (("lora", parse_scale), ("hypernet", parse_scale), ("embedding", parse_word)):
+        for given in getattr(args, kind):
+            check_artefact(parse(given)[0], f"--{kind} {given}")
+    others = [("--delta", file) for file in args.delta]
+    others += [("--init-image", args.init_image)] if args.init_image else []
+    others += [("--vary file", file) for file in args.axes.get("file", [])]
+    for option, file in others:
+        check_artefact(file, f"{option} {file}")
     if args.strength is not None and not args.init_image:
         raise ValueError("--strength says how far to go from --init-image, which is not given")
     if args.init_image:
@@ -195,17 +184,30 @@ def check(args) -> None:
         samplers.img2img_steps(args.steps, args.strength)
     if args.out is not None:
         check_folder(args.out)
+    if args.axes:
+        check_vary(args)
 
 
-def check_file(path: Path, option: str) -> None:
-    """Before a model is opened, or even fetched."""
+def check_artefact(path: Path, option: str) -> None:
     before, _, strength = str(path).rpartition(":")
     if before and not path.exists() and Path(before).is_file():
         raise ValueError(f"{option}: the strength is {strength!r}, but must be a number, as in {before}:0.8")
-    if not path.is_file():
-        raise ValueError(
-            f"{option}: {'a folder' if path.is_dir() else 'no such file'}; name a file that is there"
-        )
+    check_file(path, option)
+
+
+def given_files(args) -> tuple:
+    """The LoRAs and hypernetworks as a prompt's tags would name them."""
+    return tuple((kind, *parse_scale(f)) for kind in ("lora", "hypernet") for f in getattr(args, kind))
+
+
+def apply_file(sd, kind: str, file: Path, scale: float, log=print) -> tuple:
+    """Apply a LoRA or hypernetwork to the model: its pseudo word, and a function that takes it out again."""
+    if kind == "lora":
+        loras, metadata = lora_file.apply_file(sd, file, scale, log)
+        before = lora.merge(sd, loras)  # into the weights: no step costs more than without it
+        return metadata.get("hanokdiff_token"), functools.partial(lora.unmerge, sd, before)
+    net, metadata = hypernet_file.apply_file(sd, file, scale, log)
+    return hypernet_file.pseudo_word(metadata), functools.partial(hypernetwork.remove, sd, net)
 
 
 def apply_files(sd, args, but_scaled: bool = False) -> None:
@@ -214,12 +216,8 @@ def apply_files(sd, args, but_scaled: bool = False) -> None:
     words = list(sd.text.words)
     for path in args.delta:
         delta_file.apply_file(sd, path)
-    for path, scale in map(parse_scale, [] if but_scaled else args.lora):
-        loras, metadata = lora_file.apply_file(sd, path, scale)
-        lora.merge(sd, loras)  # into the weights: no step costs more than without it
-        words.append(metadata.get("hanokdiff_token"))
-    for path, scale in map(parse_scale, [] if but_scaled else args.hypernet):
-        words.append(hypernet_file.pseudo_word(hypernet_file.apply_file(sd, path, scale)[1]))
+    for given in () if but_scaled else given_files(args):
+        words.append(apply_file(sd, *given)[0])
     for word in [args.token] if args.token else sorted(filter(None, set(words))):
         if word not in sd.text.words:  # a LoRA file may have brought its own vectors for it
             sd.text.add_word(word)
@@ -256,15 +254,9 @@ def read_tags(args) -> dict[str, tuple[str, tuple]]:
 def with_tags(sd, tags: tuple, log=print):
     """The model with the artefacts that a prompt names, and afterwards without them."""
     undo, words, table = [], sd.text.words, sd.text.encoder.embeddings.token_embedding
-    for kind, file, scale in tags:
-        if kind == "lora":
-            loras, metadata = lora_file.apply_file(sd, file, scale, log)
-            undo.append(functools.partial(lora.unmerge, sd, lora.merge(sd, loras)))
-            word = metadata.get("hanokdiff_token")
-        else:
-            net, metadata = hypernet_file.apply_file(sd, file, scale, log)
-            undo.append(functools.partial(hypernetwork.remove, sd, net))
-            word = hypernet_file.pseudo_word(metadata)
+    for tag in tags:
+        word, take_out = apply_file(sd, *tag, log)
+        undo.append(take_out)
         if word and word not in sd.text.words:
             sd.text.add_word(word)
     yield
@@ -300,11 +292,9 @@ def initial_picture(args, sd, size):
 def warn_of_size(size: tuple[int, int], trained: int) -> None:
     """A UNet draws its subject twice where it has more room than it has seen, and half of it where less."""
     if not 0.7 <= min(size) / trained <= max(size) / trained <= 1.6:
-        warnings.warn(
-            f"{size[0]}x{size[1]} is far from the {trained}x{trained} that the model was trained at: "
-            "subjects may be doubled or cut; draw near that size, then enlarge: --init-image FILE --size ...",
-            stacklevel=2,
-        )
+        far = f"{size[0]}x{size[1]} is far from the {trained}x{trained} that the model was trained at"
+        way = "draw near that size, then enlarge: --init-image FILE --size ..."
+        warnings.warn(f"{far}: subjects may be doubled or cut; {way}", stacklevel=2)
 
 
 def parameters(prompt: str, seed: int, size: tuple[int, int], args) -> str:
@@ -324,10 +314,8 @@ def parameters(prompt: str, seed: int, size: tuple[int, int], args) -> str:
 @report_errors
 def main(argv=None):
     args = options().parse_args(argv)
-    check(args)
     args.axes = axes.parse(args.vary)
-    if args.axes:
-        check_vary(args)
+    check(args)
     reading = None if args.alert is None else alert.drawable(args.alert)
     tagged = read_tags(args)
     if reading is None:
@@ -396,11 +384,10 @@ def draw(sd, args, tagged: dict, number: int, *, size, init_latents, out: Path, 
 
 
 def draw_varied(draw, sd, args, tagged: dict, number: int) -> tuple[list, list[str], list[str], int]:
-    """--vary: a picture for every pair of values, the same noise along a row but where the seed varies.
-    Returns the tiles, the names of rows and columns, and how many pictures there are."""
-    (down, rows), (across, columns) = sheet_axes(args)
-    moved = {"strength", "file"} & {down, across}
-    tiles = []
+    """--vary: a picture for every pair of values, the same noise along a row but where the seed varies; with
+    one axis a row is a prompt. Returns tiles, names of rows and of columns, and the number of pictures."""
+    (down, rows), (across, columns) = [("prompt", args.prompt), *args.axes.items()][-2:]
+    moved, tiles = {"strength", "file"} & {down, across}, []
     for r in rows:
         tiles.append([])
         for c in columns:
@@ -413,12 +400,6 @@ def draw_varied(draw, sd, args, tagged: dict, number: int) -> tuple[list, list[s
     return tiles, *names, len(rows) * len(columns)
 
 
-def sheet_axes(args) -> list[tuple[str, list]]:
-    """The axis of the rows and that of the columns; with one axis the rows are the prompts."""
-    found = list(args.axes.items())
-    return found if len(found) == 2 else [("prompt", args.prompt), *found]
-
-
 def with_values(args, values: dict) -> argparse.Namespace:
     """The arguments of one picture of a sheet."""
     now = argparse.Namespace(**{**vars(args), "n": 1})
@@ -426,9 +407,8 @@ def with_values(args, values: dict) -> argparse.Namespace:
         if axis == "prompt":
             now.prompt = [value]
         elif axis == "strength":
-            now.lora, now.hypernet = (
-                [f"{parse_scale(f)[0]}:{value}" for f in files] for files in (now.lora, now.hypernet)
-            )
+            for kind in ("lora", "hypernet"):
+                setattr(now, kind, [f"{parse_scale(f)[0]}:{value}" for f in getattr(now, kind)])
         elif axis == "file":
             kind = "hypernet" if value.suffix == ".pt" else "lora"
             scale = parse_scale((getattr(now, kind) or [""])[0])[1]
@@ -436,11 +416,6 @@ def with_values(args, values: dict) -> argparse.Namespace:
         else:
             setattr(now, axis, value)
     return now
-
-
-def given_files(args) -> tuple:
-    """The LoRAs and hypernetworks as a prompt's tags would name them."""
-    return tuple((kind, *parse_scale(f)) for kind in ("lora", "hypernet") for f in getattr(args, kind))
 
 
 def check_vary(args) -> None:
@@ -454,10 +429,6 @@ def check_vary(args) -> None:
         args.prompt = found["prompt"]
     if "strength" in found and not (args.lora or args.hypernet or "file" in found):
         raise ValueError("--vary strength needs a --lora or --hypernet, whose strength it is")
-    for file in found.get("file", []):
-        check_file(file, f"--vary file {file}")
-    for sampler in found.get("sampler", []):
-        samplers.sigmas_and_timesteps(sampler, None, args.steps) if sampler not in samplers.SAMPLERS else None
     if bad := [v for v in found.get("steps", []) if v < 1]:
         raise ValueError(f"--vary steps: {bad[0]}, but must be at least 1")
 

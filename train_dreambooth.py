@@ -30,17 +30,8 @@ from hanokdiff.formats.load import load_model
 from hanokdiff.methods import dreambooth, spectral, textual_inversion
 from hanokdiff.methods.losses import min_snr_weight, mse
 from hanokdiff.tiny import world
+from hanokdiff.training import args as command_line
 from hanokdiff.training import prior
-from hanokdiff.training.args import (
-    check_resolution,
-    check_training,
-    count,
-    load_data,
-    model_options,
-    run_folder,
-    trainer_options,
-    training_parser,
-)
 from hanokdiff.training.trainer import Trainer
 
 # the tiny world's class pictures show campfires, smoke and floods too, but no fire
@@ -56,25 +47,21 @@ DEFAULTS = {
 
 
 def options():
-    parser, method = training_parser(__doc__, DEFAULTS)
+    parser, method = command_line.training_parser(__doc__, DEFAULTS)
     prior.add_options(method)
     method("--train", "what is trained", choices=dreambooth.TRAIN, default="all")
     method("--freeze-text", "train the UNet only", action="store_true")
     method("--text-lr", "learning rate of the text encoder", type=float)
-    method(
-        "--word-lr",
-        "learning rate of the pseudo word's own rows in the table of words; no other row moves",
-        type=float,
-    )
+    rows = "learning rate of the pseudo word's own rows in the table of words; no other row moves"
+    method("--word-lr", rows, type=float)
     method("--text-steps", "steps after which the text encoder stands still (default: never)", type=int)
     return parser
 
 
 def check_text_options(given) -> None:
     if given.freeze_text and {given.text_lr, given.word_lr, given.text_steps} != {None}:
-        raise ValueError(
-            "--freeze-text leaves nothing to do for --text-lr, --word-lr and --text-steps; leave them out"
-        )
+        options = "--text-lr, --word-lr and --text-steps"
+        raise ValueError(f"--freeze-text leaves nothing to do for {options}; leave them out")
     if given.train == "cross-attention" and given.text_lr is not None:
         raise ValueError("--train cross-attention trains nothing of the text encoder; leave out --text-lr")
 
@@ -83,20 +70,18 @@ def check_text_options(given) -> None:
 def main(argv=None):
     parser = options()
     given, args = parser.parse_args(argv), parser.parse(argv)
-    check_training(args)
+    command_line.check_training(args)
     check_text_options(given)
     prior.check(args)
-    out = run_folder(args, "dreambooth", "model")
+    out = command_line.run_folder(args, "dreambooth", "model")
 
     # 1. The base model, in half precision with fp32 masters
-    sd = load_model(args.model, args.device, args.dtype, **model_options(args), masters=True)
-    sd.text.skip(args.clip_skip)
-    sd.text.literal_tokens, sd.text.max_tokens = args.literal_tokens, args.max_tokens
+    sd = load_model(args.model, args.device, args.dtype, **command_line.model_options(args), masters=True)
+    command_line.fit_to_model(args, sd)
     sd.text.add_word(args.token)
-    args.resolution = check_resolution(args.resolution, sd)
 
     # 2. The photos, and class pictures drawn by the model as it still is
-    photos, dataset, held_out = load_data(args, sd, world.photos)
+    photos, dataset, held_out = command_line.load_data(args, sd, world.photos)
     more = world.CLASS_PROMPTS if args.model == "tiny" else None
     class_dataset, seconds = prior.load(args, sd, photos, dataset, more)
 
@@ -105,23 +90,20 @@ def main(argv=None):
     if args.freeze_text:  # a frozen encoder's output never changes
         sd.text.cache_prompts([*dataset.prompts, *(class_dataset.prompts if class_dataset else [])])
     else:
-        vectors = textual_inversion.token_embedding(sd)[ids]
-        embedding = textual_inversion.insert(sd, args.token, vectors)
+        embedding = textual_inversion.insert(sd, args.token, textual_inversion.token_embedding(sd)[ids])
         rates |= {"text": args.text_lr, "word": args.word_lr}
     trained = dreambooth.prepare(sd, embedding, args.train)
-    print(f"trains {trained.described()}, {count(trained.parameters)}")
+    print(f"trains {trained.described()}, {command_line.count(trained.parameters)}")
 
     # 4. The run
     def save(path):
         if args.train != "all":
             save_small_files(path, sd, args, trained.parameters, embedding)
-        with (
-            spectral.folded(sd.unet, trained.unet_shifts),
-            spectral.folded(sd.text.encoder, trained.text_shifts),
-        ):
+        text = spectral.folded(sd.text.encoder, trained.text_shifts)
+        with spectral.folded(sd.unet, trained.unet_shifts), text:
             save_model(path, sd, args.token, embedding, ids)
 
-    how = trainer_options(args, sd, dataset, held_out, class_dataset) | {"lr": rates}
+    how = command_line.trainer_options(args, sd, dataset, held_out, class_dataset) | {"lr": rates}
     trainer = Trainer(out, trained.parameters, artefact="model", save=save, **how)
     prior.note(out, class_dataset, seconds)
 
@@ -153,15 +135,12 @@ def save_small_files(path: Path, sd, args, parameters: dict, embedding) -> None:
 
 
 def save_model(path: Path, sd, token: str, embedding, ids: list[int]) -> None:
-    """Write the model folder aside, the pseudo word's vectors folded into its token table, then give it its
-    name."""
+    """Write the model folder aside, the word's vectors folded into its token table, then give it its name."""
     dtype = torch.float32 if sd.dtype == torch.float32 else torch.float16
     aside = path.with_name(path.name + ".part")
     shutil.rmtree(aside, ignore_errors=True)  # left by a kill
-    folded = (
-        textual_inversion.folded_into_table(sd, embedding, ids) if embedding else contextlib.nullcontext()
-    )
-    with folded:
+    plain = contextlib.nullcontext()
+    with textual_inversion.folded_into_table(sd, embedding, ids) if embedding else plain:
         save_folder(aside, sd.unet, sd.vae, sd.text.encoder, sd.text.tokenizer, sd.schedule, dtype)
     write_json(aside / "hanokdiff.json", {"token": token})
     replace_folder(aside, path)  # one of the same step is of before a run was resumed

@@ -25,20 +25,8 @@ from hanokdiff.methods import hypernetwork, textual_inversion
 from hanokdiff.methods.losses import min_snr_weight, mse
 from hanokdiff.seeding import seeded_generator
 from hanokdiff.tiny import world
+from hanokdiff.training import args as command_line
 from hanokdiff.training import prior
-from hanokdiff.training.args import (
-    check_resolution,
-    check_training,
-    count,
-    from_file,
-    load_data,
-    model_options,
-    run_folder,
-    token_from,
-    trainer_options,
-    training_parser,
-    word_options,
-)
 from hanokdiff.training.trainer import Trainer
 
 # the tiny UNet has cross-attention at one level only, so there self-attention is changed too
@@ -52,20 +40,16 @@ DEFAULTS = {
 
 
 def options():
-    parser, method = training_parser(__doc__, DEFAULTS)
-    method(
-        "--widths",
-        "what is changed: the prompt's context, or self-attention's input too, as in the WebUI",
-        choices=("context", "all"),
-    )
+    parser, method = command_line.training_parser(__doc__, DEFAULTS)
+    changed = "what is changed: the prompt's context, or self-attention's input too, as in the WebUI"
+    method("--widths", changed, choices=("context", "all"))
     method("--layers", "of each network, as multiples of the width", type=float, nargs="+")
-    method(
-        "--activation", "between the layers: linear, relu, leakyrelu, elu, swish, tanh, sigmoid, mish, ..."
-    )
+    functions = "linear, relu, leakyrelu, elu, swish, tanh, sigmoid, mish, ..."
+    method("--activation", f"between the layers: {functions}")
     method("--dropout", "share of the inner layers that is left out at random", type=float, default=0.0)
     method("--layer-norm", "a LayerNorm after every layer", action="store_true")
     method("--from", "go on from a hypernetwork, of ours or of another tool", type=Path, metavar="FILE")
-    word_options(method)
+    command_line.word_options(method)
     prior.add_options(method)
     return parser
 
@@ -83,37 +67,31 @@ def network_config(args) -> hypernetwork.HypernetConfig:
 def main(argv=None):
     parser = options()
     args, given = parser.parse(argv), parser.given(argv)
-    check_training(args)
+    command_line.check_training(args)
     prior.check(args)
-    start = from_file(args, given, ("widths", "layers", "activation", "layer_norm", "dropout"))
+    start = command_line.from_file(args, given, ("widths", "layers", "activation", "layer_norm", "dropout"))
     if start:
         config, _, metadata = hypernet_file.read_file(start)
-        words = hypernet_file.read_words(start, metadata)
-        args.token = token_from(args, given, next(iter(words), None) or hypernet_file.pseudo_word(metadata))
-        if args.token in words and "vectors" in given and not args.resume:
-            raise ValueError(f'--from {start} brings vectors for "{args.token}"; leave out --vectors')
+        words, word = hypernet_file.read_words(start, metadata), hypernet_file.pseudo_word(metadata)
+        args.token = command_line.token_from(args, given, word, words)
     else:
         config = network_config(args)
     if "softm" in config.activation:
-        raise ValueError(
-            f"--activation {config.activation} mixes the pictures of a batch; take another, such as relu"
-        )
-    out = run_folder(args, "hypernet", "hypernet.pt")
+        mixes = f"--activation {config.activation} mixes the pictures of a batch"
+        raise ValueError(f"{mixes}; take another, such as relu")
+    out = command_line.run_folder(args, "hypernet", "hypernet.pt")
 
     # 1. The base model, frozen
-    sd = load_model(args.model, args.device, args.dtype, **model_options(args))
-    sd.text.skip(args.clip_skip)
-    sd.text.literal_tokens, sd.text.max_tokens = args.literal_tokens, args.max_tokens
+    sd = load_model(args.model, args.device, args.dtype, **command_line.model_options(args))
+    command_line.fit_to_model(args, sd)
     sd.text.add_word(args.token)
-    args.resolution = check_resolution(args.resolution, sd)
 
     # 2. The photos, encoded once, and class pictures drawn by the model as it still is
-    photos, dataset, held_out = load_data(args, sd, world.photos)
+    photos, dataset, held_out = command_line.load_data(args, sd, world.photos)
     more = world.CLASS_PROMPTS if args.model == "tiny" else None
     class_dataset, seconds = prior.load(args, sd, photos, dataset, more)
 
-    # 3. What is trained: a pair of networks per width, in front of to_k and to_v, and with
-    # --vectors the word's
+    # 3. What is trained: a pair of networks per width before to_k and to_v, and with --vectors the word's
     if start:
         hypernet, _ = hypernet_file.apply_file(sd, start)
         hypernet.requires_grad_(True)
@@ -128,23 +106,19 @@ def main(argv=None):
     trainable = hypernetwork.trainable(hypernet) | ({"word": embedding.vectors} if embedding else {})
     if not embedding:  # a frozen encoder's output never changes
         sd.text.cache_prompts([*dataset.prompts, *(class_dataset.prompts if class_dataset else [])])
-    print(f"trains networks for widths {', '.join(hypernet.pairs)}, {count(trainable)}")
+    print(f"trains networks for widths {', '.join(hypernet.pairs)}, {command_line.count(trainable)}")
 
     # 4. The run
     def save(path):
-        about = {
-            "step": trainer.step,
-            "name": path.stem,
-            "model": sd.name,
-            "info": hypernet_file.TOKEN + args.token,
-        }
+        about = {"step": trainer.step, "name": path.stem, "model": sd.name}
+        about["info"] = hypernet_file.TOKEN + args.token
         words = {args.token: embedding.vectors} if embedding else {}
         hypernet_file.save_file(path, config, hypernet_file.state(hypernet), about, words)
         for word, vectors in words.items():  # once more on its own, for other tools
             beside = path.with_name(path.stem.replace("hypernet", "embedding", 1) + ".safetensors")
             embedding_file.save_file(beside, word, vectors, about)
 
-    how = trainer_options(args, sd, dataset, held_out, class_dataset)
+    how = command_line.trainer_options(args, sd, dataset, held_out, class_dataset)
     how["lr"] = {"pairs": args.lr, "word": args.word_lr}
     how["metrics"] = lambda: {"ratio": hypernet.ratio(sd.text(dataset.prompts[:8]))}
     trainer = Trainer(out, trainable, artefact="hypernet.pt", save=save, **how)

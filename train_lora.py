@@ -25,20 +25,8 @@ from hanokdiff.formats.load import load_model
 from hanokdiff.methods import lora, textual_inversion
 from hanokdiff.methods.losses import min_snr_weight, mse
 from hanokdiff.tiny import world
+from hanokdiff.training import args as command_line
 from hanokdiff.training import prior
-from hanokdiff.training.args import (
-    check_resolution,
-    check_training,
-    count,
-    from_file,
-    load_data,
-    model_options,
-    run_folder,
-    token_from,
-    trainer_options,
-    training_parser,
-    word_options,
-)
 from hanokdiff.training.trainer import Trainer
 
 # The tiny UNet has cross-attention at one level only, so there the convolutions are trained too.
@@ -55,7 +43,7 @@ DEFAULTS = {
 
 
 def options():
-    parser, method = training_parser(__doc__, DEFAULTS)
+    parser, method = command_line.training_parser(__doc__, DEFAULTS)
     method("--rank", "rank of the change", type=int)
     method("--alpha", "strength: the change is scaled by alpha / rank (default: the rank)", type=float)
     choices = ("cross-attention", "attention", "attention+ff", "attention+ff+conv")
@@ -63,7 +51,7 @@ def options():
     method("--text-rank", "rank of the change of the text encoder, 0 for none (default: the rank)", type=int)
     method("--text-lr", "learning rate of the text encoder", type=float)
     method("--text-steps", "steps after which the text encoder stands still (default: never)", type=int)
-    word_options(method)
+    command_line.word_options(method)
     method("--from", "go on from a LoRA, of ours or of another tool", type=Path, metavar="FILE")
     prior.add_options(method)
     return parser
@@ -72,10 +60,8 @@ def options():
 def take_from(args, given: dict, start: Path) -> None:
     """The ranks of a file, and its word unless another one is named."""
     loras, metadata = lora_file.read_file(start)
-    words = lora_file.read_words(start)
-    args.token = token_from(args, given, next(iter(words), None) or metadata.get("hanokdiff_token"))
-    if args.token in words and "vectors" in given and not args.resume:
-        raise ValueError(f'--from {start} brings vectors for "{args.token}"; leave out --vectors')
+    words, word = lora_file.read_words(start), metadata.get("hanokdiff_token")
+    args.token = command_line.token_from(args, given, word, words)
     unet = [t for name, t in loras.items() if "lora_unet" in name] or list(loras.values())
     args.rank = max(len(t["down"]) for t in unet)
     args.alpha = max(float(t.get("alpha", len(t["down"]))) for t in unet)
@@ -88,27 +74,23 @@ def main(argv=None):
     args, given = parser.parse(argv), parser.given(argv)
     args.alpha = args.rank if args.alpha is None else args.alpha
     args.text_rank = args.rank if args.text_rank is None else args.text_rank
-    check_training(args)
+    command_line.check_training(args)
     prior.check(args)
-    start = from_file(args, given, ("rank", "alpha", "targets", "text_rank"))
+    start = command_line.from_file(args, given, ("rank", "alpha", "targets", "text_rank"))
     if start:
         take_from(args, given, start)
     if args.vectors and "." in args.token:
-        raise ValueError(
-            f'--token "{args.token}": the WebUI reads the word in a LoRA file up to its first dot; choose a '
-            "word without one, or leave out --vectors"
-        )
-    out = run_folder(args, "lora", "lora.safetensors")
+        dot = f'--token "{args.token}": the WebUI reads the word in a LoRA file up to its first dot'
+        raise ValueError(f"{dot}; choose a word without one, or leave out --vectors")
+    out = command_line.run_folder(args, "lora", "lora.safetensors")
 
     # 1. The base model, frozen
-    sd = load_model(args.model, args.device, args.dtype, **model_options(args))
-    sd.text.skip(args.clip_skip)
-    sd.text.literal_tokens, sd.text.max_tokens = args.literal_tokens, args.max_tokens
+    sd = load_model(args.model, args.device, args.dtype, **command_line.model_options(args))
+    command_line.fit_to_model(args, sd)
     sd.text.add_word(args.token)
-    args.resolution = check_resolution(args.resolution, sd)
 
     # 2. The photos, encoded once, and class pictures drawn by the model as it still is
-    photos, dataset, held_out = load_data(args, sd, world.photos)
+    photos, dataset, held_out = command_line.load_data(args, sd, world.photos)
     more = world.CLASS_PROMPTS if args.model == "tiny" else None
     class_dataset, seconds = prior.load(args, sd, photos, dataset, more)
 
@@ -125,19 +107,18 @@ def main(argv=None):
     rates = {"lora_unet": args.lr, "lora_te": args.text_lr, "word": args.word_lr}
     if not (args.text_rank or embedding):  # a frozen encoder's output never changes
         sd.text.cache_prompts([*dataset.prompts, *(class_dataset.prompts if class_dataset else [])])
-    print(f"trains {len(loras)} LoRAs of rank {args.rank}, {count(trainable)}")
+    print(f"trains {len(loras)} LoRAs of rank {args.rank}, {command_line.count(trainable)}")
 
     # 4. The run
     def save(path):
         words = {args.token: embedding.vectors} if embedding else {}
-        reg_images = len(class_dataset or ())
-        metadata = lora_file.metadata(sd, name=path.stem, reg_images=reg_images, **vars(args))
+        metadata = lora_file.metadata(sd, name=path.stem, reg_images=len(class_dataset or ()), **vars(args))
         lora_file.save_file(path, loras, metadata, words=words)
         for word, vectors in words.items():  # once more on its own, for tools that do not look into a LoRA
             beside = path.with_name(path.name.replace("lora", "embedding", 1))
             embedding_file.save_file(beside, word, vectors, {"step": trainer.step, "model": sd.name})
 
-    how = trainer_options(args, sd, dataset, held_out, class_dataset) | {"lr": rates}
+    how = command_line.trainer_options(args, sd, dataset, held_out, class_dataset) | {"lr": rates}
     trainer = Trainer(out, trainable, artefact="lora.safetensors", save=save, **how)
     prior.note(out, class_dataset, seconds)
 

@@ -1,8 +1,7 @@
 """Textual inversion: teach Stable Diffusion a subject by a new word alone.
 
     v* = argmin_v  E || eps - eps_theta(x_t, t, prompt(v)) ||^2
-    Gal et al. 2022, arXiv:2208.01618, equation 2: nothing in the model changes; v, n vectors of the token
-    embedding's width, is trained
+    Gal et al. 2022, arXiv:2208.01618, equation 2: v, n vectors of the token embedding, is all that is trained
 
     python train_ti.py                                            the embedded hanok, half a minute
     python train_ti.py --model MODEL --data PHOTOS --init house   your photos on a real checkpoint
@@ -10,8 +9,7 @@
 Writes runs/ti/embedding.safetensors, log.jsonl and previews/. For diffusers, which wants another word than
 "*": load_textual_inversion(FILE, token="<hanok>"); for the WebUI, python -m hanokdiff.convert makes a .pt.
 Then:  python sample.py "*, fire" "* in the fire" --embedding runs/ti/embedding.safetensors
-Read next: hanokdiff/methods/textual_inversion.py (vectors beyond the vocabulary), hanokdiff/models/tokens.py
-(how a prompt comes to them).
+Read next: hanokdiff/methods/textual_inversion.py (vectors beyond the vocabulary), hanokdiff/models/tokens.py.
 """
 
 import argparse
@@ -24,18 +22,7 @@ from hanokdiff.formats.load import load_model
 from hanokdiff.methods import textual_inversion
 from hanokdiff.methods.losses import min_snr_weight, mse
 from hanokdiff.tiny import world
-from hanokdiff.training.args import (
-    check_resolution,
-    check_training,
-    count,
-    from_file,
-    load_data,
-    model_options,
-    run_folder,
-    token_from,
-    trainer_options,
-    training_parser,
-)
+from hanokdiff.training import args as command_line
 from hanokdiff.training.prior import number_or_folder
 from hanokdiff.training.trainer import Trainer
 
@@ -46,29 +33,21 @@ DEFAULTS = {
     "sd": dict(steps=3000, batch_size=4, lr=5e-3, vectors=1, init="building", min_snr=0.0, save_every=500,
                preview_every=500),
 }  # fmt: skip
-# A word seen in one sentence only does not learn to stand in others. (The tiny world has no word for
-# "photo".)
+# A word seen in one sentence only does not learn to stand in others. (The tiny world has no word "photo".)
 TEMPLATES = {
     "tiny": ("{}", "a picture of {}"),
-    "sd": (
-        "{}",
-        "a photo of {}",
-        "a picture of {}",
-        "a good photo of {}",
-        "a rendering of {}",
-        "a close-up of {}",
-    ),
-}
+    "sd": ("{}", "a photo of {}", "a picture of {}", "a good photo of {}", "a rendering of {}",
+           "a close-up of {}"),
+}  # fmt: skip
 
 
 def options():
-    parser, method = training_parser(__doc__, DEFAULTS)
+    parser, method = command_line.training_parser(__doc__, DEFAULTS)
     method("--vectors", "how many vectors the word is made of", type=int)
     method("--init", "words that name the kind of thing; the vectors start as theirs")
     method("--from", "go on from an embedding, of ours or of another tool", type=Path, metavar="FILE")
-    method(
-        "--hold-norm", "keep the vectors' length: one that grows drowns the other words", action="store_true"
-    )
+    hold = "keep the vectors' length: one that grows drowns the other words"
+    method("--hold-norm", hold, action="store_true")
     method("--class-images", argparse.SUPPRESS, type=number_or_folder)
     return parser
 
@@ -77,28 +56,25 @@ def options():
 def main(argv=None):
     parser = options()
     args, given = parser.parse(argv), parser.given(argv)
-    check_training(args)
+    command_line.check_training(args)
     if args.class_images:
-        raise ValueError(
-            "--class-images: textual inversion trains the pseudo word's vectors only, and no class prompt "
-            "contains that word, so class pictures would change nothing; leave it out"
-        )
-    start = from_file(args, given, ("vectors", "init"))
+        why = "textual inversion trains the pseudo word's vectors only"
+        none = "no class prompt contains that word, so class pictures would change nothing"
+        raise ValueError(f"--class-images: {why}, and {none}; leave it out")
+    start = command_line.from_file(args, given, ("vectors", "init"))
     if start:
         word, vectors, _ = embedding_file.read_file(start)
-        args.vectors, args.token = len(vectors), token_from(args, given, word)
-    out = run_folder(args, "ti", "embedding.safetensors")
+        args.vectors, args.token = len(vectors), command_line.token_from(args, given, word)
+    out = command_line.run_folder(args, "ti", "embedding.safetensors")
     if not args.vectors > 0:
         raise ValueError(f"--vectors is {args.vectors}, but must be greater than 0")
 
     # 1. The base model, frozen
-    sd = load_model(args.model, args.device, args.dtype, **model_options(args))
-    sd.text.skip(args.clip_skip)
-    sd.text.literal_tokens, sd.text.max_tokens = args.literal_tokens, args.max_tokens
-    args.resolution = check_resolution(args.resolution, sd)
+    sd = load_model(args.model, args.device, args.dtype, **command_line.model_options(args))
+    command_line.fit_to_model(args, sd)
 
     # 2. The photos, encoded once
-    _, dataset, held_out = load_data(args, sd, world.photos)
+    _, dataset, held_out = command_line.load_data(args, sd, world.photos)
     templates = TEMPLATES["tiny" if args.model == "tiny" else "sd"]
 
     # 3. What is trained: the pseudo word's own vectors
@@ -109,20 +85,20 @@ def main(argv=None):
         embedding = textual_inversion.insert(sd, args.token, vectors)
     embedding.hold_norm = args.hold_norm
     trainable = textual_inversion.trainable(embedding)
-    begin = start or f'"{args.init}"'
-    print(f"trains {args.vectors} vector{'s' * (args.vectors > 1)} of {begin}, {count(trainable)}")
+    begin, count = start or f'"{args.init}"', command_line.count(trainable)
+    print(f"trains {args.vectors} vector{'s' * (args.vectors > 1)} of {begin}, {count}")
 
     # 4. The run
     def save(path):
-        embedding_file.save_file(
-            path, args.token, embedding.current(), {"step": trainer.step, "model": sd.name}
-        )
+        about = {"step": trainer.step, "model": sd.name}
+        embedding_file.save_file(path, args.token, embedding.current(), about)
 
     def metrics():  # a vector much longer than a word's drowns the other words
         return {"norm": embedding.current().norm(dim=1).mean().item() / mean_norm}
 
     mean_norm = textual_inversion.token_embedding(sd).float().norm(dim=1).mean().item()
-    how = trainer_options(args, sd, dataset, held_out) | {"weight_decay": 0.0, "metrics": metrics}
+    how = command_line.trainer_options(args, sd, dataset, held_out)
+    how |= {"weight_decay": 0.0, "metrics": metrics}
     trainer = Trainer(out, trainable, artefact="embedding.safetensors", save=save, **how)
 
     # 5. The method

@@ -4,8 +4,7 @@ python docs/checkouts.py same OLD NEW       the same commands in both; every fil
 python docs/checkouts.py speed OLD NEW      hanokdiff.bench in turns; the new one's time over the old one's
 python docs/checkouts.py speed OLD NEW --works sample --sizes tiny --rounds 12 --batch-size 4
 
-One thread each, as a second core's help varies. `git worktree add ../old COMMIT` makes a checkout to compare
-with.
+One thread each, as a second core's help varies. `git worktree add ../old COMMIT` makes a checkout.
 """
 
 import argparse
@@ -117,9 +116,7 @@ def same(old: Path, new: Path) -> None:
         print(f"{len(commands)} commands, {len(names[0])} files compared")
 
 
-def speed(
-    old: Path, new: Path, works: list[str], sizes: list[str], rounds: int, batch_size: int | None
-) -> None:
+def speed(old: Path, new: Path, works: list[str], sizes: list[str], rounds: int, batch_size) -> None:
     print("work, size: new / old of the fastest step; median of the pairs (and of them the quartiles)")
     for work, size in ((w, s) for s in sizes for w in works):
         seconds: dict[Path, list[float]] = {old: [], new: []}
@@ -134,10 +131,8 @@ def speed(
         pairs = sorted(b / a for a, b in zip(seconds[old], seconds[new], strict=True))
         low, middle, high = statistics.quantiles(pairs, n=4)
         fastest = min(seconds[new]) / min(seconds[old])
-        print(
-            f"{work}, {size}: {fastest:.3f}; {middle:.3f} ({low:.3f} to {high:.3f}), {rounds} pairs",
-            flush=True,
-        )
+        middle = f"{middle:.3f} ({low:.3f} to {high:.3f}), {rounds} pairs"
+        print(f"{work}, {size}: {fastest:.3f}; {middle}", flush=True)
 
 
 if __name__ == "__main__":

@@ -26,15 +26,13 @@ def read(file: str) -> dict[str, dict]:
 
 
 def kappa(a: float, b: float, same: float) -> float:
-    """Cohen's kappa of two judges' shares of yes and the share on which they agree; not a number where both
-    say the same of everything."""
+    """Cohen's kappa of two judges' shares of yes and of agreement; nan where both say the same of all."""
     chance = a * b + (1 - a) * (1 - b)
     return (same - chance) / (1 - chance) if chance < 1 else float("nan")
 
 
 def counts(one: dict, two: dict) -> list[dict]:
-    """Of every recipe, number of photos, set and prompt: how many pictures, how many each judge says yes to,
-    and to how many both say the same."""
+    """Of every recipe, number of photos, set and prompt: the pictures, each judge's yes, the agreements."""
     rows: dict[tuple, dict] = {}
     for file in sorted(one.keys() & two.keys()):
         r = one[file]

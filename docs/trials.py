@@ -96,17 +96,13 @@ def sides(trial: str, size: str, folder: Path) -> dict:
 
     side, batch = setup.side(size), setup.batch(size)
     if trial == "lean":
-        return {
-            name: with_flag(measure.train(build(), "lora", side, batch, folder / name), name == "lean")
-            for name in ("torch", "lean")
-        }
+        pair = ("torch", "lean")
+        steps = {name: measure.train(build(), "lora", side, batch, folder / name) for name in pair}
+        return {name: with_flag(own, name == "lean") for name, own in steps.items()}
     if trial == "bf16":
-        half, full = torch.bfloat16, torch.float32
-        return {
-            "bf16": network(build(half), side, 1, given=False),
-            "fp32": network(build(full), side, 1, given=False),
-            "diffusers bf16": diffusers_network(build(half), side),
-        }
+        half, full = (network(build(t), side, 1, given=False) for t in (torch.bfloat16, torch.float32))
+        theirs = diffusers_network(build(torch.bfloat16), side)
+        return {"bf16": half, "fp32": full, "diffusers bf16": theirs}
     if trial == "bf16-step":
         types = {"bf16": torch.bfloat16, "fp32": torch.float32}
         return {n: measure.train(build(t), "lora", side, batch, folder / n) for n, t in types.items()}

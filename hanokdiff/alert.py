@@ -4,8 +4,7 @@
     alert: fire; place: hanok; time: day
     prompt: * on fire, in the daytime
 
-Tables of words (alert_words.py) and five rules; no model. A wrong picture is worse than none, so nothing is
-guessed:
+Tables of words (alert_words.py) and five rules; no model. A wrong picture is worse than none: no guesses.
 
 1. A drill (DRILL) is never drawn, whatever it names, unless the message says that it is none (NO_DRILL).
 2. NOT_MEANT is blanked first: senders, places and words that only look like a disaster (문화재, "연기" =
@@ -81,9 +80,6 @@ def read(text: str) -> Reading:
     return Reading(text, "unknown", why=(why,))
 
 
-# ------------------------------------------------------------------------------------------------ disasters
-
-
 def find_mentions(table: dict, text: str) -> list[Mention]:
     """Every word of the table, in the order of the text; where two overlap, the first counts."""
     matches = []
@@ -139,9 +135,6 @@ def choose_events(text: str, disasters: list[Mention]) -> list[Mention]:
     return sorted((d for name, d in chosen.items() if name not in absorbed), key=lambda d: d.start)
 
 
-# ------------------------------------------------------------------------------------------- place and time
-
-
 def find_place(text: str, events: list[Mention], disasters: list[Mention]) -> str | None:
     """Where it happens: rule 5."""
     ends = [d.start for d in disasters] + [len(text)]
@@ -183,15 +176,11 @@ def find_time(text: str) -> str | None:
 
 
 def hour_of_24(part: str | None, hour: int) -> int:
-    """오후 3시 is 15 o'clock, 밤 12시 midnight, 새벽 3시 three; without such a word it is the
-    24-hour clock."""
+    """오후 3시 is 15 o'clock, 밤 12시 midnight, 새벽 3시 three; else it is the 24-hour clock."""
     if hour == 12:
         return 0 if part in ("밤", "오전", "새벽") else 12
     later = part in ("오후", "저녁") or (part == "낮" and hour < 7) or (part == "밤" and hour > 5)
     return hour + 12 if later and hour < 12 else hour
-
-
-# ----------------------------------------------------------------------------------------------- in English
 
 
 def drawable(text: str) -> Reading:

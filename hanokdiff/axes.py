@@ -1,5 +1,4 @@
-"""The axes of an X/Y plot, as sample.py --vary names them: "seed=1-4", "cfg=3,5,7", "prompt=a barn|a
-castle"."""
+"""The axes of an X/Y plot, as sample.py --vary names them: "seed=1-4", "cfg=3,5,7", "prompt=barn|tent"."""
 
 import re
 from pathlib import Path
@@ -9,8 +8,7 @@ MOST = 64  # values of an axis
 
 
 def parse(texts: list[str]) -> dict[str, list]:
-    """{axis: values} of one or two AXIS=VALUES. Values are separated by commas, those of prompt and file by
-    |; whole numbers may be a range."""
+    """{axis: values} of one or two AXIS=VALUES, between commas (prompt and file: |), or a range."""
     axes: dict[str, list] = {}
     if len(texts) > 2:
         raise ValueError(f"--vary has {len(texts)} axes, but a sheet has two at most")
@@ -18,9 +16,8 @@ def parse(texts: list[str]) -> dict[str, list]:
         name, equals, values = text.partition("=")
         name = name.strip().lower()
         if not equals or name not in NAMES:
-            raise ValueError(
-                f'--vary "{text}" must be AXIS=VALUES with AXIS one of {", ".join(NAMES)}: cfg=3,5,7'
-            )
+            known = ", ".join(NAMES)
+            raise ValueError(f'--vary "{text}" must be AXIS=VALUES with AXIS one of {known}: cfg=3,5,7')
         if name in axes:
             raise ValueError(f"--vary names {name} twice; give each axis all its values at once")
         axes[name] = [value_of(name, v) for v in split(name, values)]

@@ -6,8 +6,7 @@
 
 Both parts go on where they stopped: a caption that exists is kept, one that has the pseudo word is left as
 it is. If every photo has a caption, BLIP is not opened. Training can do the second part on the fly (its own
---replace, the exact phrase only) and leaves the files alone; here they are changed, and variants of the
-phrase are found too:
+--replace, the exact phrase only) and leaves the files alone; here they are changed, variants included:
 
     a, an and the are one word; so are building, house, home and structure
     up to two more words may follow an article: "a large house with a tiled roof" is "a building with a roof"
@@ -59,30 +58,22 @@ OUTCOMES = (
 Outcomes = dict[str, list[Path]]  # outcome -> photos; every photo has one
 
 
-# --------------------------------------------------------------------------------------------------- BLIP
-
-
 class Blip:
     """Pictures in, captions out. A folder (config.json, weights, tokenizer) or a hub id."""
 
-    def __init__(
-        self, name: str, device: str | None, dtype: str, min_length: int, max_length: int, beams: int
-    ):
+    def __init__(self, name: str, device, dtype: str, min_length: int, max_length: int, beams: int):
         self.device, self.dtype, reason = choose_device(device, dtype)
         self.min_length = min_length
         self.options = dict(max_length=max_length, num_beams=beams, do_sample=False)
         network, self.tokenizer = open_blip(name)
         self.model = network.to(self.device, self.dtype).eval().requires_grad_(False)
         self.size = network.config.vision_config.image_size
-        self.prompt = self.tokenizer(
-            PROMPT, return_tensors="pt"
-        ).input_ids  # (1, T): start, a picture of, end
+        ids = self.tokenizer(PROMPT, return_tensors="pt").input_ids
+        self.prompt = ids  # (1, T): start, a picture of, end
         text, tokens = network.config.text_config, len(self.tokenizer)
         if self.tokenizer.unk_token_id in self.prompt or tokens > text.vocab_size:
-            raise ValueError(
-                f"the tokenizer of {name} does not fit it: it has {tokens} tokens and reads "
-                f'"{PROMPT}" as {self.prompt[0].tolist()}; give a complete BLIP model'
-            )
+            has = f'it has {tokens} tokens and reads "{PROMPT}" as {self.prompt[0].tolist()}'
+            raise ValueError(f"the tokenizer of {name} does not fit it: {has}; give a complete BLIP model")
         if max_length > (most := text.max_position_embeddings):
             problem = f"is more than the {most} tokens that {name} knows"
             raise ValueError(f"--max-length {max_length} {problem}; lower it")
@@ -120,9 +111,6 @@ def open_blip(name: str):
     return open_pretrained(name, *kinds, option="--blip", whole="a whole BLIP model", example=BLIP)
 
 
-# ---------------------------------------------------------------------------------------------- the folder
-
-
 def find_uncaptioned(folder: Path, overwrite: bool, outcomes: Outcomes) -> tuple[list[Path], dict[Path, str]]:
     """The photos that need a caption, and the captions that exist, by their file."""
     try:
@@ -150,8 +138,7 @@ def find_uncaptioned(folder: Path, overwrite: bool, outcomes: Outcomes) -> tuple
 
 
 def existing_caption(path: Path) -> tuple[str | None, str]:
-    """The caption in a file, "" if it is empty, None if it cannot be read; and a note if it is not in
-    UTF-8."""
+    """The caption in a file, "" if it is empty, None if it cannot be read; and a note if not in UTF-8."""
     try:
         return read_caption(path)
     except ValueError as e:
@@ -164,11 +151,8 @@ def write(path: Path, text: str) -> None:
     write_text(path, text + "\n", newline="\n")
 
 
-def caption(
-    todo: list[Path], blip: Callable[[], Blip], batch_size: int, outcomes: Outcomes
-) -> dict[Path, str]:
-    """Caption the photos with BLIP, write the files and return them; `blip()` opens it, at the first
-    readable photo."""
+def caption(todo: list[Path], blip: Callable[[], Blip], batch_size: int, outcomes: Outcomes) -> dict:
+    """Caption the photos, write the files, return {file: text}; `blip()` opens it at the first one."""
     texts = {}
     with tqdm(total=len(todo), desc="captions", unit="photo", disable=None) as bar:
         for start in range(0, len(todo), batch_size):
@@ -196,12 +180,8 @@ def readable(photos: list[Path], outcomes: Outcomes) -> Iterator[tuple[Path, Ima
         yield photo, image
 
 
-# --------------------------------------------------------------------------------------------- the phrase
-
-
 def variants(phrase: str) -> re.Pattern:
-    """Matches a phrase, in any case and white space, and the variants of it that the module's docstring
-    describes."""
+    """Matches a phrase, in any case and white space, and its variants (see the module's docstring)."""
     article = rf"(?:{'|'.join(ARTICLES)})(?:\s+(?!(?:{KEEP})\b)[\w'-]+){{0,2}}"
     same = dict.fromkeys(ARTICLES, article) | dict.fromkeys(BUILDINGS, f"(?:{'|'.join(BUILDINGS)})")
     words = phrase.lower().split()
@@ -211,8 +191,7 @@ def variants(phrase: str) -> re.Pattern:
 
 
 def replace(texts: dict[Path, str], phrase: str, word: str, exact: bool, dry: bool) -> None:
-    """Put the pseudo word in the phrase's place, in the files, and report what was found and where nothing
-    was."""
+    """Put the pseudo word in the phrase's place, in the files; report what was found, and where nothing."""
     pattern, found, missed = word_pattern(phrase) if exact else variants(phrase), Counter(), []
     todo = {path: text for path, text in texts.items() if not contains_word(text, word)}
     for path, text in todo.items():
@@ -230,12 +209,8 @@ def replace(texts: dict[Path, str], phrase: str, word: str, exact: bool, dry: bo
     print(f"{phrase!r}: {changed}; {len(texts) - len(todo)} had {word!r} already; {len(missed)} not matched")
     if texts and len(missed) == len(texts):
         what, example = repr(phrase) + ("" if exact else " or a variant of it"), repr(texts[missed[0]])
-        raise ValueError(
-            f"no caption contains {what}, for example {example}; give the phrase that means your subject"
-        )
-
-
-# ----------------------------------------------------------------------------------------- the command line
+        none = f"no caption contains {what}, for example {example}"
+        raise ValueError(f"{none}; give the phrase that means your subject")
 
 
 def options() -> Options:
@@ -264,9 +239,8 @@ def check(args) -> None:
         if (value := getattr(args, name)) < least:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, but must be {least} or more")
     if args.min_length > args.max_length:
-        raise ValueError(
-            f"--min-length {args.min_length} is more than --max-length {args.max_length}; lower it"
-        )
+        more = f"--min-length {args.min_length} is more than --max-length {args.max_length}"
+        raise ValueError(f"{more}; lower it")
     if args.replace is not None and not (args.replace.strip() and args.token.strip()):
         example = '"a building with a roof" "*"'
         raise ValueError(f"--replace needs a phrase and a word, such as {example}; one is empty")
@@ -297,9 +271,8 @@ def main(argv=None) -> None:
         outcomes["not reached yet"] = [photo for photo in todo if photo not in done]
         total = sum(map(len, outcomes.values()))
         parts = "; ".join(counted(photos, what) for what, photos in outcomes.items() if photos)
-        print(
-            f"{'dry run, nothing written: ' if args.dry_run else ''}{total} photos in {args.folder}: {parts}"
-        )
+        dry = "dry run, nothing written: " if args.dry_run else ""
+        print(f"{dry}{total} photos in {args.folder}: {parts}")
     bad = outcomes["unreadable"] + outcomes["with an unreadable caption"]
     if len(bad) == total:
         problem = f"none of the {total} photos in {args.folder} can be used, {bad[0].name!r} first"

@@ -19,7 +19,6 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Iterable
-from functools import reduce
 from pathlib import Path
 
 import torch
@@ -63,19 +62,16 @@ def recognise(path: Path, keys: list) -> str:
     if any("lora" in k for k in keys):
         return "LoRA"
     held = f"{keys[0]} ..." if keys else "nothing by name"
-    raise ValueError(
-        f"{path} is no model, LoRA, embedding or hypernetwork that hanokdiff knows: it holds {held}; of a "
-        "model in several files, give the folder"
-    )
+    unknown = f"{path} is no model, LoRA, embedding or hypernetwork that hanokdiff knows: it holds {held}"
+    raise ValueError(f"{unknown}; of a model in several files, give the folder")
 
 
 def precision(args, tensors: Iterable[Tensor]) -> torch.dtype:
     """--dtype, else the narrowest that keeps every weight as it is."""
-    own = reduce(
-        torch.promote_types,
-        (t.dtype for t in tensors if t.is_floating_point() and t.itemsize > 1),
-        torch.float16,
-    )
+    own = torch.float16
+    for t in tensors:
+        if t.is_floating_point() and t.itemsize > 1:
+            own = torch.promote_types(own, t.dtype)
     return DTYPES.get(args.dtype, own)
 
 
@@ -112,10 +108,8 @@ def convert_model(args, keys: list) -> tuple[str, int]:
         single_file.save_file(out, unet, vae, encoder, schedule, dtype)
         if token.is_file():
             word = read_json(token).get("token")
-            print(
-                f'note: a single file has no place for the pseudo word "{word}": keep it in mind',
-                file=sys.stderr,
-            )
+            lost = f'a single file has no place for the pseudo word "{word}"'
+            print(f"note: {lost}: keep it in mind", file=sys.stderr)
     return f"model {'folder' if source.is_dir() else 'file'}, {schedule.prediction_type}", len(tensors)
 
 
@@ -140,11 +134,10 @@ def convert_lora(args, keys: list) -> tuple[str, int]:
     keys = [k for k in keys if not k.startswith("bundle_emb.")]
     kohya = keys[0].startswith("lora_")
     to = args.to or ("diffusers" if kohya else "kohya")
-    unchanged = (
-        all(k.startswith((lora_names.UNET, lora_names.TEXT)) for k in keys)
-        if kohya
-        else "lora_adapter_metadata" not in metadata and all(lora_names.is_written(k) for k in keys)
-    )
+    if kohya:
+        unchanged = all(k.startswith((lora_names.UNET, lora_names.TEXT)) for k in keys)
+    else:
+        unchanged = "lora_adapter_metadata" not in metadata and all(map(lora_names.is_written, keys))
     if args.dtype is None and (to == "kohya") == kohya and unchanged:
         raise same(args, f"a LoRA in the {to} layout")
     dtype = precision(args, (t[side] for t in loras.values() for side in ("down", "up")))
@@ -172,19 +165,15 @@ def kohya_metadata(loras: dict[str, dict[str, Tensor]]) -> dict[str, str]:
     context_layers = ("attn2_to_k", "attn2_to_v", "q_proj", "k_proj", "v_proj", "fc1")
     v2 = any(t["down"].shape[1] == 1024 for n, t in loras.items() if n.endswith(context_layers))
     one = {"ss_network_dim": ranks, "ss_network_alpha": alphas}
-    return {
-        "ss_network_module": "networks.lora",
-        "ss_v2": str(v2),
-        **{k: str(*v) if len(v) == 1 else "Dynamic" for k, v in one.items()},
-    }
+    one = {k: str(*v) if len(v) == 1 else "Dynamic" for k, v in one.items()}
+    return {"ss_network_module": "networks.lora", "ss_v2": str(v2), **one}
 
 
 def convert_embedding(args, keys: list) -> tuple[str, int]:
     word, vectors, metadata = embedding_file.read_file(args.input)
     to_webui = args.output.suffix == ".pt"
-    unchanged = (
-        "name" in keys and not zipfile.is_zipfile(args.input) if to_webui else "emb_params" not in keys
-    )
+    old = "name" not in keys or zipfile.is_zipfile(args.input)
+    unchanged = not old if to_webui else "emb_params" not in keys
     if unchanged and Path(args.input).suffix == args.output.suffix:
         raise same(args, f"an embedding in the {'WebUI' if to_webui else 'diffusers'} layout")
     embedding_file.save_file(args.output, word, vectors, metadata)
@@ -196,20 +185,16 @@ def convert_hypernetwork(args, keys: list) -> tuple[str, int]:
     if {"activate_output", "dropout_structure"} <= set(keys) and not zipfile.is_zipfile(args.input):
         raise same(args, "a hypernetwork in the current WebUI layout")
     ours = {"step": "step", "name": "name", "info": "optional_info", "model": "sd_checkpoint_name"}
-    hypernet_file.save_file(
-        args.output, spec, nets, {k: held[v] for k, v in ours.items() if held.get(v) is not None}
-    )
+    about = {k: held[v] for k, v in ours.items() if held.get(v) is not None}
+    hypernet_file.save_file(args.output, spec, nets, about)
     count = sum(len(tensors) for pair in nets.values() for tensors in pair)
     return f"hypernetwork for widths {', '.join(str(d) for d in sorted(nets))}", count
 
 
 CONVERT = {
-    "model": convert_model,
-    "LoRA": convert_lora,
-    "embedding": convert_embedding,
-    "hypernetwork": convert_hypernetwork,
-    "delta": convert_delta,
-}
+    "model": convert_model, "LoRA": convert_lora, "embedding": convert_embedding,
+    "hypernetwork": convert_hypernetwork, "delta": convert_delta,
+}  # fmt: skip
 
 
 def options() -> Options:
@@ -240,14 +225,12 @@ def main(argv=None) -> None:
     folder = kind in ("model", "delta") and is_folder(out)
     endings = ENDINGS.get(kind, (".safetensors",))
     if not folder and out.suffix not in endings:
-        raise ValueError(
-            f"{out} does not end in {' or '.join(endings)}, which is what "
-            f"a{'n' * (kind == 'embedding')} {kind} is written as"
-        )
+        article = "an" if kind == "embedding" else "a"
+        wanted = f"{' or '.join(endings)}, which is what {article} {kind} is written as"
+        raise ValueError(f"{out} does not end in {wanted}")
     if out.exists() and (source.resolve() == out.resolve() or not args.overwrite or out.is_dir() != folder):
-        raise ValueError(
-            f"{out} is there already; name another OUT{'' if args.overwrite else ', or add --overwrite'}"
-        )
+        more = "" if args.overwrite else ", or add --overwrite"
+        raise ValueError(f"{out} is there already; name another OUT{more}")
     if folder and out.is_dir() and not (out / "model_index.json").is_file() and any(out.iterdir()):
         raise ValueError(f"{out} is there already and holds other things than a model; name another OUT")
     make_folder(out.parent, f"OUT {out}:")

@@ -19,8 +19,7 @@ def choose_device(
 ) -> tuple[torch.device, torch.dtype, str]:
     """The device (default: the first GPU, else the CPU), the precision of all frozen weights (default: bf16
     on GPUs that compute in it, and on CPUs with AMX for a UNet of LARGE `parameters`; else fp32, to draw on a
-    GPU also fp16), and the reason in words. `training`: gradients are to be computed, many of which are too
-    small for fp16."""
+    GPU also fp16: `training` has gradients too small for it), and the reason in words."""
     if dtype not in ("auto", *DTYPES):
         raise ValueError(f'dtype "{dtype}" is not known; choose one of auto, {", ".join(DTYPES)}')
     why = "named" if device else ("the first GPU" if torch.cuda.is_available() else "no CUDA device here")
@@ -28,10 +27,8 @@ def choose_device(
     if device == "cuda" and WORLD_SIZE > 1:
         device, why = f"cuda:{LOCAL_RANK}", "each process has its own"
     elif device.startswith("cuda:") and LOCAL_WORLD_SIZE > 1:
-        raise ValueError(
-            f"--device {device} is one card, and there are {LOCAL_WORLD_SIZE} processes here; say --device "
-            "cuda, and each takes its own, or start one process"
-        )
+        one = f"--device {device} is one card, and there are {LOCAL_WORLD_SIZE} processes here"
+        raise ValueError(f"{one}; say --device cuda, and each takes its own, or start one process")
     if device.startswith("cuda"):
         use_card(exact=dtype == "fp32")
     try:
@@ -78,16 +75,14 @@ def use_card(exact: bool) -> None:
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """To the device without waiting for it: at an ordinary copy the host waits until a GPU has done all
-    before it."""
+    """To the device without waiting for it: an ordinary copy waits until a GPU has done all before it."""
     if torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 def keep_freed_memory() -> None:
-    """Ask glibc to keep freed memory: by default every training step returns it to the system and requests it
-    anew, up to a third of the time on a CPU."""
+    """Ask glibc to keep freed memory: returned and requested anew, it takes up to a third of a CPU's step."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD

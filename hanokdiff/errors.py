@@ -91,8 +91,7 @@ def is_left_alone(e: Exception) -> bool:
 
 
 def tell_torchrun(text: str) -> None:
-    """torchrun prints a traceback of its own and at the end what it finds in this file, which is then our
-    sentence."""
+    """torchrun prints a traceback of its own and then what it finds in this file: our sentence."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         more = {"py_callstack": text, "timestamp": str(int(time.time()))}
         with contextlib.suppress(OSError):
@@ -103,10 +102,8 @@ def memory_message(e: Exception) -> str:
     """What was lacking, and which of this command's options take less memory."""
     names = Options.names or " ".join(LESS_MEMORY)
     options = [o for o in LESS_MEMORY if re.search(r"--\S+", o)[0] in names] or ["fewer pictures"]
-    reason = (str(e) or "no more of it").splitlines()[0].rstrip(".")
-    return (
-        f"out of memory ({reason}); try {' or '.join(filter(None, [', '.join(options[:-1]), options[-1]]))}"
-    )
+    way = " or ".join(filter(None, [", ".join(options[:-1]), options[-1]]))
+    return f"out of memory ({(str(e) or 'no more of it').splitlines()[0].rstrip('.')}); try {way}"
 
 
 def make_folder(folder: Path, option: str = "--out") -> Path:
@@ -127,6 +124,13 @@ def check_folder(folder: Path, option: str = "--out") -> None:
         read_only = f"{existing.absolute()} is read-only for you"
         raise ValueError(f"{option} {folder} cannot be written: {read_only}; name another folder")
     made.extend(reversed(missing))
+
+
+def check_file(path: Path, option: str) -> None:
+    """Refuse, before the work, a file that is not there."""
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "no such file"
+        raise ValueError(f"{option}: {what}; name a file that is there")
 
 
 def remove_empty_folders() -> None:

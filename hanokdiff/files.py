@@ -13,9 +13,6 @@ MAX_JSON_BYTES = 16 << 20  # in memory they become up to 30 times as many
 MAX_TEXT_BYTES = 1 << 20  # of a caption or a list
 
 
-# ------------------------------------------------------------------------------------------------ reading
-
-
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict:
     """The object in a JSON file."""
     if not path.is_file():
@@ -52,9 +49,8 @@ def read_text(path: str | Path) -> tuple[str, str]:
 
 def check_file_size(path: Path, max_bytes: int) -> None:
     if (size := path.stat().st_size) > max_bytes:
-        raise ValueError(
-            f"{path} has {size:,} bytes, more than the {max_bytes:,} that are read; it is no such file"
-        )
+        more = f"{path} has {size:,} bytes, more than the {max_bytes:,} that are read"
+        raise ValueError(f"{more}; it is no such file")
 
 
 def what_else(path: Path) -> str:
@@ -75,9 +71,6 @@ def what_else(path: Path) -> str:
 def reason(e: Exception) -> str:
     """An exception in one line: a plain ValueError's text, of others the class too: KeyError('betas')."""
     return (getattr(e, "strerror", None) or (str(e) if type(e) is ValueError else repr(e))).split("\n")[0]
-
-
-# ------------------------------------------------------------------------------------------------ writing
 
 
 @contextlib.contextmanager

@@ -1,7 +1,6 @@
 """One process at a time in a folder: NAME/lock.json says who, on which machine.
 
-Left by a kill, it is taken over with a notice; of another machine, which cannot be asked, after an hour
-without a sign of life."""
+Left by a kill, it is taken over with a notice; of another machine after an hour without a sign of life."""
 
 import json
 import os
@@ -31,15 +30,11 @@ def take(folder: Path) -> None:
         owner = {}
         with suppress(ValueError):  # half written by a kill
             owner = read_json(file)
+        who = f"process {owner.get('pid')} on {owner.get('machine')}"
         if owner != me and is_alive(owner, file):
-            who = f"process {owner.get('pid')} on {owner.get('machine')}"
-            raise ValueError(
-                f"{folder} is being written by {who}; wait until it ends, or stop it (if there is no such "
-                f"process, delete {file})"
-            ) from None
-        print(
-            f"{folder}: taken over from process {owner.get('pid')} on {owner.get('machine')}, which has ended"
-        )
+            way = f"wait until it ends, or stop it (if there is no such process, delete {file})"
+            raise ValueError(f"{folder} is being written by {who}; {way}") from None
+        print(f"{folder}: taken over from {who}, which has ended")
         write_text(file, text)
     held.append(file)
 

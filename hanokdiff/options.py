@@ -30,9 +30,8 @@ class Options(argparse.ArgumentParser):
         args = super().parse_args(args, namespace)
         for word in (a.word for a in self._actions if isinstance(a, Replace) and a.word is not None):
             if isinstance(args.token, str) and args.token not in (self.get_default("token"), word):
-                raise ValueError(
-                    f'--replace names "{word}", but --token "{args.token}"; leave one of them out'
-                )
+                both = f'--replace names "{word}", but --token "{args.token}"'
+                raise ValueError(f"{both}; leave one of them out")
             args.token = word
         return args
 
@@ -44,9 +43,7 @@ class Options(argparse.ArgumentParser):
         """Called by argparse with its own message, which is put in plainer words."""
         if m := re.fullmatch(r"argument (\S+): invalid (int|float) value: '(.*)'", message, re.DOTALL):
             message = f"{m[1]} is {m[3]}, but must be {TYPE_NAMES[m[2]]}"
-        elif m := re.fullmatch(
-            r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message, re.DOTALL
-        ):
+        elif m := re.fullmatch(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)", message, re.S):
             choices = m[3].replace("'", "")
             message = f"{m[1]} is {m[2]}, but must be one of {choices}"
         elif m := re.fullmatch(r"unrecognized arguments: (\S+).*", message, re.DOTALL):

@@ -1,5 +1,4 @@
-"""Opening a model with transformers, from a folder or the hub, such that a file in the folder can do no
-harm."""
+"""Opening a model with transformers, from a folder or the hub, so that a file in it can do no harm."""
 
 import math
 from pathlib import Path
@@ -12,20 +11,17 @@ MOST_LAYERS, MOST_NUMBER = 200, 1_000_000  # of a config.json; larger ones exhau
 
 
 def open_pretrained(model: str | Path, kind: str, tokenizer: str, option: str, whole: str, example: str):
-    """(model, tokenizer) of transformers' classes `kind` and `tokenizer`: from a folder that exists, else
-    from the hub.
+    """(model, tokenizer) of transformers' classes `kind` and `tokenizer`: from a folder, else from the hub.
 
     Classes are given by name because importing transformers takes seconds. ValueError if the model cannot be
     opened or lacks weights, which transformers would leave random; its message names the command's `option`,
-    what a folder must hold (`whole`), and a hub id that works.
-    """
+    what a folder must hold (`whole`), and a hub id that works."""
     folder, name = Path(model).expanduser(), str(model)
     local = folder.is_dir()
     if not local and (isinstance(model, Path) or folder.exists() or not could_be_hub_id(name)):
         what = "not a folder" if folder.exists() else "no such folder"
-        raise ValueError(
-            f"{option} {name}: {what}; give one that holds {whole}, or a hub id such as {example}"
-        )
+        way = f"give one that holds {whole}, or a hub id such as {example}"
+        raise ValueError(f"{option} {name}: {what}; {way}")
     import transformers
 
     transformers.utils.logging.set_verbosity_error()  # else a table of loaded keys, and advice on long texts
@@ -35,9 +31,8 @@ def open_pretrained(model: str | Path, kind: str, tokenizer: str, option: str, w
         network_class, tokenizer_class = getattr(transformers, kind), getattr(transformers, tokenizer)
         if local:
             check_model_folder(folder, network_class)
-        network, info = network_class.from_pretrained(
-            str(folder), local_files_only=local, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        how = dict(local_files_only=local, output_loading_info=True, ignore_mismatched_sizes=True)
+        network, info = network_class.from_pretrained(str(folder), **how)
         words = tokenizer_class.from_pretrained(str(folder), local_files_only=local, trust_remote_code=False)
         words("a b")  # a damaged tokenizer may fail only here
     except Exception as e:  # offline, unknown id, JSON, safetensors: each raises a class of its own
@@ -47,10 +42,8 @@ def open_pretrained(model: str | Path, kind: str, tokenizer: str, option: str, w
         raise ValueError(f"{option} {name}: {where} ({reason}); name a folder with {whole}{online}") from None
     bad = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
     if bad:
-        raise ValueError(
-            f"{option} {name} is not {whole}: {len(bad)} tensors missing or misshapen, such as {bad[0]}; "
-            f"give a complete one, such as {example}"
-        )
+        lacks = f"{len(bad)} tensors missing or misshapen, such as {bad[0]}"
+        raise ValueError(f"{option} {name} is not {whole}: {lacks}; give a complete one, such as {example}")
     return network, words
 
 
@@ -68,12 +61,10 @@ def parts_of(index: Path) -> list[str]:
 
 
 def check_model_folder(folder: Path, kind: type) -> None:
-    """Refuse a folder that names files elsewhere, or a config.json that asks for more weights than the files
-    hold."""
-    if (folder / "adapter_config.json").is_file():
-        raise ValueError(
-            f"{folder / 'adapter_config.json'} names another model; give a folder with the whole one"
-        )
+    """Refuse a folder that names files elsewhere, or whose config.json asks for more weights than it has."""
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        raise ValueError(f"{adapter} names another model; give a folder with the whole one")
     for index in folder.glob("*.index.json"):
         parts_of(index)
     config = read_json(folder / "config.json")

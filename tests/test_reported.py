@@ -215,7 +215,7 @@ def test_torchrun_ends_with_our_sentence(monkeypatch, capsys):
     peer = RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.1]:1")
     with monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")
-        patch.setattr(train_lora, "check_training", lambda args: raised(peer))
+        patch.setattr(train_lora.command_line, "check_training", lambda args: raised(peer))
         assert train_lora.main([]) == 2 and not Path("error.json").exists()
     assert capsys.readouterr().err == "error: another process has ended\n"
     refused(train_lora, ["--steps", "0", "--device", "cpu"], ["--steps is 0"], capsys)
@@ -460,7 +460,15 @@ def test_lora_in_the_original_numbering(sd1):
     """sd_dreambooth_extension#1380, webui#11963: every module by its old name is found again."""
     sd = load_model(str(sd1.folder), "cpu", log=None)
     ours = [n for n in lora.layers(sd) if n.startswith("lora_unet_")]
-    resnet = {v: k for k, v in lora_names.RESNET.items()}
+    resnet = {
+        "conv1": "in_layers_2", "conv2": "out_layers_3", "time_emb_proj": "emb_layers_1",
+        "conv_shortcut": "skip_connection",
+    }  # fmt: skip
+    single = {
+        "input_blocks_0_0": "conv_in", "out_2": "conv_out", "time_embed_0": "time_embedding_linear_1",
+        "time_embed_2": "time_embedding_linear_2", "middle_block_0": "mid_block_resnets_0",
+        "middle_block_1": "mid_block_attentions_0", "middle_block_2": "mid_block_resnets_1",
+    }  # fmt: skip
     per = sd.unet.config.layers_per_block
 
     def original(name: str) -> str:
@@ -474,7 +482,7 @@ def test_lora_in_the_original_numbering(sd1):
             return f"lora_unet_input_blocks_{3 * int(m[1]) + 3}_0_op"
         if m := re.fullmatch(r"lora_unet_up_blocks_(\d)_upsamplers_0_conv", name):
             return f"lora_unet_output_blocks_{3 * int(m[1]) + 2}_{1 if m[1] == '0' else 2}_conv"
-        for old, new in lora_names.SINGLE.items():
+        for old, new in single.items():
             if name == UNET + new or name.startswith(UNET + new + "_"):
                 rest = name.removeprefix(UNET + new)
                 return UNET + old + ("_" + resnet[rest[1:]] if rest[1:] in resnet else rest)

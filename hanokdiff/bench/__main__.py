@@ -9,13 +9,11 @@ Both sides have the same weights (random, but for the tiny world's), batch and p
 turns in one process, a few steps each; the ratio is of their fastest turns (of their medians in brackets): a
 machine's other work slows some turns, never speeds one up. On a GPU each is built, measured and freed before
 the next, so that none has to share --cap with another; what does not fit says so. A step of "sample" is a
-whole batch of pictures; DreamBooth's pictures are its own and the class's together. Of the baseline's two
-best sides on a GPU the faster counts.
+whole batch of pictures; DreamBooth's are its own and the class's together. The faster baseline counts.
 
 MFU is the share of the fastest matrix product here that the model's own operations take: the same operations
 for every side. "limit" counts ours as executed, with what checkpointing and attention's backward pass repeat.
-Read next: measure.py (how it is timed), baseline.py (diffusers' loops), budget.py (costs without a GPU),
-card.sh (a card's figures in eight minutes).
+Read next: measure.py (how it is timed), baseline.py (diffusers' loops), budget.py (costs without a GPU).
 """
 
 import statistics
@@ -38,9 +36,8 @@ def options() -> Options:
     works = ", ".join(setup.WORKS)
     p.add_argument("works", nargs="*", metavar="WORK", help=f"what to do: {works} (default: all but start)")
     p.add_argument("--size", default="tiny", choices=("tiny", *setup.SIZES), help="default: tiny")
-    p.add_argument(
-        "--vs", choices=("diffusers",), help="the baseline: its scripts' defaults, and its best flags"
-    )
+    sides = "the baseline: its scripts' defaults, and its best flags"
+    p.add_argument("--vs", choices=("diffusers",), help=sides)
     p.add_argument("--batch-size", type=int, help="pictures a step (default: the size's own)")
     p.add_argument("--rounds", type=int, default=7, help="turns of each side that count (default: 7)")
     p.add_argument("--turn", type=int, default=2, help="steps in a turn (default: 2)")
@@ -49,9 +46,8 @@ def options() -> Options:
     p.add_argument("--cap", type=float, help="GiB of GPU memory to get by with: 44 stands for a 48 GB card")
     p.add_argument("--memory", action="store_true", help="on a CPU too: the peak of each side, in a process")
     p.add_argument("--share", action="store_true", help="also MFU, the share of the fastest matrix product")
-    p.add_argument(
-        "--compile", action="store_true", help="ours block by block, the baseline at its best as a whole"
-    )
+    blocks = "ours block by block, the baseline at its best as a whole"
+    p.add_argument("--compile", action="store_true", help=blocks)
     p.add_argument("--checkpointing", action="store_true", help="ours with checkpointing")
     p.add_argument("--channels-last", action="store_true", help="ours with convolutions in that layout")
     p.add_argument("--json", type=Path, help="write the figures here too")
@@ -69,9 +65,8 @@ def check(args: Namespace) -> None:
     if args.cap is not None and not 0 < args.cap < float("inf"):
         raise ValueError(f"--cap is {args.cap:g}, but must be a number of GiB greater than 0")
     if "start" in args.works and (args.size, args.batch_size) != ("tiny", None):
-        raise ValueError(
-            "start opens the embedded model and draws one picture; leave out --size and --batch-size"
-        )
+        both = "start opens the embedded model and draws one picture"
+        raise ValueError(f"{both}; leave out --size and --batch-size")
     if args.vs:
         measure.import_baseline()
     if args.json:
@@ -88,13 +83,10 @@ def rows(args: Namespace, work: str) -> Iterator[dict]:
         if seconds := row.pop("seconds", None):
             low, median = min(seconds), statistics.median(seconds)
             quartiles = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [low] * 3
-            row |= {
-                "seconds_min": low,
-                "seconds_median": median,
-                "seconds_spread": quartiles[2] - quartiles[0],
-                "steps": len(seconds) * (1 if work == "start" else args.turn),
-                "images_per_second": 0 if work == "start" else args.batch / low,
-            }
+            row |= {"seconds_min": low, "seconds_median": median}
+            row |= {"seconds_spread": quartiles[2] - quartiles[0]}
+            row["steps"] = len(seconds) * (1 if work == "start" else args.turn)
+            row["images_per_second"] = 0 if work == "start" else args.batch / low
             if name == "ours":
                 ours = row
             if ours:

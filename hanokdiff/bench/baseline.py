@@ -1,8 +1,7 @@
 """The baseline of hanokdiff.bench: training and sampling with diffusers and peft, as their own scripts do it.
 
 Not used by anything else, and the only file here that needs diffusers and peft (pip install -r
-requirements-dev.txt). Each loop follows the script named in it (diffusers 0.42), without accelerate, which
-here only passes the calls on:
+requirements-dev.txt). Each loop follows the script named in it (diffusers 0.42), without accelerate:
 
     default     as the script is when no flag is given: photos encoded in every step, the text encoder run in
                 every step, torch's default AdamW; on a GPU fp32 weights under bf16 autocast
@@ -33,8 +32,7 @@ diffusers.utils.logging.disable_progress_bar()
 
 
 def kinds(device: str) -> tuple[str, ...]:
-    """The baseline's sides. Which memory layout is faster depends on the card: of the two best ones the
-    faster counts."""
+    """The baseline's sides. Which memory layout is faster depends on the card: the faster counts."""
     more = ("diffusers best, NHWC",) if device.startswith("cuda") else ()
     return "diffusers default", "diffusers best", *more
 
@@ -48,9 +46,7 @@ def pipeline(sd) -> StableDiffusionPipeline:
     return pipe.to(sd.device)
 
 
-def run(
-    sd, work: str, kind: str, side: int, batch: int, images, captions, compile: bool = False
-) -> Iterator[None]:
+def run(sd, work: str, kind: str, side: int, batch: int, images, captions, compile=False) -> Iterator[None]:
     """One step of `work` at every next(); kind: one of kinds()."""
     pipe, best = pipeline(sd), kind != "diffusers default"
     if kind.endswith("NHWC"):

@@ -7,8 +7,7 @@ On the meta device tensors have shapes and no numbers. Counted are the operation
 convolutions and attention, and the bytes allocated at every moment, in hanokdiff's training step at the size
 of SD 1.5 (512 px, bf16). Not counted: the allocator's fragmentation, cuDNN's workspaces and CUDA's own
 memory, 1 to 2 GB together; so the limit is 44 GiB (47.2 GB) of a 48 GB card. Nor is the autoencoder (0.2 GB),
-which a step does not need. A photo is a picture in the step: DreamBooth's are those of the subject and of the
-class together.
+which a step does not need. A photo is a picture in the step: DreamBooth's are its own and the class's.
 """
 
 import sys
@@ -39,8 +38,7 @@ LIMIT = 44 * 2**30
 
 @contextmanager
 def fused_attention():
-    """Count attention as the flash kernel that a card has (2 products forward, 5 backward); torch on the meta
-    device would compute it from single products."""
+    """Count attention as a card's flash kernel (2 products forward, 5 backward), unlike torch on meta."""
     flash = torch.ops.aten._scaled_dot_product_flash_attention
     kernel = lambda q, k, v, mask=None, is_causal=False: flash(q, k, v, 0.0, is_causal)[0]  # noqa: E731
     with mock.patch.object(F, "scaled_dot_product_attention", kernel):
@@ -50,11 +48,9 @@ def fused_attention():
 @contextmanager
 def as_on_a_card():
     """On the meta device torch's grouped and fused functions, as on a card, and `fused_attention`."""
-    with (
-        fused_attention(),
-        mock.patch.object(optimizer, "_get_fused_kernels_supported_devices", lambda: ["meta"]),
-        mock.patch.object(_foreach_utils, "_get_foreach_kernels_supported_devices", lambda: ["meta"]),
-    ):
+    fused = mock.patch.object(optimizer, "_get_fused_kernels_supported_devices", lambda: ["meta"])
+    grouped = mock.patch.object(_foreach_utils, "_get_foreach_kernels_supported_devices", lambda: ["meta"])
+    with fused_attention(), fused, grouped:
         yield
 
 
@@ -65,8 +61,7 @@ class Count(TorchDispatchMode):
                   fp32; `repeated`: q k^T once more in attention's backward pass, one of its 5 products
     live, peak    bytes of the meta tensors made inside that are allocated now, and the most at once
     syncs         names of the operations for which the host would wait for a GPU
-    dispatched    operations on meta tensors, views included: a host takes some microseconds for each
-    """
+    dispatched    operations on meta tensors, views included: a host takes some microseconds for each"""
 
     def __init__(self):
         super().__init__()
@@ -86,9 +81,8 @@ class Count(TorchDispatchMode):
         meta = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.is_meta]
         for tensor in meta:
             self.allocated(tensor.untyped_storage())
-        self.dispatched += bool(meta) or any(
-            isinstance(t, torch.Tensor) and t.is_meta for t in tree_leaves((args, kwargs))
-        )
+        inputs = tree_leaves((args, kwargs))
+        self.dispatched += bool(meta) or any(isinstance(t, torch.Tensor) and t.is_meta for t in inputs)
         return out
 
     def allocated(self, storage) -> None:
@@ -105,20 +99,16 @@ class Count(TorchDispatchMode):
 
 
 def synchronises(op, args, kwargs: dict, out) -> bool:
-    """Whether the host waits for this operation: it reads a number back, or copies a tensor (such as an
-    index) to the device without non_blocking."""
+    """Whether the host waits for it: it reads a number back, or copies a tensor without non_blocking."""
     aten, inputs = torch.ops.aten, [t for t in tree_leaves(args) if isinstance(t, torch.Tensor)]
     if op in (aten._local_scalar_dense, aten.nonzero, aten.masked_select):
         return any(t.is_meta for t in inputs)
-    crosses = any(not t.is_meta and t.dim() for t in inputs) and any(
-        isinstance(t, torch.Tensor) and t.is_meta for t in [*inputs, *tree_leaves(out)]
-    )
+    every = (t for t in [*inputs, *tree_leaves(out)] if isinstance(t, torch.Tensor))
+    crosses = any(not t.is_meta and t.dim() for t in inputs) and any(t.is_meta for t in every)
     return crosses and not (kwargs.get("non_blocking") or (op is aten.copy_ and len(args) > 2 and args[2]))
 
 
-def step(
-    method: str, size: str = "sd15", batch: int = 1, checkpointing: bool = False
-) -> tuple[int, int, int]:
+def step(method: str, size="sd15", batch: int = 1, checkpointing: bool = False) -> tuple[int, int, int]:
     """One training step of a method: operations, peak bytes, and resident bytes, which stay from step to
     step: the weights, and of the trainable parameters an fp32 master copy and Adam's two averages. With few
     photos the peak is at the update, where a bf16 network's gradients are copied to fp32."""
@@ -155,8 +145,7 @@ def dispatched(method: str, size: str = "sd15", batch: int = 1) -> int:
 
 
 def largest(method: str, limit: int, checkpointing: bool) -> int:
-    """The most photos per step within `limit` bytes, 0 for none. From 16 on, memory is linear in their
-    number."""
+    """The most photos per step within `limit` bytes, 0 for none. Memory is linear from 16 of them on."""
     few, more = (step(method, batch=b, checkpointing=checkpointing)[1] for b in (16, 32))
     most = 32 + int((limit - more) // ((more - few) / 16))
     while 0 < most < 16 and step(method, batch=most, checkpointing=checkpointing)[1] > limit:
@@ -191,9 +180,8 @@ def main(argv=None):
     methods = (*setup.TRAINED, *setup.RECIPES)
     print(f"| {' | '.join(methods)} |\n{'|---' * len(methods)}|")
     print(f"| {' | '.join(f'{dispatched(method):,}' for method in methods)} |\n", flush=True)
-    print(
-        f"SD 1.5 at 512 px in bf16, simulated on the meta device; largest batch within {args.limit:g} GiB\n"
-    )
+    simulated = "SD 1.5 at 512 px in bf16, simulated on the meta device"
+    print(f"{simulated}; largest batch within {args.limit:g} GiB\n")
     sizes = "1 photo | 4 | 8 | 32 | largest | with --checkpointing: 32 | largest"
     print(f"| | operations a photo | resident | {sizes} |")
     print("|---" * 10 + "|")
@@ -203,11 +191,8 @@ def main(argv=None):
         checkpointed = step(method, batch=32, checkpointing=True)[1]
         sizes = " | ".join(f"{n / 1e9:.1f} GB" for n in (resident, *(peak for _, peak, _ in costs)))
         most, most_checkpointed = (largest(method, limit, checkpointing) for checkpointing in (False, True))
-        print(
-            f"| {method} | {operations / 1e12:.2f}e12 | {sizes} | {most} | {checkpointed / 1e9:.1f} GB | "
-            f"{most_checkpointed} |",
-            flush=True,
-        )
+        row = [method, f"{operations / 1e12:.2f}e12", sizes, most, f"{checkpointed / 1e9:.1f} GB"]
+        print(f"| {' | '.join(map(str, row))} | {most_checkpointed} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ STEPS = 5  # of sampling
 
 def computed(size: str, device: str, dtype: str, weights: list | None) -> tuple[float, list, Tensor, list]:
     """The loss of DreamBooth's first batch of two photos, its gradients, the latents of two pictures, and the
-    weights, which a second device is given."""
+    weights, for a second device."""
     sd, side = setup.build(size, device, DTYPES[dtype]), min(SIDE, setup.side(size))
     parts = (sd.unet, sd.vae, sd.text.encoder)
     for part, values in zip(parts, weights or (), strict=bool(weights)):
@@ -90,9 +90,7 @@ def cells(content: dict, row: dict) -> list[str]:
     """A row of the bench: what has not been measured is empty."""
     flags = [name for name in ("compile", "checkpointing", "channels_last") if content[name]]
     task = f"{content['size']}, {content['batch']} pictures, {content['dtype'].removeprefix('torch.')}"
-    formats = {
-        "images_per_second": "{:.2f}", "ratio_min": "{:.2f}", "mfu": "{:.0%}", "share_of_limit": "{:.0%}",
-    }  # fmt: skip
+    formats = dict(images_per_second="{:.2f}", ratio_min="{:.2f}", mfu="{:.0%}", share_of_limit="{:.0%}")
     time = f"{1e3 * row['seconds_min']:.1f}" if "seconds_min" in row else "does not fit"
     numbers = [text.format(row[name]) if name in row else "" for name, text in formats.items()]
     peak = f"{row['peak_bytes'] / 2**30:.1f}" if row.get("peak_bytes") else ""

@@ -31,9 +31,6 @@ FIRST_STEP = {  # side -> the code of a process that loads the embedded model an
 }
 
 
-# ----------------------------------------------------------------------------- what is measured, step by step
-
-
 def train(sd: StableDiffusion, method: str, side: int, batch: int, folder: Path) -> Iterator[None]:
     """Our training of a method in a whole Trainer: one step at every next()."""
     trainable, losses = setup.prepare(sd, method, side)
@@ -51,9 +48,7 @@ def train(sd: StableDiffusion, method: str, side: int, batch: int, folder: Path)
         part = next(batches)
 
 
-def sample(
-    sd: StableDiffusion, side: int, batch: int, prompt: str = "a house in the snow", attend: tuple = ()
-) -> Iterator[None]:
+def sample(sd, side: int, batch: int, prompt="a house in the snow", attend: tuple = ()) -> Iterator[None]:
     """Our sampler, from the prompt to the latents: `batch` pictures of STEPS steps at every next()."""
     how = dict(sampler="ddim", steps=setup.STEPS, cfg=7.5, size=(side, side), attend=attend)
     while True:
@@ -73,8 +68,7 @@ def import_baseline():
 
 
 def sides(args: Namespace, work: str, folder: Path) -> dict[str, Callable[[], Iterator[None]]]:
-    """Name of a side -> function that builds it: an iterator that does one step of `work` at every next().
-    Its files go into `folder`."""
+    """Name of a side -> function that builds an iterator: a step of `work` each, files in `folder`."""
 
     def build():
         sd = setup.build(args.size, args.device, args.dtype)
@@ -105,15 +99,9 @@ def sides(args: Namespace, work: str, folder: Path) -> dict[str, Callable[[], It
     return out
 
 
-# ------------------------------------------------------------------------------------------------------- time
-
-
-def interleaved(
-    sides: dict[str, Iterator[None]], rounds: int, turn: int, wait: Callable[[], None] = lambda: None
-) -> dict[str, list[float]]:
+def interleaved(sides: dict, rounds: int, turn: int, wait=lambda: None) -> dict[str, list[float]]:
     """Seconds of a step of each side, the mean of each of its `rounds` turns of `turn` steps, by turns, after
-    one turn to warm up. `wait` for the device comes once a turn, as in a run that does not look at every
-    step."""
+    one turn to warm up. `wait` for the device comes once a turn, as a run does not look at every step."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for i in range(rounds + 1):
         for name, steps in sides.items():
@@ -127,9 +115,8 @@ def interleaved(
 
 
 def on_card(build: Callable[[], Iterator[None]], rounds: int, turn: int) -> dict:
-    """Seconds of a step in each turn, peak bytes of these turns and the clock in MHz, of one side that has
-    the GPU to itself; nothing of them if it does not fit. The peak is of steps alone: without building the
-    model and encoding the photos."""
+    """Seconds of a step in each turn, peak bytes of these turns (of steps alone) and the clock in MHz, of one
+    side that has the GPU to itself; nothing of them if it does not fit."""
     gc.collect()  # the side before, whose iterators and modules refer to each other
     torch.cuda.empty_cache()
     try:
@@ -146,10 +133,10 @@ def on_card(build: Callable[[], Iterator[None]], rounds: int, turn: int) -> dict
 
 def time_sides(args: Namespace, work: str) -> Iterator[tuple[str, dict]]:
     """(name of a side, {"seconds": of a step in each turn, "peak_bytes": of its steps}). On a CPU the sides
-    take turns, because other processes slow it now and then; on a GPU one comes after the other, because
-    together they would not fit."""
+    take turns, because other processes slow it now and then; on a GPU, where both may not fit, not."""
     if work == "start":
-        times = time_process_start(args.rounds, ["ours"] + ["diffusers"] * bool(args.vs))
+        names = ("ours", "diffusers") if args.vs else ("ours",)
+        times = interleaved({name: start_process(name) for name in names}, args.rounds, 1)
         yield from ((name, {"seconds": seconds}) for name, seconds in times.items())
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -164,17 +151,12 @@ def time_sides(args: Namespace, work: str) -> Iterator[tuple[str, dict]]:
         yield name, {"seconds": seconds} | peak
 
 
-def time_process_start(rounds: int, sides: list[str]) -> dict[str, list[float]]:
-    """Seconds from the start of a process to the end of the first sampling step, with the embedded model."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    for i in range(rounds + 1):  # the first round fills the page cache
-        for name in sides:
-            start = time.perf_counter()
-            subprocess.run([sys.executable, "-c", FIRST_STEP[name]], check=True, capture_output=True, env=env)
-            if i:
-                times[name].append(time.perf_counter() - start)
-    return times
+def start_process(side: str) -> Iterator[None]:
+    """A new process at every next(), to the end of its first sampling step, with the embedded model."""
+    command, env = [sys.executable, "-c", FIRST_STEP[side]], {**os.environ, "HF_HUB_OFFLINE": "1"}
+    while True:
+        subprocess.run(command, check=True, capture_output=True, env=env)
+        yield
 
 
 def fastest_matmul(device: str, dtype: torch.dtype) -> float:
@@ -192,9 +174,6 @@ def fastest_matmul(device: str, dtype: torch.dtype) -> float:
     return 2 * n**3 / min(interleaved({"": products()}, 10, 10 if gpu else 1, wait)[""])
 
 
-# ----------------------------------------------------------------------------- memory, and what it was run on
-
-
 def limit_memory(gib: float | None) -> None:
     """Allow this process so much of the GPU's memory, to stand for a smaller card."""
     if gib:
@@ -203,8 +182,7 @@ def limit_memory(gib: float | None) -> None:
 
 
 def send_peak(args: Namespace, work: str, side: str, pipe) -> None:
-    """In a process of its own, on a CPU: send the peak memory in bytes of three steps of one side, without
-    building it."""
+    """In a process of its own, on a CPU: send the peak memory in bytes of three steps of one built side."""
     with tempfile.TemporaryDirectory() as folder:
         steps = sides(args, work, Path(folder))[side]()
         next(steps)  # what is allocated once
@@ -231,8 +209,7 @@ def peak_memory(args: Namespace, work: str, side: str) -> int | None:
 
 
 def nvidia_smi(field: str) -> str | None:
-    """What nvidia-smi says of the present GPU, such as its "driver_version"; None where it is not
-    installed."""
+    """What nvidia-smi says of the present GPU, such as its "driver_version"; None where it is missing."""
     gpu = f"--id=GPU-{torch.cuda.get_device_properties(torch.cuda.current_device()).uuid}"
     ask = ["nvidia-smi", gpu, f"--query-gpu={field}", "--format=csv,noheader,nounits"]
     try:

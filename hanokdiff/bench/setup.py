@@ -1,5 +1,6 @@
 """The sizes that are measured, and each method's model, data, trainable parameters and loss."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +13,6 @@ from hanokdiff.device import DTYPES
 from hanokdiff.formats.load import TINY_MODEL, load_model
 from hanokdiff.formats.tokenizer import load_tokenizer
 from hanokdiff.methods import dreambooth, hypernetwork, lora, textual_inversion
-from hanokdiff.methods.losses import mse
 from hanokdiff.models.pipeline import StableDiffusion
 from hanokdiff.models.schedule import Schedule
 from hanokdiff.models.text_encoder import TextConfig, TextEncoder
@@ -21,6 +21,7 @@ from hanokdiff.models.unet import UNet, UNetConfig
 from hanokdiff.models.vae import VAE, VAEConfig
 from hanokdiff.training.dataset import LatentDataset
 from hanokdiff.training.noise import Batch
+from hanokdiff.training.validation import denoising_losses
 
 TRAINED = ("ti", "dreambooth", "lora", "hypernet", "hypernet-all")
 PEERS = ("ti", "dreambooth", "lora")  # those that diffusers has a script for
@@ -92,13 +93,11 @@ def build(size: str, device: str, dtype: torch.dtype) -> StableDiffusion:
 def photos(side: int, n: int = 8) -> tuple[list[Image.Image], list[str]]:
     """n images of noise, side x side pixels, the same at every call, and their captions."""
     noise = np.random.default_rng(0).integers(256, size=(n, side, side, 3), dtype=np.uint8)
-    images = [Image.fromarray(pixels) for pixels in noise]
-    return images, [f"* {i} in the snow" for i in range(n)]
+    return [Image.fromarray(pixels) for pixels in noise], [f"* {i} in the snow" for i in range(n)]
 
 
 def trained(sd: StableDiffusion, method: str) -> dict:
-    """What a method trains, name -> parameter, as in train_METHOD.py; LoRAs of rank 4, as in diffusers'
-    script."""
+    """What a method trains, name -> parameter, as in train_METHOD.py; LoRAs of rank 4, as diffusers' are."""
     if method == "lora":
         return lora.trainable(lora.insert(sd, 4, 4))
     if method == "lora-text":
@@ -115,7 +114,7 @@ def trained(sd: StableDiffusion, method: str) -> dict:
     if method == "ti":
         return textual_inversion.trainable(embedding)
     train = {"custom-diffusion": "cross-attention", "svdiff": "singular-values"}.get(method, "all")
-    return dreambooth.trainable(sd, embedding, train)
+    return dreambooth.prepare(sd, embedding, train).parameters
 
 
 def prepare(sd: StableDiffusion, method: str, side: int) -> tuple[dict, Callable[[Batch], Tensor]]:
@@ -128,11 +127,4 @@ def prepare(sd: StableDiffusion, method: str, side: int) -> tuple[dict, Callable
     dataset = LatentDataset(sd.vae, images, captions, device=sd.device)
     if method in ("lora", "hypernet", "hypernet-all"):
         sd.text.cache_prompts(captions)
-
-    def losses(batch: Batch) -> Tensor:
-        x0, prompts = dataset[batch]
-        noise, t = batch.normal(x0.shape), batch.timesteps(sd.schedule.num_train_timesteps)
-        pred = sd.unet(sd.schedule.add_noise(x0, noise, t), t, sd.text(prompts))
-        return mse(pred, sd.schedule.target(x0, noise, t))
-
-    return trainable, losses
+    return trainable, functools.partial(denoising_losses, sd, dataset)

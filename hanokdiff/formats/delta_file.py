@@ -60,24 +60,17 @@ def read_file(path: Path) -> tuple[str, dict[str, Tensor]]:
         content = content if isinstance(content, dict) else {}
     else:
         content = read_safetensors(path, "Custom Diffusion or SVDiff")[0]
-    found = kind(content)
-    tensors = {
-        k: t for k, t in content.items() if isinstance(t, Tensor) and not str(k).endswith(".processor")
-    }
+    found, held = kind(content), {k: t for k, t in content.items() if isinstance(t, Tensor)}
+    tensors = {k: t for k, t in held.items() if not str(k).endswith(".processor")}
     if found is None:
-        raise ValueError(
-            f"{path} holds neither Custom Diffusion's weights nor SVDiff's shifts; a LoRA is --lora, an "
-            "embedding --embedding"
-        )
+        way = "a LoRA is --lora, an embedding --embedding"
+        raise ValueError(f"{path} holds neither Custom Diffusion's weights nor SVDiff's shifts; {way}")
     if bad := [k for k, t in tensors.items() if not (t.is_floating_point() and t.numel() and all_finite(t))]:
         raise ValueError(f"{path}: {bad[0]} is no tensor of finite numbers; take an earlier file")
     if found == "singular-values":
         return found, {k.removesuffix(".weight"): t for k, t in tensors.items()}
-    out = {}
-    for key, tensor in tensors.items():
-        layer = key.replace(".processor.", ".").replace("_custom_diffusion", "")
-        out[f"unet.{layer}"] = tensor
-    return found, out
+    names = {k: k.replace(".processor.", ".").replace("_custom_diffusion", "") for k in tensors}
+    return found, {f"unet.{names[k]}": tensor for k, tensor in tensors.items()}
 
 
 @torch.no_grad()
@@ -96,18 +89,16 @@ def apply_file(sd, path: Path, log=print) -> None:
             raise ValueError(f"{path}: {sd.name} has no layer {layer}; it was made for another architecture")
         wanted = weight.shape if found == "cross-attention" else (min(weight.flatten(1).shape),)
         if tuple(tensor.shape) != tuple(wanted):
-            raise ValueError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}, but {sd.name} needs {tuple(wanted)} "
-                "there; it was made for another architecture"
-            )
+            shapes = f"shape {tuple(tensor.shape)}, but {sd.name} needs {tuple(wanted)} there"
+            raise ValueError(f"{path}: {name} has {shapes}; it was made for another architecture")
         places[name] = (networks[network], layer, part)
     for name, (network, layer, part) in places.items():
         if found == "singular-values":
             spectral.merge(network, {layer: tensors[name]})
         else:
             own = base_layer(network.get_submodule(layer))
-            weight = getattr(own, part)
-            setattr(own, part, nn.Parameter(tensors[name].to(weight), requires_grad=False))
+            changed = tensors[name].to(getattr(own, part))
+            setattr(own, part, nn.Parameter(changed, requires_grad=False))
     if log:
         what = {"cross-attention": "Custom Diffusion", "singular-values": "SVDiff"}[found]
         log(f"{what} {path}: all {len(tensors)} tensors matched")

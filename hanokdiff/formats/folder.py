@@ -1,11 +1,9 @@
-"""Whole models on disk: the folder layout of diffusers, read and written (one file for all: see
-single_file.py).
+"""Whole models on disk: the folder layout of diffusers, read and written (one file: see single_file.py).
 
     model_index.json  unet/  vae/  text_encoder/  tokenizer/  scheduler/
 
-Each network is built on the meta device (no memory, no random numbers) and its tensors are mapped from the
-file. Whatever is missing, left over or of the wrong shape is an error that names it: a checkpoint never loads
-halfway.
+Each network is built on the meta device (no memory, no random numbers), its tensors are mapped from the file.
+What is missing, left over or of the wrong shape is an error that names it: nothing loads halfway.
 """
 
 import contextlib
@@ -22,39 +20,28 @@ from hanokdiff.formats.tokenizer import save_tokenizer
 from hanokdiff.formats.validate import check_names
 from hanokdiff.pretrained import could_be_hub_id, parts_of
 
-# VAEs published in 2022
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-PARTS = {  # folder -> file name without its ending, as diffusers and transformers write it
-    "unet": "diffusion_pytorch_model",
-    "vae": "diffusion_pytorch_model",
-    "text_encoder": "model",
-}
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # VAEs of 2022
+# folder -> file name without its ending, as diffusers and transformers write it
+PARTS = {**dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model"), "text_encoder": "model"}
 ERRORS = (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
 SINGLE_FILES = (".safetensors", ".ckpt")  # what single_file.py reads
 
 
 def find_model(model: str) -> Path:
-    """The folder or single file of a model: a local one, else a hub id ("owner/name") from the cache or the
-    hub."""
+    """The folder or single file of a model: a local one, else a hub id ("owner/name") from cache or hub."""
     if not model.strip():
-        raise ValueError(
-            'the model is ""; give a folder with model_index.json, a single file, a hub id, or "tiny"'
-        )
+        way = 'give a folder with model_index.json, a single file, a hub id, or "tiny"'
+        raise ValueError(f'the model is ""; {way}')
     path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file() and path.suffix in SINGLE_FILES:
+    if path.is_dir() or (path.is_file() and path.suffix in SINGLE_FILES):
         return path
     if path.exists():
-        raise ValueError(
-            f"{model} is a file, but not a {' or '.join(SINGLE_FILES)}; give one of these, or a model "
-            "folder (one that holds model_index.json)"
-        )
+        other = f"{model} is a file, but not a {' or '.join(SINGLE_FILES)}"
+        raise ValueError(f"{other}; give one of these, or a model folder (one that holds model_index.json)")
     if not could_be_hub_id(model):
-        raise ValueError(
-            f'no model folder at "{model}"; give a folder with model_index.json, a single file '
-            f'({", ".join(SINGLE_FILES)}), a hub id, or "tiny"'
-        )
+        kinds = f"a single file ({', '.join(SINGLE_FILES)})"
+        way = f'a folder with model_index.json, {kinds}, a hub id, or "tiny"'
+        raise ValueError(f'no model folder at "{model}"; give {way}')
     return from_hub(model)
 
 
@@ -65,7 +52,7 @@ def from_hub(model: str) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     try:
-        if offline():
+        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
             return Path(snapshot_download(model, local_files_only=True))
         names = HfApi().list_repo_files(model)
         return Path(snapshot_download(model, allow_patterns=wanted_files(names)))
@@ -73,13 +60,8 @@ def from_hub(model: str) -> Path:
         with contextlib.suppress(Exception):  # fetched before
             return Path(snapshot_download(model, local_files_only=True))
         reason = str(e).strip().split("\n")[0]
-        raise ValueError(
-            f'no folder "{model}" here, nor from the hub ({reason}); name a local folder'
-        ) from None
-
-
-def offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+        none = f'no folder "{model}" here, nor from the hub ({reason})'
+        raise ValueError(f"{none}; name a local folder") from None
 
 
 def wanted_files(names: list[str]) -> list[str]:
@@ -98,12 +80,8 @@ def choose_weights(names: list[str], stem: str) -> str | None:
     """Which of a folder's files holds the weights: the plain one, else in parts (its index), else in fp16,
     else another variant that is the only one; .safetensors before .bin."""
     for end in (".safetensors", ".bin"):
-        plain = [
-            f"{stem}{end}",
-            f"{stem}{end}.index.json",
-            f"{stem}.fp16{end}",
-            f"{stem}{end}.index.fp16.json",
-        ]
+        file = stem + end
+        plain = [file, f"{file}.index.json", f"{stem}.fp16{end}", f"{file}.index.fp16.json"]
         plain += ["pytorch_model.bin"] * (end == ".bin")
         variants = [n for n in names if re.fullmatch(rf"{stem}\.[\w-]+{end}", n)]
         found = [n for n in plain if n in names] + (variants if len(variants) == 1 else [])
@@ -128,9 +106,8 @@ def weights_file(folder: Path, stem: str) -> Path:
         return folder / chosen
     variants = ", ".join(n for n in names if n.startswith(stem))
     several = f" (there are {variants}: rename the one to use)" if variants else ""
-    raise ValueError(
-        f"{folder} holds no weights: expected {stem}.safetensors there (or .fp16.safetensors, .bin){several}"
-    )
+    expected = f"expected {stem}.safetensors there (or .fp16.safetensors, .bin){several}"
+    raise ValueError(f"{folder} holds no weights: {expected}")
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
@@ -154,22 +131,17 @@ def plain_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
-def fill(
-    module: nn.Module, tensors: dict[str, Tensor], source: Path, asker: str = "config.json"
-) -> nn.Module:
+def fill(module: nn.Module, tensors: dict[str, Tensor], source: Path, asker="config.json") -> nn.Module:
     """Give a module built on the meta device its tensors; every name and shape must match."""
     own = module.state_dict()
     check_names(own, tensors, source, "the file does not belong to the config.json beside it")
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
-            raise ValueError(
-                f"{source}: {name} has shape {tuple(tensor.shape)}, but {asker} asks for "
-                f"{tuple(own[name].shape)}"
-            )
+            wanted = f"{asker} asks for {tuple(own[name].shape)}"
+            raise ValueError(f"{source}: {name} has shape {tuple(tensor.shape)}, but {wanted}")
         if not tensor.is_floating_point():
-            raise ValueError(
-                f"{source}: {name} is {tensor.dtype}; only weights in floating point can be used"
-            )
+            only = "only weights in floating point can be used"
+            raise ValueError(f"{source}: {name} is {tensor.dtype}; {only}")
     module.load_state_dict(tensors, assign=True)
     return module.requires_grad_(False).eval()
 
@@ -187,18 +159,14 @@ def load_part(folder: Path, part: str, network: type, config: type) -> nn.Module
     return fill(module, plain_names(read_weights(file)), file)
 
 
-def save_folder(
-    folder: Path, unet, vae, encoder, tokenizer, schedule, dtype: torch.dtype = torch.float32
-) -> None:
+def save_folder(folder: Path, unet, vae, encoder, tokenizer, schedule, dtype=torch.float32) -> None:
     """Write a whole model as a diffusers folder; the text encoder's names get their `text_model.` back. What
     works in half precision and has a `master` is written as that has it, with all its digits."""
     for part, module in (("unet", unet), ("vae", vae), ("text_encoder", encoder)):
         (folder / part).mkdir(parents=True, exist_ok=True)
         prefix = "text_model." if part == "text_encoder" else ""
-        held = {
-            prefix + k: getattr(t, "master", t).detach() for k, t in module.state_dict(keep_vars=True).items()
-        }
-        tensors = {k: t.to(dtype) for k, t in held.items()}
+        held = module.state_dict(keep_vars=True).items()
+        tensors = {prefix + k: getattr(t, "master", t).detach().to(dtype) for k, t in held}
         write_tensors(tensors, folder / part / f"{PARTS[part]}.safetensors", {"format": "pt"})
         # else transformers 5 takes the file's dtype and diffusers' plain from_pretrained fails in fp16
         plain = {"dtype": "float32"} if part == "text_encoder" else {}
@@ -208,13 +176,9 @@ def save_folder(
     write_json(folder / "scheduler" / "scheduler_config.json", schedule.to_json())
     index = {
         "_class_name": "StableDiffusionPipeline",
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-    }
+        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+        "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", "DDIMScheduler"], "safety_checker": [None, None],
+        "feature_extractor": [None, None], "requires_safety_checker": False,
+    }  # fmt: skip
     write_json(folder / "model_index.json", index)

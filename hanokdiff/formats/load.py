@@ -30,33 +30,22 @@ def load_model(
     device: str | None = None,
     dtype: str = "auto",
     log=print,
-    tokenizer: str | None = None,
-    prediction: str | None = None,
-    masters: bool = False,
-    vae: str | None = None,
-    zero_terminal_snr: bool = False,
-    training: bool = False,
+    tokenizer: str | None = None,  # folder or hub id of another one than the model's own
+    prediction: str | None = None,  # what the UNet predicts, if the model is silent or wrong
+    masters: bool = False,  # keep what the file says as `master` of each parameter: to train and to save it
+    vae: str | None = None,  # folder or single file of another autoencoder
+    zero_terminal_snr: bool = False,  # a schedule that ends in noise alone, for models that predict v
+    training: bool = False,  # gradients are to be computed: "auto" is not fp16 then
 ) -> StableDiffusion:
     """Open a model: "tiny", a diffusers folder, a hub id, or a single file (.safetensors, .ckpt). Everything
-    is frozen; what is trained is up to the method.
-
-    tokenizer    folder or hub id of another tokenizer than the model's own
-    prediction   "epsilon" or "v_prediction": what the UNet predicts, where the model is silent or wrong
-                 about it
-    vae          folder or single file of another autoencoder than the model's own
-    zero_terminal_snr
-                 a schedule that ends in noise alone, for models that predict v
-    training     gradients are to be computed: "auto" is not fp16 then
-    masters      keep what the file says as `master` of each parameter: to learn from it and to save it
-                 again, not from what half precision leaves of it"""
+    is frozen; what is trained is up to the method."""
     start, (dev, precision, reason) = time.perf_counter(), choose_device(device, dtype, training)
     path = TINY_MODEL if model == "tiny" else find_model(model)
     open_ = open_file if path.is_file() else open_folder
     unet, own_vae, encoder, words, schedule = open_(path, tokenizer, prediction, log)
+    parameters = sum(p.numel() for p in unet.parameters())
     if dtype == "auto":  # which on a CPU depends on the model's size
-        dev, precision, reason = choose_device(
-            device, dtype, training, sum(p.numel() for p in unet.parameters())
-        )
+        dev, precision, reason = choose_device(device, dtype, training, parameters)
     decoder = open_vae(Path(vae), own_vae.config) if vae else own_vae
     if zero_terminal_snr:
         schedule = replace(schedule, rescale_betas_zero_snr=True)
@@ -68,23 +57,19 @@ def load_model(
             for p, full in zip(part.parameters(), exact, strict=True):
                 p.master = full
     if log:
-        millions = sum(p.numel() for p in unet.parameters()) / 1e6
-        log(
-            f"model {model}: UNet of {millions:.1f} M parameters, {schedule.prediction_type}, "
-            f"opened in {time.perf_counter() - start:.1f} s"
-        )
+        took = f"opened in {time.perf_counter() - start:.1f} s"
+        log(f"model {model}: UNet of {parameters / 1e6:.1f} M parameters, {schedule.prediction_type}, {took}")
         log(f"device {reason}")
     sd = StableDiffusion(unet, decoder, Text(encoder, words), schedule, dev, precision, model, digest)
-    if (path / "hanokdiff.json").is_file():  # our DreamBooth's: the word it was trained with
-        word = read_json(path / "hanokdiff.json").get("token")
+    file = path / "hanokdiff.json"
+    if file.is_file():  # our DreamBooth's: the word it was trained with
+        word = read_json(file).get("token")
         if not isinstance(word, str):
-            raise ValueError(
-                f'{path / "hanokdiff.json"} names no pseudo word; write {{"token": "..."}} into it'
-            )
+            raise ValueError(f'{file} names no pseudo word; write {{"token": "..."}} into it')
         try:
             sd.text.add_word(word)
         except ValueError as e:
-            raise ValueError(f"{path / 'hanokdiff.json'}: {e}") from None
+            raise ValueError(f"{file}: {e}") from None
     return sd
 
 
@@ -102,9 +87,8 @@ def digest_of(parts: dict[str, nn.Module], words, schedule: Schedule, path: Path
             if tensor.is_meta:  # bench/budget.py counts without numbers
                 continue
             if tensor.is_floating_point() and not all_finite(tensor):
-                raise ValueError(
-                    f"{path}: {part}.{name} has a value that is not finite; fetch the model again"
-                )
+                bad = f"{path}: {part}.{name} has a value that is not finite"
+                raise ValueError(f"{bad}; fetch the model again")
             flat = tensor.detach().flatten()
             sample = flat[:: max(1, len(flat) // SAMPLE)][:SAMPLE].float().contiguous()
             seen.update(f"{part}.{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
@@ -121,37 +105,31 @@ def open_folder(folder: Path, tokenizer: str | None, prediction: str | None, log
     vae = load_part(folder, "vae", VAE, VAEConfig)
     encoder = load_part(folder, "text_encoder", TextEncoder, TextConfig)
     check_fit(unet.config, encoder.config, folder)
-    own, size = folder / "tokenizer", encoder.config.vocab_size
-    words = (
-        tokenizer_of(encoder.config, tokenizer, folder)
-        if tokenizer
-        else check_tokenizer(load_tokenizer(own), own, size)
-    )
+    own, c = folder / "tokenizer", encoder.config
+    if tokenizer:
+        words = find_tokenizer(tokenizer, folder, c.vocab_size, single_file.is_sd2(c))
+    else:
+        words = check_tokenizer(load_tokenizer(own), own, c.vocab_size)
     return unet, vae, encoder, words, schedule
 
 
 def open_vae(path: Path, own: VAEConfig) -> VAE:
-    """An autoencoder by itself: a folder of diffusers (its own, or a model's with vae/ in it) or a single
-    file in the original layout."""
+    """An autoencoder by itself: a folder of diffusers (its own, or a model's with vae/) or a single file."""
     if path.is_dir():
         model = path if (path / "vae").is_dir() else path.parent
         vae = load_part(model, "vae" if model == path else path.name, VAE, VAEConfig)
     else:
         vae = single_file.read_vae(path)
-    latent, factor = own.latent_channels, own.factor
-    if (vae.config.latent_channels, vae.config.factor) != (latent, factor):
-        raise ValueError(
-            f"--vae {path} makes latents of {vae.config.latent_channels} channels, 1/{vae.config.factor} of "
-            f"the pictures; the model's are of {latent}, 1/{factor}"
-        )
+    made, wanted = ((c.latent_channels, c.factor) for c in (vae.config, own))
+    if made != wanted:
+        latents = f"--vae {path} makes latents of {made[0]} channels, 1/{made[1]} of the pictures"
+        raise ValueError(f"{latents}; the model's are of {wanted[0]}, 1/{wanted[1]}")
     return vae
 
 
 def open_file(path: Path, tokenizer: str | None, prediction: str | None, log) -> tuple:
     """The same five of a single file; the tokenizer is found elsewhere."""
     unet, vae, encoder, schedule = single_file.read_file(path, prediction, log)
-    return unet, vae, encoder, tokenizer_of(encoder.config, tokenizer, path.parent), schedule
-
-
-def tokenizer_of(c: TextConfig, named: str | None, beside: Path):
-    return find_tokenizer(named, beside, c.vocab_size, single_file.is_sd2(c))
+    c = encoder.config
+    words = find_tokenizer(tokenizer, path.parent, c.vocab_size, single_file.is_sd2(c))
+    return unet, vae, encoder, words, schedule

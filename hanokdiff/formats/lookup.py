@@ -17,10 +17,8 @@ def find_artefact(kind: str, name: str, folder: Path, given: list[Path]) -> Path
     if len(found.get(name, [])) == 1:
         return found[name][0]
     if name in found:
-        raise ValueError(
-            f"<{kind}:{name}>: there are {len(found[name])} of that name ({found[name][0]}, "
-            f"{found[name][1]}, ...); rename one, or name another --lora-dir"
-        )
+        several = f"there are {len(found[name])} of that name ({found[name][0]}, {found[name][1]}, ...)"
+        raise ValueError(f"<{kind}:{name}>: {several}; rename one, or name another --lora-dir")
     near = difflib.get_close_matches(name, found, 1, 0.5)
     advice = f"the nearest is {near[0]}" if near else f"there is {', '.join(sorted(found)[:5]) or 'none'}"
     raise ValueError(f"<{kind}:{name}>: no such file in {folder}; {advice}, or name another --lora-dir")

@@ -1,14 +1,9 @@
-"""The spellings of LoRA files: what every tool calls the same tensor, and the way back. Names only, no
-numbers.
+"""The spellings of LoRA files: what every tool calls the same tensor, and the way back. No numbers.
 
-    kohya                lora_unet_down_blocks_0_attentions_1_..._attn1_to_q.lora_down.weight      (ours; the
-                                                                                                   WebUI's)
-    peft, diffusers      unet.down_blocks.0.attentions.1....attn1.to_q.lora_A.weight               (`unet.`
-                                                                                                   may lack)
-    diffusers 0.22       unet.down_blocks.0.attentions.1....attn1.to_q.lora.down.weight            (often
-                                                                                                   among
-                                                                                                   peft's)
-    diffusers of 2023    unet.down_blocks.0.attentions.1....attn1.processor.to_q_lora.down.weight
+    kohya (ours, the WebUI's)  lora_unet_down_blocks_0_attentions_1_..._attn1_to_q.lora_down.weight
+    peft, diffusers            unet.down_blocks.0.attentions.1....attn1.to_q.lora_A.weight, `unet.` may lack
+    diffusers 0.22             unet.down_blocks.0.attentions.1....attn1.to_q.lora.down.weight, also mixed
+    diffusers of 2023          unet.down_blocks.0.attentions.1....attn1.processor.to_q_lora.down.weight
     its text encoder
         text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer.down.weight
 
@@ -16,7 +11,11 @@ Everything is read into kohya's names.  They lose the dots of a module's path; a
 words brings them back: `to_out_0` is `to_out.0`, since `to_out` is a word and `to` is none.
 """
 
+import functools
 import re
+
+from hanokdiff.formats.single_file import unet_places
+from hanokdiff.models.unet import UNetConfig
 
 UNET, TEXT = "lora_unet_", "lora_te_text_model_"
 ENDS = {
@@ -32,42 +31,12 @@ ENDS = {
 OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}  # diffusers of 2023
 UNET_ROOTS = ("down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out", "time_embedding")
 WORDS = (
-    *UNET_ROOTS,
-    "resnets",
-    "conv1",
-    "conv2",
-    "conv_shortcut",
-    "time_emb_proj",
-    "downsamplers",
-    "upsamplers",
-    "conv",
-    "linear_1",
-    "linear_2",
-    "attentions",
-    "proj_in",
-    "proj_out",
-    "transformer_blocks",
-    "attn1",
-    "attn2",
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out",
-    "ff",
-    "net",
-    "proj",
-    "encoder",
-    "layers",
-    "self_attn",
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "out_proj",
-    "mlp",
-    "fc1",
-    "fc2",
-)
-WORD = re.compile("|".join(sorted(WORDS, key=len, reverse=True)) + r"|\d+")  # the longest word that fits
+    "resnets conv1 conv2 conv_shortcut time_emb_proj downsamplers upsamplers conv linear_1 linear_2 "
+    "attentions proj_in proj_out transformer_blocks attn1 attn2 to_q to_k to_v to_out ff net proj encoder "
+    "layers self_attn q_proj k_proj v_proj out_proj mlp fc1 fc2"
+).split()
+LONGEST_FIRST = sorted((*UNET_ROOTS, *WORDS), key=len, reverse=True)
+WORD = re.compile("|".join(LONGEST_FIRST) + r"|\d+")
 
 
 def parse(key: str) -> tuple[str, str, str] | None:
@@ -91,15 +60,6 @@ def parse(key: str) -> tuple[str, str, str] | None:
 
 
 TEXT_PREFIXES = ("lora_te_0_transformer_text_model_", "lora_te1_text_model_", "lora_te1_", "lora_te_")
-RESNET = {
-    "in_layers_2": "conv1", "out_layers_3": "conv2", "emb_layers_1": "time_emb_proj",
-    "skip_connection": "conv_shortcut",
-}  # fmt: skip
-SINGLE = {
-    "input_blocks_0_0": "conv_in", "out_2": "conv_out", "time_embed_0": "time_embedding_linear_1",
-    "time_embed_2": "time_embedding_linear_2", "middle_block_0": "mid_block_resnets_0",
-    "middle_block_1": "mid_block_attentions_0", "middle_block_2": "mid_block_resnets_1",
-}  # fmt: skip
 
 
 def _canonical(name: str) -> str:
@@ -108,31 +68,18 @@ def _canonical(name: str) -> str:
     for prefix in TEXT_PREFIXES:
         if name.startswith(prefix):
             return TEXT + name.removeprefix(prefix).removeprefix("text_model_")
-    return UNET + _diffusers_block(name.removeprefix(UNET)) if name.startswith(UNET) else name
+    names, path = original_names(), name.removeprefix(UNET)
+    head = path
+    while head and head not in names:  # the longest beginning that is a module of the original layout
+        head = head.rpartition("_")[0]
+    return UNET + names[head] + path.removeprefix(head) if head else name
 
 
-def _diffusers_block(path: str) -> str:
-    """input_blocks_4_1_proj_in -> down_blocks_1_attentions_0_proj_in: the original layout's numbers, of four
-    levels with two layers each, as SD 1 and 2 have them."""
-    for old, new in SINGLE.items():
-        if path == old or path.startswith(old + "_"):
-            return new + _resnet(path.removeprefix(old))
-    if not (found := re.fullmatch(r"(input|output)_blocks_(\d+)_(\d+)(_.+)", path)):
-        return path
-    side, n, place, rest = found[1], int(found[2]), int(found[3]), found[4]
-    if side == "input":
-        b, i = divmod(n - 1, 3)
-        if i == 2:
-            return f"down_blocks_{b}_downsamplers_0_conv" if rest == "_op" else path
-        return f"down_blocks_{b}_{'attentions' if place else 'resnets'}_{i}{_resnet(rest)}"
-    b, i = divmod(n, 3)
-    if rest == "_conv":
-        return f"up_blocks_{b}_upsamplers_0_conv"
-    return f"up_blocks_{b}_{'attentions' if place else 'resnets'}_{i}{_resnet(rest)}"
-
-
-def _resnet(rest: str) -> str:
-    return "_" + RESNET[rest[1:]] if rest[1:] in RESNET else rest
+@functools.cache
+def original_names() -> dict[str, str]:
+    """The original layout's modules -> diffusers', of four levels with two layers, as in SD 1 and 2."""
+    places = unet_places(UNetConfig())
+    return {theirs.replace(".", "_"): ours.replace(".", "_") for ours, theirs in places.items()}
 
 
 def _split(module: str) -> tuple[str | None, str]:
@@ -154,10 +101,8 @@ def diffusers_name(name: str) -> str:
         words = WORD.findall(rest)
         if rest != name and words and "_".join(words) == rest:
             return network + ".".join(words)
-    raise ValueError(
-        f"{name} is no layer of Stable Diffusion 1 or 2, so diffusers has no name for it; leave the file "
-        "in kohya's layout"
-    )
+    unknown = f"{name} is no layer of Stable Diffusion 1 or 2, so diffusers has no name for it"
+    raise ValueError(f"{unknown}; leave the file in kohya's layout")
 
 
 def is_written(key: str) -> bool:

@@ -2,13 +2,11 @@
 
     model.diffusion_model.*     the UNet
     first_stage_model.*         the VAE
-    cond_stage_model.*          the text encoder: `transformer.text_model.` in SD 1.x, `model.` (OpenCLIP) in
-                                SD 2.x
+    cond_stage_model.*          the text encoder: `transformer.text_model.` in SD 1.x, `model.` in SD 2.x
 
 `unet_places`, `vae_places` and `open_clip_places` say once where each of our modules (named as in diffusers)
 lies; reading and writing both go through `namer`.  A module that is not in the table has one name in both
-worlds. Such a file has no config: the sizes are read off the tensors' shapes, unless `save_file` left them
-in the metadata.
+worlds. Such a file has no config: sizes are read off the tensors' shapes, or off the metadata of `save_file`.
 
 The names are those of CompVis/latent-diffusion and Stability-AI/stablediffusion.  L is layers_per_block.
 """
@@ -44,13 +42,9 @@ V_THRESHOLD = 0.09  # ComfyUI's test: above it, the last attention's norm1.bias 
 # ------------------------------------------------------------------------------------------------ the names
 
 UNET_RESNET = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+}  # fmt: skip
 VAE_RESNET = {"conv_shortcut": "nin_shortcut"}
 VAE_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
 TEXT_LAYER = {
@@ -66,26 +60,20 @@ def inside(ours: str, theirs: str, table: dict[str, str]) -> dict[str, str]:
 
 
 def unet_places(c: UNetConfig) -> dict[str, str]:
-    """Our module -> theirs. There every block has a number: level i fills L + 1 of them, the last one
-    downsamples."""
+    """Our module -> theirs. There blocks are numbered: level i fills L + 1 of them, the last downsamples."""
     places = {
-        "time_embedding.linear_1": "time_embed.0",
-        "time_embedding.linear_2": "time_embed.2",
-        "conv_in": "input_blocks.0.0",
-        "conv_norm_out": "out.0",
-        "conv_out": "out.2",
+        "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+        "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
         "mid_block.attentions.0": "middle_block.1",
-    }
+    }  # fmt: skip
     resnets = {"mid_block.resnets.0": "middle_block.0", "mid_block.resnets.1": "middle_block.2"}
     per = c.layers_per_block + 1
     for i, attends in enumerate(reversed(c.attention)):  # whether up_blocks.i attends
         for j in range(per):
             down, up = f"input_blocks.{1 + per * i + j}", f"output_blocks.{per * i + j}"
-            resnets |= {f"down_blocks.{i}.resnets.{j}": f"{down}.0", f"up_blocks.{i}.resnets.{j}": f"{up}.0"}
-            places |= {
-                f"down_blocks.{i}.attentions.{j}": f"{down}.1",
-                f"up_blocks.{i}.attentions.{j}": f"{up}.1",
-            }
+            for ours, theirs in ((f"down_blocks.{i}", down), (f"up_blocks.{i}", up)):
+                resnets[f"{ours}.resnets.{j}"] = f"{theirs}.0"
+                places[f"{ours}.attentions.{j}"] = f"{theirs}.1"
         places[f"down_blocks.{i}.downsamplers.0.conv"] = f"{down}.0.op"  # in the place of one resnet more
         places[f"up_blocks.{i}.upsamplers.0.conv"] = f"{up}.{2 if attends else 1}.conv"
     for ours, theirs in resnets.items():
@@ -113,11 +101,8 @@ def vae_places(c: VAEConfig) -> dict[str, str]:
 
 
 def open_clip_places(c: TextConfig) -> dict[str, str]:
-    places = {
-        "embeddings.token_embedding": "token_embedding",
-        "final_layer_norm": "ln_final",
-        "embeddings.position_embedding.weight": "positional_embedding",
-    }
+    places = {"embeddings.token_embedding": "token_embedding", "final_layer_norm": "ln_final"}
+    places["embeddings.position_embedding.weight"] = "positional_embedding"
     for n in range(c.num_hidden_layers):
         places |= inside(f"encoder.layers.{n}", f"transformer.resblocks.{n}", TEXT_LAYER)
     return places
@@ -157,7 +142,7 @@ def to_ldm(*networks: nn.Module) -> dict[str, Tensor]:
             tensors = stack_qkv(tensors)
             tensors |= unused(tensors, network.config)
         out |= tensors
-    # 1x1 convs
+    # the VAE's attention is 1x1 convolutions there
     return {k: t[:, :, None, None] if ".attn_1." in k and t.dim() == 2 else t for k, t in out.items()}
 
 
@@ -167,9 +152,8 @@ def stack_qkv(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         head, q, kind = name.partition(".attn.q.")
         if q:
-            out[f"{head}.attn.in_proj_{kind}"] = torch.cat(
-                [tensors[f"{head}.attn.{x}.{kind}"] for x in "qkv"]
-            )
+            parts = [tensors[f"{head}.attn.{x}.{kind}"] for x in "qkv"]
+            out[f"{head}.attn.in_proj_{kind}"] = torch.cat(parts)
         elif ".attn.k." not in name and ".attn.v." not in name:
             out[name] = tensor
     return out
@@ -180,19 +164,18 @@ def split_qkv(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     out = {}
     for name, tensor in tensors.items():
         head, stacked, kind = name.partition(".in_proj_")
-        stacked = stacked and tensor.dim()
-        out |= (
-            {f"{head}.{x}.{kind}": t for x, t in zip("qkv", tensor.chunk(3))} if stacked else {name: tensor}
-        )
+        if stacked and tensor.dim():
+            out |= {f"{head}.{x}.{kind}": t for x, t in zip("qkv", tensor.chunk(3))}
+        else:
+            out[name] = tensor
     return out
 
 
 def unused(tensors: dict[str, Tensor], c: TextConfig) -> dict[str, Tensor]:
     """What the original loaders ask for though SD 2 never uses it: the last block of OpenCLIP (it takes the
     output of the one before, which stands in for it here), text_projection and logit_scale (ln 100)."""
-    before, last = (
-        f"{OPEN_CLIP}transformer.resblocks.{n}." for n in (c.num_hidden_layers - 1, c.num_hidden_layers)
-    )
+    n, block = c.num_hidden_layers, f"{OPEN_CLIP}transformer.resblocks"
+    before, last = f"{block}.{n - 1}.", f"{block}.{n}."
     out = {last + k.removeprefix(before): t.clone() for k, t in tensors.items() if k.startswith(before)}
     like = tensors[f"{OPEN_CLIP}ln_final.weight"]
     out[f"{OPEN_CLIP}text_projection"] = like.new_ones(c.hidden_size, c.hidden_size)
@@ -232,10 +215,9 @@ def infer_unet(tensors: dict[str, Tensor], sd2: bool, v: bool) -> UNetConfig:
 
 def infer_vae(tensors: dict[str, Tensor], v: bool) -> VAEConfig:
     first = FIRST_STAGE + "encoder.down.{}.block.{}.conv1.weight"
+    levels = numbers(tensors, first.format("#", 0))
     return VAEConfig(
-        block_out_channels=tuple(
-            len(tensors[first.format(i, 0)]) for i in numbers(tensors, first.format("#", 0))
-        ),
+        block_out_channels=tuple(len(tensors[first.format(i, 0)]) for i in levels),
         layers_per_block=len(numbers(tensors, first.format(0, "#"))),
         latent_channels=len(tensors[FIRST_STAGE + "post_quant_conv.weight"]),
         sample_size=768 if v else 512,
@@ -248,22 +230,14 @@ def infer_text(tensors: dict[str, Tensor], sd2: bool) -> TextConfig:
     name = namer(TextConfig(num_hidden_layers=1, hidden_act=act))
     fc1 = name("encoder.layers.0.mlp.fc1.weight")
     blocks = len(numbers(tensors, fc1.replace(".0.", ".#.")))
+    if sd2 and blocks != 23:
+        blocks -= 1
     vocabulary, width = tensors[name("embeddings.token_embedding.weight")].shape
     positions = len(tensors[name("embeddings.position_embedding.weight")])
-    return TextConfig(
-        vocabulary,
-        width,
-        len(tensors[fc1]),
-        blocks - 1 if sd2 and blocks != 23 else blocks,
-        max(width // 64, 1),
-        positions,
-        act,
-    )
+    return TextConfig(vocabulary, width, len(tensors[fc1]), blocks, max(width // 64, 1), positions, act)
 
 
-def prediction_type(
-    tensors: dict[str, Tensor], sd2: bool, named: str | None, metadata: dict[str, str], step: int | None
-) -> tuple[str, str]:
+def prediction_type(tensors: dict, sd2: bool, named: str | None, metadata: dict, step) -> tuple[str, str]:
     """What the UNet predicts, and why we think so: nothing in an old file says it."""
     if named:
         return named, "named"
@@ -293,35 +267,26 @@ def recognise(tensors: dict[str, Tensor], path: Path) -> bool:
         return any(name.startswith(prefixes) for name in tensors)
 
     if has("conditioner.embedders.", UNET + "label_emb."):
-        raise ValueError(
-            f"{path} is an SDXL or unCLIP checkpoint; only Stable Diffusion 1.x and 2.x are supported"
-        )
+        only = "only Stable Diffusion 1.x and 2.x are supported"
+        raise ValueError(f"{path} is an SDXL or unCLIP checkpoint; {only}")
     if not has(UNET):
         example = next(iter(tensors), "none at all")
         way = "; a LoRA goes to sample.py as --lora FILE" if any("lora" in name for name in tensors) else ""
-        raise ValueError(
-            f"{path} is not a Stable Diffusion checkpoint: of its {len(tensors)} tensors none is named "
-            f"{UNET}* (one is {example}){way}"
-        )
-    for part, folder, prefixes in (
-        ("VAE", "vae", (FIRST_STAGE,)),
-        ("text encoder", "text_encoder", (CLIP, OPEN_CLIP)),
-    ):
+        none = f"of its {len(tensors)} tensors none is named {UNET}* (one is {example}){way}"
+        raise ValueError(f"{path} is not a Stable Diffusion checkpoint: {none}")
+    parts = (("VAE", "vae", (FIRST_STAGE,)), ("text encoder", "text_encoder", (CLIP, OPEN_CLIP)))
+    for part, folder, prefixes in parts:
         if not has(*prefixes):
-            raise ValueError(
-                f"{path} holds no {part} (no tensor is named {'* or '.join(prefixes)}*); give a complete "
-                f"checkpoint, or a model folder with a {folder}/ of its own"
-            )
+            lacks = f"{path} holds no {part} (no tensor is named {'* or '.join(prefixes)}*)"
+            way = f"give a complete checkpoint, or a model folder with a {folder}/ of its own"
+            raise ValueError(f"{lacks}; {way}")
     return not has(CLIP)
 
 
-def read_file(
-    path: Path | str, prediction: str | None = None, log=None
-) -> tuple[UNet, VAE, TextEncoder, Schedule]:
-    """Open a single file; the networks are frozen and in the precision of the file, their weights mapped from
-    it.
+def read_file(path, prediction: str | None = None, log=None) -> tuple[UNet, VAE, TextEncoder, Schedule]:
+    """Open a single file; the networks are frozen, in the file's precision, their weights mapped from it.
 
-    `prediction` ("epsilon" or "v_prediction") overrides what the file says or what is guessed, which `say`
+    `prediction` ("epsilon" or "v_prediction") overrides what the file says or what is guessed, which `log`
     tells. Raises ValueError: damaged, code inside, another architecture, a tensor missing or left over."""
     path = Path(path)
     tensors, metadata, step = read_single_file(path)
@@ -336,18 +301,13 @@ def read_file(
             text_c = TextConfig.from_json(own["text_encoder"])
         else:
             v2 = sd2 and kind == "v_prediction"
-            unet_c, vae_c, text_c = (
-                infer_unet(tensors, sd2, v2),
-                infer_vae(tensors, v2),
-                infer_text(tensors, sd2),
-            )
+            unet_c, vae_c = infer_unet(tensors, sd2, v2), infer_vae(tensors, v2)
+            text_c = infer_text(tensors, sd2)
         with torch.device("meta"):
             networks = UNet(unet_c), VAE(vae_c), TextEncoder(text_c)
     except ERRORS as e:
-        why = reason(e)
-        raise ValueError(
-            f"{path} is not a complete checkpoint of Stable Diffusion 1.x or 2.x ({why})"
-        ) from None
+        incomplete = f"{path} is not a complete checkpoint of Stable Diffusion 1.x or 2.x"
+        raise ValueError(f"{incomplete} ({reason(e)})") from None
     check_fit(unet_c, text_c, path)
     fill_networks(networks, tensors, path)
     if log:
@@ -356,8 +316,7 @@ def read_file(
 
 
 def read_vae(path: Path) -> VAE:
-    """An autoencoder in a file by itself (such as vae-ft-mse-840000-ema-pruned), in the original layout with
-    or without its prefix."""
+    """An autoencoder in a file by itself (such as vae-ft-mse-840000-ema-pruned), with or without a prefix."""
     if not path.is_file():
         raise ValueError(f"--vae {path}: no such file or folder")
     tensors, _, _ = read_single_file(path)
@@ -373,8 +332,7 @@ def read_vae(path: Path) -> VAE:
 
 
 def fill_networks(networks: tuple[nn.Module, ...], tensors: dict[str, Tensor], path: Path) -> None:
-    """Give the networks (on the meta device) their tensors; every one must be there, and none be left
-    over."""
+    """Give the networks (on the meta device) their tensors; every one must be there, and no other."""
     c = networks[-1].config
     if isinstance(c, TextConfig) and is_sd2(c):
         last = f"{OPEN_CLIP}transformer.resblocks.{c.num_hidden_layers}."  # its output is never used
@@ -383,26 +341,15 @@ def fill_networks(networks: tuple[nn.Module, ...], tensors: dict[str, Tensor], p
     for network in networks:
         name = namer(network.config)
         wanted.append({ours: name(ours) for ours in network.state_dict()})
-    check_names(
-        {theirs for names in wanted for theirs in names.values()},
-        tensors.keys(),
-        path,
-        "it is not a plain checkpoint of Stable Diffusion 1.x or 2.x",
-    )
+    asked = {theirs for names in wanted for theirs in names.values()}
+    check_names(asked, tensors.keys(), path, "it is not a plain checkpoint of Stable Diffusion 1.x or 2.x")
     for network, names in zip(networks, wanted, strict=True):
         own, found = network.state_dict(), {ours: tensors[theirs] for ours, theirs in names.items()}
         found |= {k: t[:, :, 0, 0] for k, t in found.items() if t.shape[2:] == (1, 1) and own[k].dim() == 2}
         fill(network, found, path, "the rest of the file")
 
 
-def save_file(
-    path: Path | str,
-    unet: UNet,
-    vae: VAE,
-    encoder: TextEncoder,
-    schedule: Schedule,
-    dtype: torch.dtype = torch.float32,
-) -> None:
+def save_file(path, unet: UNet, vae: VAE, encoder: TextEncoder, schedule: Schedule, dtype=torch.float32):
     """Write a .safetensors file that the other tools read; the metadata tell them what the UNet predicts, and
     tell `read_file` the sizes, so that a model of any shape comes back."""
     path = Path(path)

@@ -23,8 +23,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: Path, what: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors (memory-mapped) and metadata. The library refuses headers that promise more than the file
-    holds."""
+    """Tensors (memory-mapped) and metadata. The library refuses headers that promise more than there is."""
     if not path.is_file():
         raise ValueError(f"no {what} file at {path}")
     try:
@@ -58,10 +57,9 @@ def read_pt(path: Path, what: str):
         calls = re.search(r"GLOBAL (\S+)|persistent_load|[Cc]an only \w+", str(e))
         if calls is None or not isinstance(e, UnpicklingError):
             raise damaged(path, e) from None
-        raise ValueError(
-            f"{path} needs more than tensors ({calls[1] or calls[0]}); that could be any code, so it was "
-            f"not run: get this {what} as .safetensors, or convert it where you trust it"
-        ) from None
+        needs = f"{path} needs more than tensors ({calls[1] or calls[0]})"
+        way = f"get this {what} as .safetensors, or convert it where you trust it"
+        raise ValueError(f"{needs}; that could be any code, so it was not run: {way}") from None
 
 
 class Inert:
@@ -78,6 +76,8 @@ class Inert:
 
 
 MOST_CLASSES = 64  # that a checkpoint may hold besides its tensors
+# no model needs these
+NEVER = ("os", "sys", "posix", "nt", "subprocess", "commands", "builtins", "__builtin__")
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -94,21 +94,8 @@ def read_checkpoint(path: Path) -> dict:
             if not found or found[1] in [name for _, name in strange] or found[1].split(".")[0] in NEVER:
                 raise
             strange.append((type("Inert", (Inert,), {}), found[1]))
-    raise ValueError(
-        f"{path} holds more than {MOST_CLASSES} kinds of objects; get this model as .safetensors"
-    )
-
-
-NEVER = (
-    "os",
-    "sys",
-    "posix",
-    "nt",
-    "subprocess",
-    "commands",
-    "builtins",
-    "__builtin__",
-)  # no model needs these
+    many = f"{path} holds more than {MOST_CLASSES} kinds of objects"
+    raise ValueError(f"{many}; get this model as .safetensors")
 
 
 def read_single_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str], int | None]:
@@ -127,14 +114,10 @@ def write_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, st
     """Write a .safetensors file aside, sync it, then rename it: what was there stays whole until then."""
     for name, tensor in tensors.items():
         # the extremes are NaN if any value is; isfinite on all of them takes 30 times as long on a CPU
-        if (
-            tensor.is_floating_point()
-            and tensor.numel()
-            and not torch.isfinite(torch.stack(tensor.aminmax())).all()
-        ):
-            raise ValueError(
-                f"{path} was not written: {name} has a value that is not finite; lower the learning rate"
-            )
+        numbers = tensor.is_floating_point() and tensor.numel()
+        if numbers and not torch.isfinite(torch.stack(tensor.aminmax())).all():
+            bad = f"{path} was not written: {name} has a value that is not finite"
+            raise ValueError(f"{bad}; lower the learning rate")
     tensors = {k: t.detach().contiguous().cpu() for k, t in tensors.items()}
     with replacing(path) as aside:
         save_file(tensors, aside, metadata)

@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 
 from hanokdiff.files import check_file_size, read_json, reason, sync_rename, write_text
+from hanokdiff.pretrained import could_be_hub_id
 
 HUB_TOKENIZERS = {  # the same words in all three; a single file brings none
     "sd1": ["openai/clip-vit-large-patch14"],
@@ -18,10 +19,9 @@ def load_tokenizer(folder: Path, pad: str | None = None):
     writes. `pad` is another token to pad prompts with than the folder says."""
     if not has_tokenizer(folder):
         name = "merges.txt" if (folder / "vocab.json").is_file() else "vocab.json"
-        raise ValueError(
-            f"{folder / name} is missing: not a complete model folder in the diffusers layout; fetch it "
-            "again, or name another tokenizer with --tokenizer"
-        )
+        way = "fetch it again, or name another tokenizer with --tokenizer"
+        missing = f"{folder / name} is missing: not a complete model folder in the diffusers layout"
+        raise ValueError(f"{missing}; {way}")
     from transformers import CLIPTokenizer  # lazily: half a second that --help need not wait for
 
     for file in folder.glob("*.[jt]*"):
@@ -29,28 +29,20 @@ def load_tokenizer(folder: Path, pad: str | None = None):
     config = folder / "tokenizer_config.json"
     held = read_json(config) if config.is_file() else {}
     if away := [k for k in ("vocab_file", "merges_file", "tokenizer_file") if held.get(k)]:
-        raise ValueError(
-            f"{config} names another file ({away[0]}), but only the folder's own are read: delete that"
-        )
+        away = f"{config} names another file ({away[0]})"
+        raise ValueError(f"{away}, but only the folder's own are read: delete that")
     try:
-        tokenizer = CLIPTokenizer.from_pretrained(
-            folder, local_files_only=True, **({"pad_token": pad} if pad else {})
-        )
-        ids = [
-            tokenizer.bos_token_id,
-            tokenizer.eos_token_id,
-            tokenizer.pad_token_id,
-            *tokenizer("a b").input_ids,
-        ]
+        more = {"pad_token": pad} if pad else {}
+        t = CLIPTokenizer.from_pretrained(folder, local_files_only=True, **more)
+        ids = [t.bos_token_id, t.eos_token_id, t.pad_token_id, *t("a b").input_ids]
     except BaseException as e:  # the library raises what it comes upon, and its Rust half a BaseException
         if isinstance(e, KeyboardInterrupt):
             raise
-        raise ValueError(
-            f"{folder} holds no CLIP tokenizer that can be read ({reason(e)}); fetch it again"
-        ) from None
+        none = f"{folder} holds no CLIP tokenizer that can be read ({reason(e)})"
+        raise ValueError(f"{none}; fetch it again") from None
     if not all(isinstance(i, int) for i in ids):
         raise ValueError(f"{folder}: the tokenizer has no begin, end or padding token; fetch it again")
-    return tokenizer
+    return t
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -65,20 +57,17 @@ def find_tokenizer(named: str | None, beside: Path, vocabulary: int, sd2: bool):
     tried = (tokenizer_folder(name, cached) for cached in (True, False) for name in names)
     folder = next((f for f in tried if f), None)
     if folder is None:
-        raise ValueError(
-            f"no tokenizer in {', nor in '.join(names)} (a folder with vocab.json and merges.txt, or a "
-            "hub id); name one with --tokenizer FOLDER_OR_HUB_ID"
-        )
+        none = f"no tokenizer in {', nor in '.join(names)}"
+        form = "a folder with vocab.json and merges.txt, or a hub id"
+        raise ValueError(f"{none} ({form}); name one with --tokenizer FOLDER_OR_HUB_ID")
     return check_tokenizer(load_tokenizer(folder, "!" if sd2 else "<|endoftext|>"), folder, vocabulary)
 
 
 def check_tokenizer(tokenizer, folder: Path, vocabulary: int):
     count = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=0))
     if count > vocabulary:
-        raise ValueError(
-            f"the tokenizer in {folder} knows {count} tokens, the text encoder {vocabulary}: it "
-            "belongs to another model; name the right one with --tokenizer"
-        )
+        more = f"the tokenizer in {folder} knows {count} tokens, the text encoder {vocabulary}"
+        raise ValueError(f"{more}: it belongs to another model; name the right one with --tokenizer")
     return tokenizer
 
 
@@ -86,16 +75,15 @@ def tokenizer_folder(name: str, cached: bool) -> Path | None:
     """Where the tokenizer of a local folder, or of a hub id (from the cache, else from the network), lies."""
     folder = Path(name).expanduser()
     if not folder.exists():
-        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        if not could_be_hub_id(name):
             return None
         from huggingface_hub import snapshot_download
 
         files = ["vocab.json", "merges.txt", "tokenizer*.json", "special_tokens_map.json"]
+        patterns = [*files, *(f"tokenizer/{f}" for f in files)]
         try:
-            patterns = [*files, *(f"tokenizer/{f}" for f in files)]
             folder = Path(snapshot_download(name, allow_patterns=patterns, local_files_only=cached))
-        # not in the cache, offline, unknown id, no permission: the hub has a class for each
-        except Exception:
+        except Exception:  # not in the cache, offline, unknown id, no permission: each has its own class
             return None
     return next((place for place in (folder / "tokenizer", folder) if has_tokenizer(place)), None)
 

@@ -14,17 +14,13 @@ def check_kind(folder: Path) -> None:
     index = folder / "model_index.json"
     if not index.is_file():
         inner = [file.parent for file in sorted(folder.glob("*/model_index.json"))]
-        raise ValueError(
-            f"{index} is missing: not a model folder in the diffusers layout; name "
-            f"{inner[0] if inner else 'the folder that holds it'}"
-        )
+        wanted = inner[0] if inner else "the folder that holds it"
+        raise ValueError(f"{index} is missing: not a model folder in the diffusers layout; name {wanted}")
     index = read_json(index)
     for part in ("text_encoder_2", "transformer", "prior"):
         if index.get(part) not in (None, [None, None]):
-            raise ValueError(
-                f"{folder} is a {str(index.get('_class_name'))[:60]}, a model with a {part} (such as SDXL "
-                "or SD 3); only Stable Diffusion 1.x and 2.x are supported"
-            )
+            kind = f"{str(index.get('_class_name'))[:60]}, a model with a {part} (such as SDXL or SD 3)"
+            raise ValueError(f"{folder} is a {kind}; only Stable Diffusion 1.x and 2.x are supported")
 
 
 def check_tensors(content, size: int) -> None:
@@ -39,9 +35,7 @@ def check_tensors(content, size: int) -> None:
             todo += (x if isinstance(x, dict) else vars(x)).values()
         elif isinstance(x, list | tuple | set):
             todo += x
-        elif isinstance(x, Tensor) and (
-            x.layout != torch.strided or x.device.type != "cpu" or x.nbytes > size
-        ):
+        elif isinstance(x, Tensor) and (x.layout != torch.strided or not x.is_cpu or x.nbytes > size):
             raise RuntimeError(f"a tensor of shape {tuple(x.shape)} on {x.device} is not in the file")
 
 
@@ -72,24 +66,17 @@ def check_names(asked: Iterable[str], held: Iterable[str], source: Path, hint: s
     asked, held = set(asked), set(held)
     missing, extra = sorted(asked - held), sorted(held - asked)
     if missing or extra:
-        what = [
-            f"{len(names)} {kind} (such as {names[0]})"
-            for kind, names in (("missing", missing), ("left over", extra))
-            if names
-        ]
+        odd = (("missing", missing), ("left over", extra))
+        what = ", ".join(f"{len(names)} {kind} (such as {names[0]})" for kind, names in odd if names)
         matched = f"{len(asked) - len(missing)} of {len(asked)} tensors matched"
-        raise ValueError(f"{source}: {matched}, {', '.join(what)}; {hint}")
+        raise ValueError(f"{source}: {matched}, {what}; {hint}")
 
 
 def check_fit(unet, text, source) -> None:
     """Whether the configs of UNet and text encoder make one Stable Diffusion."""
     if unet.in_channels != 4:
-        raise ValueError(
-            f"{source}: the UNet takes {unet.in_channels} channels, not 4: inpainting and pix2pix "
-            "models are not supported"
-        )
+        takes = f"the UNet takes {unet.in_channels} channels, not 4"
+        raise ValueError(f"{source}: {takes}: inpainting and pix2pix models are not supported")
     if text.hidden_size != unet.cross_attention_dim:
-        raise ValueError(
-            f"{source}: the text encoder is {text.hidden_size} wide, but the UNet takes "
-            f"{unet.cross_attention_dim}"
-        )
+        takes = f"the UNet takes {unet.cross_attention_dim}"
+        raise ValueError(f"{source}: the text encoder is {text.hidden_size} wide, but {takes}")

@@ -32,15 +32,10 @@ class Trained:
         return what + (" and ".join(parts) if len(parts) < 3 else f"{parts[0]}, {parts[1]} and {parts[2]}")
 
 
-def trainable(sd, embedding: ExtendedEmbedding | None, train: str = "all") -> dict[str, nn.Parameter]:
+def prepare(sd, embedding: ExtendedEmbedding | None, train: str) -> Trained:
     """The parameters that are trained, by name: the UNet's ("unet."), and with `embedding`, which holds the
     pseudo word's own rows ("word"), the text encoder's ("text."). The token table is not trained: no other
-    word moves."""
-    return prepare(sd, embedding, train).parameters
-
-
-def prepare(sd, embedding: ExtendedEmbedding | None, train: str) -> Trained:
-    """The same, and where singular values are trained the layers that hold them."""
+    word moves. Where singular values are trained, the layers that hold them as well."""
     out = Trained({})
     if train == "singular-values":
         out.unet_shifts = spectral.insert(sd.unet)

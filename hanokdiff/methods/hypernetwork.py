@@ -19,23 +19,12 @@ from hanokdiff.seeding import seeded_generator
 
 
 def activations() -> dict[str, type[nn.Module] | None]:
-    """The WebUI's names. Its "swish" is Hardswish; beyond its own few it knows torch's, in lower case."""
-    own = {
-        "linear": None,
-        "relu": nn.ReLU,
-        "leakyrelu": nn.LeakyReLU,
-        "elu": nn.ELU,
-        "swish": nn.Hardswish,
-        "tanh": nn.Tanh,
-        "sigmoid": nn.Sigmoid,
-    }
-    torchs = vars(nn.modules.activation).items()
-    more = {
-        k.lower(): v
-        for k, v in torchs
-        if isinstance(v, type) and v.__module__ == nn.modules.activation.__name__
-    }
-    return {**{k: v for k, v in more.items() if k not in ("multiheadattention", "threshold", "glu")}, **own}
+    """The WebUI's names: torch's in lower case, but its "swish" is Hardswish."""
+    module = nn.modules.activation
+    torchs = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
+    left_out = (nn.MultiheadAttention, nn.Threshold, nn.GLU)
+    names = {kind.__name__.lower(): kind for kind in torchs if kind not in left_out}
+    return {**names, "linear": None, "swish": nn.Hardswish}
 
 
 ACTIVATIONS = activations()
@@ -53,38 +42,24 @@ class HypernetConfig:
     weight_init: str = "Normal"  # as the file says; nothing is read from it
 
     def __post_init__(self):
-        if (
-            len(self.layers) < 2
-            or self.layers[0] != 1
-            or self.layers[-1] != 1
-            or not all(x > 0 for x in self.layers)
-        ):
-            raise ValueError(
-                f"layers are {' '.join(f'{x:g}' for x in self.layers)}, but must begin and end with 1, "
-                "such as 1 2 1: each is a multiple of the width"
-            )
-        if max(self.layers) > 64 or min(self.layers) < 1 / 64 or len(self.layers) > 32:
-            raise ValueError(
-                f"layers are {' '.join(f'{x:g}' for x in self.layers[:40])}, but each must be from 1/64 "
-                "to 64, and there are at most 32 of them"
-            )
+        layers, shown = self.layers, " ".join(f"{x:g}" for x in self.layers[:40])
+        if len(layers) < 2 or layers[0] != 1 or layers[-1] != 1 or not all(x > 0 for x in layers):
+            must = "must begin and end with 1, such as 1 2 1: each is a multiple of the width"
+            raise ValueError(f"layers are {shown}, but {must}")
+        if max(layers) > 64 or min(layers) < 1 / 64 or len(layers) > 32:
+            must = "each must be from 1/64 to 64, and there are at most 32 of them"
+            raise ValueError(f"layers are {shown}, but {must}")
         if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f'activation "{self.activation}" is not known; the WebUI\'s are linear, relu, leakyrelu, '
-                "elu, swish, tanh, sigmoid, and torch's by their lower-case names"
-            )
-        if self.dropout and (
-            len(self.dropout) != len(self.layers) or not all(0 <= p < 1 for p in self.dropout)
-        ):
-            raise ValueError(
-                f"dropout is {self.dropout}: one number from 0 to below 1 for each of {len(self.layers)} "
-                "layers is needed"
-            )
+            known = "the WebUI's are linear, relu, leakyrelu, elu, swish, tanh, sigmoid"
+            lower = "and torch's by their lower-case names"
+            raise ValueError(f'activation "{self.activation}" is not known; {known}, {lower}')
+        if self.dropout and (len(self.dropout) != len(layers) or not all(0 <= p < 1 for p in self.dropout)):
+            must = f"one number from 0 to below 1 for each of {len(layers)} layers is needed"
+            raise ValueError(f"dropout is {self.dropout}: {must}")
 
 
 class ResidualMLP(nn.Module):
-    """f of one width d. `linear` is a Sequential whose indices are the file's tensor names: every activation
-    and dropout counts."""
+    """f of one width d. The indices of `linear` are in the file's tensor names: every part counts."""
 
     def __init__(self, d: int, config: HypernetConfig):
         super().__init__()
@@ -117,15 +92,13 @@ class ResidualMLP(nn.Module):
 
 
 class Hypernetwork(nn.Module):
-    """One pair of networks (f_K, f_V) per width, and the strength. Weights are trained in fp32 and cast to
-    x's dtype."""
+    """One pair of networks (f_K, f_V) per width, and the strength. Weights are fp32, cast to x's dtype."""
 
     def __init__(self, config: HypernetConfig, widths, strength: float = 1.0):
         super().__init__()
         self.config, self.strength = config, strength
-        self.pairs = nn.ModuleDict(
-            {str(d): nn.ModuleList([ResidualMLP(d, config), ResidualMLP(d, config)]) for d in sorted(widths)}
-        )
+        pairs = {str(d): [ResidualMLP(d, config), ResidualMLP(d, config)] for d in sorted(widths)}
+        self.pairs = nn.ModuleDict({d: nn.ModuleList(pair) for d, pair in pairs.items()})
         self._changed: dict = {}  # of the forward pass under way: the changed context of each side
         self._cast: dict = {}  # and the weights in the UNet's precision
 
@@ -137,8 +110,7 @@ class Hypernetwork(nn.Module):
         return self
 
     def change(self, x: Tensor, side: int) -> Tensor:
-        """x + strength f(x), x (B, T, D); side 0 for keys, 1 for values. An x of another width stays as it
-        is."""
+        """x + strength f(x), x (B, T, D); side 0 for keys, 1 for values. An x of another width stays."""
         if str(x.shape[-1]) not in self.pairs:
             return x
         f, key = self.pairs[str(x.shape[-1])][side], (x.shape[-1], side, x.dtype, torch.is_grad_enabled())
@@ -157,8 +129,7 @@ class Hypernetwork(nn.Module):
 
     def before_forward(self, unet: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """A hook of the UNet's: drop what the last forward pass left, whose graph is freed and whose weights
-        may have changed. In training the context is changed here, outside of blocks that --checkpointing runs
-        twice."""
+        may have changed. In training change the context here, outside of blocks that are run twice."""
         self._changed.clear()
         self._cast.clear()
         x, t, context = inputs
@@ -212,10 +183,10 @@ def trainable(hypernet: Hypernetwork) -> dict[str, nn.Parameter]:
 def insert(sd, hypernet: Hypernetwork) -> Hypernetwork:
     """Put a hypernetwork in front of every to_k and to_v, after the hypernetworks already there."""
     hypernet.to(sd.device)
-    hypernet._layers = [
-        (path, wrap(sd.unet, path, lambda base: HypernetLinear(base, hypernet, side, is_cross)))  # noqa: B023
-        for path, side, is_cross in kv_layers(sd)
-    ]
+    hypernet._layers = []
+    for path, *where in kv_layers(sd):
+        layer = wrap(sd.unet, path, lambda base: HypernetLinear(base, hypernet, *where))  # noqa: B023
+        hypernet._layers.append((path, layer))
     hypernet.hook = sd.unet.register_forward_pre_hook(hypernet.before_forward)
     return hypernet
 

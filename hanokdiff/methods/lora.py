@@ -31,8 +31,7 @@ class LoRA(nn.Module):
     """A Linear or Conv2d (or a LoRA around one) and its low-rank change.
 
     down      (rank, in) or (rank, in, kh, kw), fp32, Kaiming-uniform
-    up        (out, rank) or (out, rank, 1, 1), fp32, zeros; both in training in the layer's precision, see
-              `trainable`
+    up        (out, rank) or (out, rank, 1, 1), fp32, zeros; training casts both: `trainable`
     strength  scales the change once more, when sampling"""
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, strength: float = 1.0):
@@ -115,17 +114,14 @@ def wrap(network: nn.Module, path: str, rank: int, alpha: float, strength: float
     return inject.wrap(network, path, lambda base: LoRA(base, rank, alpha, strength))
 
 
-def insert(
-    sd, rank: int, alpha: float, targets: str = "attention", text_rank: int = 0, seed: int = 0
-) -> dict[str, LoRA]:
+def insert(sd, rank: int, alpha: float, targets="attention", text_rank: int = 0, seed: int = 0) -> dict:
     """Put fresh LoRAs into the model: kohya name -> LoRA. `targets` is "cross-attention", "attention",
     "attention+ff" or "attention+ff+conv"."""
-    ends = sum((TARGETS[t] for t in targets.split("+")), ())
+    unet_ends = sum((TARGETS[t] for t in targets.split("+")), ())
     out = {}
     for name, (network, path) in layers(sd).items():
-        text = network is sd.text.encoder
-        r = text_rank if text else rank
-        if not r or not path.endswith(tuple("." + e for e in (TEXT_TARGETS if text else ends))):
+        r, ends = (text_rank, TEXT_TARGETS) if network is sd.text.encoder else (rank, unet_ends)
+        if not r or not path.endswith(tuple("." + end for end in ends)):
             continue
         lora = out[name] = wrap(network, path, r, alpha * r / rank)
         bound = 1 / math.sqrt(lora.down[0].numel())  # kaiming_uniform(a=sqrt 5), as nn.Linear and kohya
@@ -145,15 +141,13 @@ def remove(sd, loras: dict[str, LoRA]) -> None:
 @torch.no_grad()
 def merge(sd, loras: dict[str, LoRA]) -> dict[str, Tensor]:
     """Add these LoRAs to the weights themselves, in fp32, and take them out: sampling costs what it did
-    without them. Returns the weights as they were, for `unmerge`: subtracting would not give them back to the
-    bit."""
+    without them. Returns the former weights for `unmerge`: subtracting would not give them back exactly."""
     before = {}
     for name, lora in loras.items():
         layer = base_layer(lora)
         before[name] = layer.weight
-        layer.weight = nn.Parameter(
-            (layer.weight.float() + lora.delta()).to(layer.weight.dtype), requires_grad=False
-        )
+        changed = (layer.weight.float() + lora.delta()).to(layer.weight.dtype)
+        layer.weight = nn.Parameter(changed, requires_grad=False)
     remove(sd, loras)
     return before
 

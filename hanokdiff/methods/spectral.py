@@ -46,14 +46,10 @@ class SpectralShift(nn.Module):
         return F.conv2d(x, weight, layer.bias, layer.stride, layer.padding)
 
 
-def layers(network: nn.Module) -> list[str]:
-    """The paths of a network's Linear and Conv2d layers."""
-    return [path for path, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-
-
-def insert(network: nn.Module, paths: list[str] | None = None) -> dict[str, SpectralShift]:
-    """Put a shift of 0 around layers of a network (default: all): path -> SpectralShift."""
-    return {path: wrap(network, path, SpectralShift) for path in paths or layers(network)}
+def insert(network: nn.Module) -> dict[str, SpectralShift]:
+    """Put a shift of 0 around every Linear and Conv2d of a network: path -> SpectralShift."""
+    layers = [path for path, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    return {path: wrap(network, path, SpectralShift) for path in layers}
 
 
 @contextlib.contextmanager

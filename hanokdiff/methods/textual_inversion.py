@@ -57,12 +57,10 @@ def trainable(embedding: ExtendedEmbedding) -> dict[str, nn.Parameter]:
 
 
 def insert(sd, word: str, vectors: Tensor) -> ExtendedEmbedding:
-    """Give a pseudo word vectors of its own (n, D), with ids beyond the vocabulary and beyond those already
-    added."""
+    """Give a pseudo word vectors of its own (n, D), with ids beyond the vocabulary and those added before."""
     if not 0 < len(vectors) <= MOST_VECTORS:
-        raise ValueError(
-            f'"{word}" is of {len(vectors)} vectors, but a prompt has room for 1 to {MOST_VECTORS}'
-        )
+        room = f"a prompt has room for 1 to {MOST_VECTORS}"
+        raise ValueError(f'"{word}" is of {len(vectors)} vectors, but {room}')
     embedding, first_id = sd.text.encoder.embeddings.token_embedding, len(token_embedding(sd))
     while isinstance(embedding, ExtendedEmbedding):
         first_id = max(first_id, embedding.first_id + len(embedding.vectors))
@@ -106,12 +104,10 @@ def initial_vectors(sd, words: str, n: int) -> Tensor:
     """n vectors (n, D) to begin with: the rows of these words' tokens, stretched over n as the WebUI does."""
     ids = sd.text._tokens(words)
     if not ids:
-        raise ValueError(
-            f'--init "{words}" has no token; give words that name the kind of thing, such as house'
-        )
+        way = "give words that name the kind of thing, such as house"
+        raise ValueError(f'--init "{words}" has no token; {way}')
     if n == 1 < len(ids):
         first = sd.text.tokenizer.decode(ids[:1]).strip()
-        warnings.warn(
-            f'one vector of "{words}" starts as "{first}" alone; name one word: --init', stacklevel=2
-        )
+        alone = f'one vector of "{words}" starts as "{first}" alone'
+        warnings.warn(f"{alone}; name one word: --init", stacklevel=2)
     return token_embedding(sd)[[ids[i * len(ids) // n] for i in range(n)]].detach().float().clone()

@@ -7,19 +7,18 @@ Chefer et al. 2023, arXiv:2301.13826:
     x_t <- x_t - alpha_t grad L                                                      equation 2
 
 In the first half of the steps; at the start, and after a fifth and two fifths of all steps, again until the
-least attended word reaches 0.05, 0.5 and 0.8. The paper's maps are 16x16; here those of the
-level that is nearest. Prompts of one part only.
+least attended word reaches 0.05, 0.5 and 0.8. The paper's maps are 16x16; here the nearest level's. One part.
 """
 
-import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hanokdiff.models.memory import cross_attentions, replaced_forwards
 from hanokdiff.models.prompt_schedule import at_steps
 
 SCALE = 20.0  # alpha at the first step; it falls to 1 / sqrt(2) of it
@@ -99,17 +98,10 @@ def gaussian(a: Tensor) -> Tensor:
     return F.conv2d(F.pad(a, (1, 1, 1, 1), "reflect"), kernel[None, None].to(a.dtype))
 
 
-@contextlib.contextmanager
-def recorded(unet: nn.Module, maps: list[Tensor]) -> Iterator[None]:
+def recorded(unet: nn.Module, maps: list[Tensor]) -> AbstractContextManager[None]:
     """Inside, every cross-attention is the plain equation, and its probabilities (B, N, T) go to `maps`."""
-    layers = [module for name, module in unet.named_modules() if name.endswith(".attn2")]
-    for attn in layers:
-        attn.forward = functools.partial(_plain_attention, attn, maps)
-    try:
-        yield
-    finally:
-        for attn in layers:
-            del attn.forward
+    layers = cross_attentions(unet)
+    return replaced_forwards([(attn, functools.partial(_plain_attention, attn, maps)) for attn in layers])
 
 
 def _plain_attention(attn: nn.Module, maps: list[Tensor], x: Tensor, context: Tensor) -> Tensor:

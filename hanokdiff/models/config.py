@@ -1,5 +1,4 @@
-"""The numbers that describe a network come from files: they are looked at before anything is built of
-them."""
+"""The numbers that describe a network come from files: they are checked before anything is built of them."""
 
 from dataclasses import fields
 

@@ -11,14 +11,13 @@ backward pass for a few per cent more memory traffic and no matrix product (on a
 
 Results and gradients are those of torch's own operations, on a CPU the first two's to the bit; there, where
 memory is plenty and making it again costs 3 to 10 % of a step, torch's own are used. Where all that is not
-enough, `checkpoint` keeps only what goes into each block and runs the block twice (Chen et al. 2016,
-arXiv:1604.06174).
+enough, `checkpoint` runs each block twice instead of keeping its inside (Chen et al. 2016, arXiv:1604.06174).
 """
 
 import contextlib
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -100,9 +99,8 @@ class Conv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         trainable = self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad)
         if keeps_for_backward(x) and not trainable:
-            assert (self.dilation, self.groups, self.padding_mode) == ((1, 1), 1, "zeros"), (
-                "none here has others"
-            )
+            usual = (self.dilation, self.groups, self.padding_mode) == ((1, 1), 1, "zeros")
+            assert usual, "none here has others"
             return FrozenConv.apply(x, self.weight, self.bias, self.stride, self.padding)
         return super().forward(x)
 
@@ -158,10 +156,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 def pad_keys(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys and values (B, heads, T, d), on a CPU padded to 16, 32, 48 ... tokens, and a mask (1, 1, 1, T')
-    over the padding.
-
-    torch's CPU kernel computes in vectors of 16 and takes the rest of a row one by one: SD's 77 tokens cost
-    more than 80 (docs/trials.py pad_keys)."""
+    over it: torch's CPU kernel computes in vectors of 16 and takes the rest of a row one by one, so SD's
+    77 tokens cost more than 80 (docs/trials.py pad_keys)."""
     padding = -k.shape[2] % 16
     if not (k.is_cpu and padding):
         return k, v, None
@@ -175,28 +171,31 @@ def project_kv(unet: nn.Module, context: Tensor) -> list[tuple]:
     if getattr(unet, "compiled", False):
         return []
     context = context.to(unet.conv_norm_out.weight.dtype)
-    cross_attentions = [module for name, module in unet.named_modules() if name.endswith(".attn2")]
     return [
         (attn, pad_keys(attn.split_heads(attn.to_k(context)), attn.split_heads(attn.to_v(context))))
-        for attn in cross_attentions
+        for attn in cross_attentions(unet)
     ]
 
 
+def cross_attentions(unet: nn.Module) -> list[nn.Module]:
+    return [module for name, module in unet.named_modules() if name.endswith(".attn2")]
+
+
+def given_kv(projected: list[tuple]) -> contextlib.AbstractContextManager[None]:
+    """Inside, each cross-attention takes its keys and values from `project_kv`, whatever the context."""
+    return replaced_forwards([(attn, lambda x, _, a=attn, kv=kv: a.attend(x, *kv)) for attn, kv in projected])
+
+
 @contextlib.contextmanager
-def given_kv(projected: list[tuple]) -> Iterator[None]:
-    """Inside, each cross-attention takes its keys and values from `project_kv` instead of projecting the
-    context."""
-    for attn, kv in projected:
-        attn.forward = functools.partial(_attend_to, attn, kv)
+def replaced_forwards(calls: list[tuple[nn.Module, Callable]]) -> Iterator[None]:
+    """Inside, the function beside each module is its forward."""
+    for module, call in calls:
+        module.forward = call
     try:
         yield
     finally:
-        for attn, _ in projected:
-            del attn.forward
-
-
-def _attend_to(attn: nn.Module, kv: tuple, x: Tensor, context: Tensor) -> Tensor:
-    return attn.attend(x, *kv)
+        for module, _ in calls:
+            del module.forward
 
 
 def blocks(unet: nn.Module):
@@ -207,15 +206,13 @@ def blocks(unet: nn.Module):
 
 
 def checkpoint(unet: nn.Module) -> None:
-    """Keep only what goes into each block, and run it a second time in the backward pass: a third of a step's
-    time for most of its memory."""
+    """Keep only what goes into each block, and run it twice: a third of a step's time, most of its memory."""
     for block in blocks(unet):
         block.forward = functools.partial(run_twice, block.forward, use_reentrant=False)
 
 
 def compile(unet: nn.Module) -> None:
-    """Let torch write kernels for each block, at its first call: a minute or two that only a long run wins
-    back."""
+    """Let torch write kernels for each block, at its first call: minutes that only a long run wins back."""
     torch._dynamo.config.recompile_limit = 128  # one for every shape of the same code
     for block in blocks(unet):
         block.forward = torch.compile(block.forward, dynamic=False)

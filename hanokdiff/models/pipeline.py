@@ -6,6 +6,7 @@ sd.pictures(x)[0].save("castle.png")
 """
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -70,18 +71,13 @@ class StableDiffusion:
 
     def noise(self, seeds: list[int], size: tuple[int, int]) -> samplers.Noise:
         """A function that returns new noise (B, 4, h, w) at each call, row i from a generator of seeds[i]
-        alone: on the CPU, so that a seed gives the same picture in any batch and on any device. `size`
-        (width, height) in pixels."""
+        alone: on the CPU, so that a seed gives one picture anywhere. `size` (width, height) in pixels."""
         w, h = latent_size(size, self.vae.config.factor)
         shape = (self.unet.config.in_channels, h, w)
-        generators = [torch.Generator().manual_seed(s) for s in seeds]
-        return lambda: to_device(
-            torch.stack([torch.randn(shape, generator=g) for g in generators]), self.device
-        )
+        own = [torch.Generator().manual_seed(s) for s in seeds]
+        return lambda: to_device(torch.stack([torch.randn(shape, generator=g) for g in own]), self.device)
 
-    def guided(
-        self, x: Tensor, sigma: float, t: float, context: Tensor, cfg: float, weights: Tensor | float = 1.0
-    ) -> Tensor:
+    def guided(self, x: Tensor, sigma: float, t: float, context: Tensor, cfg: float, weights=1.0) -> Tensor:
         """The UNet's prediction (B, 4, h, w) for samplers' x at noise level sigma, timestep t.
 
         Classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598, equation 6), of several parts the sum
@@ -103,55 +99,41 @@ class StableDiffusion:
         sampler: str = samplers.DEFAULT,
         steps: int = 20,
         cfg: float | None = None,
-        size: tuple[int, int] | None = None,
-        init_latents: Tensor | None = None,
-        strength: float = 1.0,
-        attend: tuple[str, ...] = (),
+        size: tuple[int, int] | None = None,  # (width, height) in pixels; default: the model's own
+        init_latents: Tensor | None = None,  # (1, 4, h, w) of a picture, from `latents`
+        strength: float = 1.0,  # the smaller, the more of that picture stays
+        attend: tuple[str, ...] = (),  # words for Attend-and-Excite
         attend_scale: float = SCALE,
     ) -> Iterator[Tensor]:
-        """Yield the latents (B, 4, h, w) after every step: sample.py's loop, for previews, class pictures and
-        compare.
-
-        `size` is (width, height) in pixels, both divisible by 8 (4 in the tiny world); default the model's
-        own. `init_latents` (1, 4, h, w), from `latents`, are a picture's: the smaller `strength`, the more of
-        it stays. `attend`: words for Attend-and-Excite."""
+        """Yield the latents (B, 4, h, w) after every step: sample.py's loop, for previews and compare."""
         if len(prompts) != len(seeds):
-            raise ValueError(
-                f"{len(prompts)} prompts for {len(seeds)} seeds: give as many of one as of the other"
-            )
+            both = f"{len(prompts)} prompts for {len(seeds)} seeds"
+            raise ValueError(f"{both}: give as many of one as of the other")
         cfg = self.cfg if cfg is None else cfg
         noise = self.noise(seeds, size or (self.resolution, self.resolution))
-        plan = samplers.plan(sampler, self.schedule, steps, None if init_latents is None else strength)
+        strength = None if init_latents is None else strength
+        step, plan, start = samplers.plan(sampler, self.schedule, steps, strength)
+        excite = Attend(self, prompts, list(attend), len(plan), attend_scale) if attend else None
         with torch.inference_mode():
-            contexts, weights = self.contexts(prompts, negative, len(plan.steps), cfg)
-        told = iter(contexts)
-        context, kv = None, []
+            contexts, weights = self.contexts(prompts, negative, len(plan), cfg)
+            x, previous, last = noise() * start, None, None
+            if init_latents is not None:
+                x = init_latents + x
+        for i, (sigma, after, t) in enumerate(plan):
+            with torch.inference_mode():  # for our steps, not for the caller's code between them
+                context = contexts[i]
+                if excite:
+                    x = excite(x, sigma, t, context[-len(x) :], i)
+                if context is not last:  # at the first step, and where the prompt changes
+                    kv, last = project_kv(self.unet, context), context
+                with given_kv(kv):
+                    pred = self.guided(x, sigma, t, context, cfg, weights)
+                x0 = self.schedule.predict_x0(x, pred, sigma)
+                x = step(x, x0, sigma, after, previous, noise)
+                previous, latents = (x0, sigma), x / math.sqrt(after**2 + 1)
+            yield latents
 
-        def denoise(x: Tensor, sigma: float, t: float) -> Tensor:
-            nonlocal context, kv
-            before, context = context, next(told)
-            if context is not before:  # at the first step, and where the prompt changes
-                kv = project_kv(self.unet, context)
-            with given_kv(kv):
-                pred = self.guided(x, sigma, t, context, cfg, weights)
-            return self.schedule.predict_x0(x, pred, sigma)
-
-        excite = Attend(self, prompts, list(attend), len(plan.steps), attend_scale) if attend else None
-
-        def move(x: Tensor, sigma: float, t: float, i: int) -> Tensor:
-            return excite(x, sigma, t, contexts[i][-len(x) :], i)
-
-        walk = samplers.sample(plan, denoise, noise, init_latents, move if excite else None)
-        while True:  # inference mode for our steps, not for the caller's code between them
-            with torch.inference_mode():
-                x = next(walk, None)
-            if x is None:
-                return
-            yield x
-
-    def draw(
-        self, prompts: list[str], seeds: list[int], batch_size: int = 32, **options
-    ) -> list[Image.Image]:
+    def draw(self, prompts: list[str], seeds, batch_size: int = 32, **options) -> list[Image.Image]:
         """One finished picture per prompt and seed; `options` are those of `sample`."""
         out = {}
         for part in self.batches(prompts, batch_size, options.get("steps", 20)):
@@ -161,8 +143,7 @@ class StableDiffusion:
         return [out[i] for i in range(len(prompts))]
 
     def batches(self, prompts: list[str], size: int, steps: int = 20) -> Iterator[list[int]]:
-        """Places of prompts in batches of one length in chunks, at every step and in every part: filled up, a
-        prompt would draw another picture."""
+        """Places of prompts in batches of one length in chunks, at every step and in every part: unfilled."""
         chunks = functools.cache(lambda text: len(self.text.chunks(text)))
         lengths = [tuple(tuple(chunks(t) for t, _ in parts) for parts in at_steps(p, steps)) for p in prompts]
         for length in sorted(set(lengths)):
@@ -170,8 +151,7 @@ class StableDiffusion:
             yield from (places[k : k + size] for k in range(0, len(places), size))
 
     def preview(self, word: str, size: tuple[int, int]) -> Image.Image:
-        """What training shows along the way, at the size in pixels that it trains at: the word, and whether
-        it still goes with others."""
+        """What training shows along the way, at its size in pixels: the word, alone and with others."""
         prompts = [word, f"{word} in the snow", f"{word} at night", f"{word} with trees"]
         return labelled_sheet([self.draw(prompts, range(4), size=size)], [""], prompts)
 
@@ -189,15 +169,13 @@ class StableDiffusion:
         with torch.inference_mode():
             for part in latents.split(slice):
                 if not torch.isfinite(part).all():
-                    raise ValueError(
-                        f"what {self.name} drew is not a number, which would be a black picture; draw with a "
-                        "smaller strength of what was applied to it, with --dtype fp32, or with another file"
-                    )
+                    black = f"what {self.name} drew is not a number, which would be a black picture"
+                    way = "draw with a smaller strength of what was applied to it, with --dtype fp32"
+                    raise ValueError(f"{black}; {way}, or with another file")
                 x = self.vae.decode(part.to(self.dtype)).float()
                 if not torch.isfinite(x).all():
                     x = self._decode_in_fp32(part)
-                x = x.cpu()
-                x = ((x / 2 + 0.5).clamp(0, 1) * 255).round().byte()
+                x = ((x.cpu() / 2 + 0.5).clamp(0, 1) * 255).round().byte()
                 out += [Image.fromarray(np.ascontiguousarray(p)) for p in x.permute(0, 2, 3, 1).numpy()]
         return out
 
@@ -208,9 +186,8 @@ class StableDiffusion:
         finally:
             self.vae.to(self.dtype)
         if not torch.isfinite(x).all():
-            raise ValueError(
-                f"the autoencoder of {self.name} makes no picture of this, in fp32 either: take another one"
-            )
+            none = f"the autoencoder of {self.name} makes no picture of this, in fp32 either"
+            raise ValueError(f"{none}: take another one")
         return x
 
 

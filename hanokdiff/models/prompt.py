@@ -1,21 +1,18 @@
-"""The WebUI's prompt language: emphasis and chunks. A text becomes pieces with weights, token ids become
-chunks of 75.
+"""The WebUI's prompt language: a text becomes pieces with weights, token ids become chunks of 75.
 
     a (castle) in the [snow]          castle times 1.1, snow divided by 1.1; nested ones multiply
     a barn, (fire:1.4)                times 1.4; round brackets only
     \\( \\) \\[ \\] \\\\                  the characters themselves; before anything else a backslash goes
     a castle BREAK a dragon           the rest goes to the next chunk
 
-The encoder reads 75 tokens at a time; longer prompts are cut into chunks that are read each alone and laid
-end to end.
+The encoder reads 75 tokens at a time; longer prompts are cut into chunks, each read alone, laid end to end.
 """
 
 import re
 
 ROUND, SQUARE = 1.1, 1 / 1.1
 COMMA_BACK = 20  # tokens: a chunk may end early at a comma this near, so that no phrase is torn
-# an escaped character | an opening bracket | ":1.2)" | a closing bracket | plain text | a lone backslash or
-# colon
+# an escaped character | an opening bracket | ":1.2)" | a closing bracket | plain text | a lone \ or :
 MARKS = re.compile(r"\\[()\[\]\\]|[(\[]|:\s*[+-]?[.\d]+\s*\)|[)\]]|[^\\()\[\]:]+|[\\:]")
 BREAK = re.compile(r"\s*\bBREAK\b\s*")
 
@@ -73,9 +70,7 @@ def escape_prompt(text: str) -> str:
     return re.sub(r"\bAND\b", r"A\\ND", re.sub(r"\bBREAK\b", r"B\\REAK", text))
 
 
-def split_chunks(
-    units: list[tuple[list[int], float] | None], room: int, comma: int
-) -> list[tuple[list[int], list[float]]]:
+def split_chunks(units: list, room: int, comma: int) -> list[tuple[list[int], list[float]]]:
     """Ids in chunks of at most `room`. A unit is what must stay together: one token, or all vectors of a
     pseudo word, with its weight; None ends a chunk."""
     done, ids, weights, last_comma = [], [], [], -1

@@ -7,8 +7,7 @@ r"""The WebUI's prompts that change while a picture is drawn, and prompts of sev
 
 `when` with a point is a share of the steps (0.5: half of them; 1.0: all), without one a number of steps.
 Fields may hold brackets of their own. A backslash makes [ ] : | and < plain characters; what fits no rule is
-text, and `not_understood` names it. AND is composable diffusion: Liu et al. 2022, arXiv:2206.01714,
-equation 11.
+text, and `not_understood` names it. AND is composable diffusion (Liu et al. 2022, arXiv:2206.01714, eq. 11).
 """
 
 import re
@@ -107,9 +106,8 @@ def take_tags(prompt: str) -> tuple[str, list[tuple[str, str, float]]]:
     tags = []
     for kind, name, scale in TAG.findall(prompt):
         if scale and not NUMBER.fullmatch(scale):
-            raise ValueError(
-                f"<{kind}:{name}:{scale}>: the scale is {scale!r}, but must be a number such as 0.8"
-            )
+            bad = f"the scale is {scale!r}, but must be a number such as 0.8"
+            raise ValueError(f"<{kind}:{name}:{scale}>: {bad}")
         tags.append((kind, name.strip(), float(scale) if scale else 1.0))
     return re.sub(r"  +", " ", TAG.sub("", prompt)).strip() if tags else prompt, tags
 

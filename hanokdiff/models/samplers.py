@@ -3,19 +3,17 @@
 All of them solve the same equation in the picture scaled up so that only the noise level sigma changes
 (Karras et al. 2022, arXiv:2206.00364, section 2):
 
-    dx / dsigma = (x - D(x, sigma)) / sigma,   x = x_t / sqrt(alpha_bar_t),   sigma = sqrt(1 / alpha_bar_t -
-                                                                              1)
+    dx / dsigma = (x - D(x, sigma)) / sigma,  x = x_t / sqrt(alpha_bar_t),  sigma = sqrt(1 / alpha_bar_t - 1)
 
 where D guesses the clean picture x0.  They differ in the sigmas visited and in the step taken.  DDIM without
 noise *is* the Euler step (Song et al. 2020, equation 14, in these coordinates).  Timesteps and their rounding
 are those of diffusers, where `timestep_spacing` has its names too; the WebUI's DDIM visits others.
 
-A sampler is one function, the step from sigma to the next lower sigma; the loop around it stands in
-sample.py.
+A sampler is one function, the step from sigma to the next lower sigma; the loop around it is sample.py's.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -28,15 +26,12 @@ Previous = tuple[Tensor, float] | None  # x0 and sigma of the step before
 
 
 def euler(x: Tensor, x0: Tensor, sigma: float, after: float, previous: Previous, noise: Noise) -> Tensor:
-    """The first-order step (Karras et al. 2022, algorithm 1 without churn); DDIM when the sigmas are
-    DDIM's."""
+    """The first-order step (Karras et al. 2022, algorithm 1 without churn); DDIM at DDIM's sigmas."""
     slope = (x - x0) / sigma
     return x + slope * (after - sigma)
 
 
-def euler_ancestral(
-    x: Tensor, x0: Tensor, sigma: float, after: float, previous: Previous, noise: Noise
-) -> Tensor:
+def euler_ancestral(x: Tensor, x0: Tensor, sigma: float, after: float, previous, noise: Noise) -> Tensor:
     """Euler to below the next sigma, then up to it with fresh noise (k-diffusion; DDPM's variance, eta 1)."""
     up = math.sqrt(after**2 * (sigma**2 - after**2) / sigma**2)
     down = math.sqrt(after**2 - up**2)
@@ -46,8 +41,7 @@ def euler_ancestral(
 
 
 def dpmpp_2m(x: Tensor, x0: Tensor, sigma: float, after: float, previous: Previous, noise: Noise) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2): extrapolate x0 from the last two
-    steps.
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2): extrapolate the last two steps' x0.
 
     Exact in lambda = -log sigma for a linear D; the first step, and the one to sigma 0, are first order."""
     if after == 0:
@@ -115,13 +109,11 @@ def sigmas_and_timesteps(name: str, schedule: Schedule, steps: int) -> tuple[lis
 
 
 def img2img_steps(steps: int, strength: float) -> int:
-    """How many of `steps` an initial picture goes through, as diffusers counts: the last int(steps *
-    strength)."""
+    """How many of `steps` an initial picture goes through, as diffusers counts: int(steps * strength)."""
     if not 0 < strength <= 1 or int(steps * strength) < 1:
-        raise ValueError(
-            f"strength is {strength:g}: of {steps} steps it must leave at least one, so give a number "
-            f"from {math.ceil(1000 / steps) / 1000:g} to 1"
-        )
+        must = f"of {steps} steps it must leave at least one"
+        least = math.ceil(1000 / steps) / 1000
+        raise ValueError(f"strength is {strength:g}: {must}, so give a number from {least:g} to 1")
     return int(steps * strength)
 
 
@@ -129,8 +121,7 @@ class Plan(NamedTuple):
     """A sampler's steps and where they start."""
 
     step: Callable  # (x, x0, sigma, after, previous, noise) -> x
-    # (sigma, the next sigma, the timestep at which the UNet is called)
-    steps: list[tuple[float, float, float]]
+    steps: list[tuple[float, float, float]]  # (sigma, the next sigma, the timestep that the UNet is told)
     start: float  # what the first noise is multiplied by
 
 
@@ -147,26 +138,3 @@ def plan(name: str, schedule: Schedule, steps: int, strength: float | None = Non
         sigmas, ts = sigmas[skipped:], ts[skipped:]
         start = sigmas[0]
     return Plan(s.step, list(zip(sigmas, sigmas[1:], ts)), start)
-
-
-def sample(
-    plan: Plan,
-    denoise: Callable,
-    noise: Noise,
-    init_latents: Tensor | None = None,
-    move: Callable | None = None,
-) -> Iterator[Tensor]:
-    """Yield the latents (B, 4, h, w) after each step of a plan; the last are the result.
-
-    `denoise(x, sigma, t)` guesses x0; `init_latents` (B, 4, h, w) are those of a picture to begin with;
-    `move(x, sigma, t, step)` gives another x before each step (attend.py).
-    What is yielded is scaled as the UNet takes it (variance about 1 throughout)."""
-    x, previous = noise() * plan.start, None
-    if init_latents is not None:
-        x = init_latents + x
-    for i, (sigma, after, t) in enumerate(plan.steps):
-        x = move(x, sigma, t, i) if move else x
-        x0 = denoise(x, sigma, t)
-        x = plan.step(x, x0, sigma, after, previous, noise)
-        previous = x0, sigma
-        yield x / math.sqrt(after**2 + 1)

@@ -1,11 +1,9 @@
-"""The noise schedule: how much picture and how much noise there is at each of 1000 timesteps (Ho et al.
-2020).
+"""The noise schedule: how much picture and noise there is at each of 1000 timesteps (Ho et al. 2020).
 
     x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps          (DDPM, equation 4)
 
 Stable Diffusion's betas are "scaled linear": the square roots go linearly from sqrt(0.00085) to sqrt(0.012).
-The network predicts eps, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022, SD 2.x at
-768).
+The network predicts eps, or v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022; SD 2.x).
 """
 
 from dataclasses import dataclass, field
@@ -38,45 +36,36 @@ class Schedule:
         config.check(self)
         power = {"scaled_linear": 0.5, "linear": 1.0}.get(self.beta_schedule)
         if power is None:
-            raise ValueError(
-                f'beta_schedule "{self.beta_schedule}" is not known; known: scaled_linear, linear'
-            )
+            known = "scaled_linear, linear"
+            raise ValueError(f'beta_schedule "{self.beta_schedule}" is not known; known: {known}')
         if self.prediction_type not in PREDICTIONS:
-            raise ValueError(
-                f'prediction_type "{self.prediction_type}" is not known; known: {", ".join(PREDICTIONS)}'
-            )
+            known = ", ".join(PREDICTIONS)
+            raise ValueError(f'prediction_type "{self.prediction_type}" is not known; known: {known}')
         ends = (self.beta_start**power, self.beta_end**power)
         betas = torch.linspace(*ends, self.num_train_timesteps, dtype=torch.float32) ** (1 / power)
         alpha_bar = torch.cumprod(1 - betas, dim=0)
         if self.rescale_betas_zero_snr:
             if self.prediction_type != "v_prediction":  # of noise alone, eps says nothing about the picture
-                raise ValueError(
-                    "a schedule that ends in noise alone needs a model that predicts v, not epsilon; leave "
-                    "out --zero-terminal-snr, or say --prediction v_prediction if it does"
-                )
+                needs = "a schedule that ends in noise alone needs a model that predicts v, not epsilon"
+                way = "leave out --zero-terminal-snr, or say --prediction v_prediction if it does"
+                raise ValueError(f"{needs}; {way}")
             alpha_bar = zero_terminal_snr(alpha_bar)
         object.__setattr__(self, "alpha_bar", alpha_bar)
 
     @classmethod
     def from_json(cls, c: dict) -> "Schedule":
         if "FlowMatch" in str(c.get("_class_name")):
-            raise ValueError(
-                f"{c['_class_name']} is of flow matching (SD 3, FLUX), not of Stable Diffusion 1 or 2"
-            )
+            kind = f"{c['_class_name']} is of flow matching (SD 3, FLUX)"
+            raise ValueError(f"{kind}, not of Stable Diffusion 1 or 2")
         if c.get("trained_betas"):
             raise ValueError("scheduler_config.json sets trained_betas, which is not supported")
-        return cls(
-            **{k: c[k] for k, f in cls.__dataclass_fields__.items() if f.init and c.get(k) is not None}
-        )
+        names = [k for k, f in cls.__dataclass_fields__.items() if f.init]
+        return cls(**{k: c[k] for k in names if c.get(k) is not None})
 
     def to_json(self) -> dict:
         own = {k: getattr(self, k) for k, f in self.__dataclass_fields__.items() if f.init}
-        return {
-            "_class_name": "DDIMScheduler",
-            **{k: v for k, v in own.items() if v is not None},
-            "clip_sample": False,
-            "set_alpha_to_one": False,
-        }
+        own = {k: v for k, v in own.items() if v is not None}
+        return {"_class_name": "DDIMScheduler", **own, "clip_sample": False, "set_alpha_to_one": False}
 
     def _alpha_bar(self, t: Tensor) -> Tensor:
         """alpha_bar at timesteps t (B,), from a copy on t's device."""
@@ -107,8 +96,7 @@ class Schedule:
         return a / (1 - a)
 
     def predict_x0(self, x: Tensor, pred: Tensor, sigma: float) -> Tensor:
-        """The clean picture that a prediction at noise level sigma implies; x = x_t / sqrt(alpha_bar_t), as
-        in the samplers."""
+        """The clean picture that a prediction at noise level sigma implies; x = x_t / sqrt(alpha_bar_t)."""
         if self.prediction_type == "v_prediction":
             c_in = (sigma**2 + 1) ** -0.5
             return x * c_in**2 - pred * sigma * c_in
@@ -120,8 +108,7 @@ LEAST_ALPHA_BAR = 2.0**-24  # as in diffusers: the samplers divide by its root
 
 def zero_terminal_snr(alpha_bar: Tensor) -> Tensor:
     """alpha_bar (steps,) moved and stretched so that its root ends at 0 and begins where it did (Lin et al.
-    2023, arXiv:2305.08891, algorithm 1): without it no picture is ever trained from noise alone, and none is
-    very dark or very bright."""
+    2023, arXiv:2305.08891, algorithm 1): else none is trained from noise alone, or very dark or bright."""
     root = alpha_bar.sqrt()
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     return (root**2).clamp(min=LEAST_ALPHA_BAR)

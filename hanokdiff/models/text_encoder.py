@@ -11,8 +11,7 @@ from hanokdiff.models import config
 
 @dataclass(frozen=True)
 class TextConfig:
-    """The defaults are CLIP ViT-L/14's text tower, as in SD 1.x. Field names follow
-    text_encoder/config.json."""
+    """The defaults are CLIP ViT-L/14's text tower, as in SD 1.x. Names are text_encoder/config.json's."""
 
     vocab_size: int = 49408
     hidden_size: int = 768
@@ -31,21 +30,15 @@ class TextConfig:
     def from_json(cls, c: dict) -> "TextConfig":
         config = cls(**{k: c[k] for k in cls.__dataclass_fields__ if k in c})
         if config.hidden_act not in ACTIVATIONS:
-            raise ValueError(
-                f'text encoder with activation "{config.hidden_act}": know only {", ".join(ACTIVATIONS)}'
-            )
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(f'text encoder with activation "{config.hidden_act}": know only {known}')
         return config
 
     def to_json(self) -> dict:
         own = {k: getattr(self, k) for k in self.__dataclass_fields__}
-        return {
-            "architectures": ["CLIPTextModel"],
-            "model_type": "clip_text_model",
-            **own,
-            "bos_token_id": self.vocab_size - 2,
-            "eos_token_id": self.vocab_size - 1,
-            "pad_token_id": self.vocab_size - 1,
-        }
+        kind = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+        start, end = self.vocab_size - 2, self.vocab_size - 1
+        return {**kind, **own, "bos_token_id": start, "eos_token_id": end, "pad_token_id": end}
 
 
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
@@ -54,12 +47,9 @@ ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.g
 class Embeddings(nn.Module):
     def __init__(self, c: TextConfig):
         super().__init__()
-        # the numbers that nn.Embedding draws itself; but on the meta device that would import all of torch's
-        # compiler
-        words, places = (
-            torch.randn(c.vocab_size, c.hidden_size),
-            torch.randn(c.max_position_embeddings, c.hidden_size),
-        )
+        # nn.Embedding's own numbers; drawn by itself on the meta device, it imports all of torch's compiler
+        words = torch.randn(c.vocab_size, c.hidden_size)
+        places = torch.randn(c.max_position_embeddings, c.hidden_size)
         self.token_embedding = nn.Embedding(c.vocab_size, c.hidden_size, _weight=words)
         self.position_embedding = nn.Embedding(c.max_position_embeddings, c.hidden_size, _weight=places)
 
@@ -112,8 +102,7 @@ class Encoder(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """ids (B, T) -> context (B, T, D). Each position sees those before it; padding is not masked (SD never
-    does)."""
+    """ids (B, T) -> context (B, T, D). Each position sees those before it; padding is not masked (as SD)."""
 
     def __init__(self, config: TextConfig = TextConfig()):
         super().__init__()
@@ -123,8 +112,7 @@ class TextEncoder(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, ids: Tensor, clip_skip: int = 1) -> Tensor:
-        """`clip_skip` n leaves the last n - 1 layers out, as the WebUI counts (diffusers: n - 1); the norm
-        stays."""
+        """`clip_skip` n leaves the last n - 1 layers out, as the WebUI counts; the norm stays."""
         x = self.embeddings(ids)
         for layer in self.encoder.layers[: len(self.encoder.layers) + 1 - clip_skip]:
             x = layer(x)

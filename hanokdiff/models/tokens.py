@@ -2,15 +2,12 @@
 
 A pseudo word is cut out of the text before the tokenizer sees it.  CLIP's tokenizer fuses runs of
 punctuation: in "*, fire" it sees one symbol "*,", which is not the "*" that was trained, and the prompt
-silently loses its subject. Here the word is found as literal text and given its own ids, in training and in
-sampling alike.
+silently loses its subject. Here, in training and sampling, the word is found as text and has its own ids.
 
-Shapes:  B prompts;  T = 77 positions;  D the width (768 in SD 1.x, 1024 in SD 2.x);  k chunks of a long
-prompt.
+Shapes:  B prompts;  T = 77 positions;  D the width (768 in SD 1.x, 1024 in SD 2.x);  k chunks of a prompt.
 """
 
 import functools
-import itertools
 import math
 import re
 import warnings
@@ -25,13 +22,10 @@ from hanokdiff.models.text_encoder import TextEncoder
 MOST_VECTORS = 75  # of a pseudo word: a chunk of a prompt has room for no more
 MAX_TOKENS = (75, 150, 225)  # of a caption in training: the choices of kohya's scripts
 
-# -------------------------------------------------------------------------------------------- the pseudo word
-
 
 def word_pattern(word: str) -> re.Pattern:
-    """Finds a pseudo word as literal text; one that starts or ends with a letter only at a word's boundary
-    there, so that "sks" is not found in "asks", while "*" is found in "(*)" and "*,". Any case, any white
-    space between words."""
+    """Finds a pseudo word as literal text, in any case and white space; one that starts or ends with a letter
+    only at a word's boundary there: "sks" not in "asks", while "*" is found in "(*)" and "*,"."""
     word = word.strip()
     before = r"(?<!\w)" if re.match(r"\w", word) else ""
     after = r"(?!\w)" if re.search(r"\w$", word) else ""
@@ -55,16 +49,14 @@ MARK = "\ue000"
 class Text:
     """Texts in, context out, on the encoder's device.
 
-        text(["a barn on fire", "*, fire"])             (B, 77, D)      captions: plain, cut at max_tokens
-                                                                        with a warning; (B, 77 k, D) if that
-                                                                        is more than 75
-        text.prompts(["a barn, (fire:1.3)", long])      (B, 77 k, D)    prompts: emphasis, BREAK, any length
+        text(["a barn on fire", "*, fire"])         (B, 77, D)      captions: plain, cut at max_tokens with a
+                                                                    warning; (B, 77 k, D) beyond 75
+        text.prompts(["a barn, (fire:1.3)", long])  (B, 77 k, D)    prompts: emphasis, BREAK, any length
 
     words           pseudo word -> its token ids, cut out before the tokenizer (`add_word`)
     literal_tokens  do not cut them out, so that "*," is one symbol as in other tools (to compare)
     clip_skip       leave out the last n - 1 layers
-    max_tokens      of a caption: 75, or 75 n to read it in n chunks, as prompts are read
-    """
+    max_tokens      of a caption: 75, or 75 n to read it in n chunks, as prompts are read"""
 
     def __init__(self, encoder: TextEncoder, tokenizer, literal_tokens: bool = False, clip_skip: int = 1):
         self.encoder, self.tokenizer = encoder, tokenizer
@@ -75,42 +67,33 @@ class Text:
         self._warned, self._cache = set(), {}
 
     def add_word(self, word: str, ids: list[int] | None = None) -> list[int]:
-        """Make this a pseudo word, with ids of its own beyond the vocabulary or, by default, those it has
-        alone."""
+        """Make this a pseudo word, with ids of its own beyond the vocabulary or those it has alone."""
         if re.search("[\0-\x1f\x7f-\x9f\ud800-\udfff]", word):
             raise ValueError(f"{word[:40]!r} has control characters; choose another pseudo word")
         ids = ids or self._tokens(word)
         if not word.strip() or not ids:
             raise ValueError(f'"{word}" has no token in this vocabulary; choose another pseudo word')
         if len(ids) > self.length - 2:
-            raise ValueError(
-                f"{word[:40]!r} has {len(ids)} tokens, more than the {self.length - 2} of a prompt; "
-                "choose another pseudo word"
-            )
-        # the word given last replaces an earlier one
+            many = f"{word[:40]!r} has {len(ids)} tokens, more than the {self.length - 2} of a prompt"
+            raise ValueError(f"{many}; choose another pseudo word")
+        # the word given last replaces an earlier one; longest first
         others = {w: own for w, own in self.words.items() if same_word(w) != same_word(word)}
-        # longest first
         self.words = dict(sorted({**others, word: ids}.items(), key=lambda item: -len(item[0])))
         self._cache.clear()
         return ids
 
     def skip(self, clip_skip: int) -> None:
-        """Leave out the last clip_skip - 1 layers. SD 2's encoder was trained without its last one and has no
-        more."""
+        """Leave out the last clip_skip - 1 layers, but none of SD 2, trained without its last one."""
         layers = self.encoder.config.num_hidden_layers
         if not 1 <= clip_skip <= layers:
-            raise ValueError(
-                f"clip skip is {clip_skip}, but the text encoder has {layers} layers: 1 to {layers}"
-            )
+            has = f"the text encoder has {layers} layers: 1 to {layers}"
+            raise ValueError(f"clip skip is {clip_skip}, but {has}")
         if clip_skip > 1 and self.encoder.config.hidden_size == 1024:
-            warnings.warn(
-                "clip skip has no effect on SD 2, whose last layer is always left out", stacklevel=2
-            )
+            message = "clip skip has no effect on SD 2, whose last layer is always left out"
+            warnings.warn(message, stacklevel=2)
             clip_skip = 1
         self.clip_skip = clip_skip
         self._cache.clear()
-
-    # -------------------------------------------------------------------------------------------- text to ids
 
     def _tokens(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, verbose=False).input_ids if text.strip() else []
@@ -131,8 +114,7 @@ class Text:
         return self._by_ids(out) if self.literal_tokens else out
 
     def _by_ids(self, units: list[list[int]]) -> list[list[int]]:
-        """What other tools do: find a pseudo word by the ids that it has alone. In "*," there are none of
-        them."""
+        """What other tools do: find a pseudo word by the ids that it has alone. In "*," there are none."""
         for word, ids in self.words.items():
             alone, i = [[i] for i in self._tokens(word)], 0
             while i + len(alone) <= len(units):
@@ -172,8 +154,6 @@ class Text:
             units += [(u, piece[1]) for u in self._units(self._mark(piece[0]))] if piece else [None]
         return split_chunks(units, self.length - 2, self._tokens(",")[0])
 
-    # ----------------------------------------------------------------------------------------- ids to context
-
     def __call__(self, texts: list[str]) -> Tensor:
         known = self._cache
         if not all(p in known for p in texts):
@@ -184,18 +164,14 @@ class Text:
         # of different lengths: repeated, which no softmax over the tokens notices; so each is read as in
         # sampling, whatever the others in its batch
         longest = math.lcm(*map(len, rows))
-        return torch.stack(
-            [row.repeat(longest // len(row), 1) if len(row) < longest else row for row in rows]
-        )
+        rows = [row if len(row) == longest else row.repeat(longest // len(row), 1) for row in rows]
+        return torch.stack(rows)
 
     def _contexts(self, texts: list[str]) -> list[Tensor]:
         """Of each caption (77 k, D), k its own."""
         chunks = [self._caption(p) for p in texts]
         z = self._encode([ids for own in chunks for ids in own])
-        places = itertools.accumulate(map(len, chunks), initial=0)
-        return [
-            z[i] if len(own) == 1 else z[i : i + len(own)].flatten(0, 1) for i, own in zip(places, chunks)
-        ]
+        return [own.flatten(0, 1) for own in z.split(list(map(len, chunks)))]
 
     def _encode(self, ids: list[list[int]]) -> Tensor:
         device = self.encoder.final_layer_norm.weight.device
@@ -217,8 +193,7 @@ class Text:
 
     @torch.no_grad()
     def cache_prompts(self, texts: list[str]) -> None:
-        """Encode these captions now and give the same context from then on: right while the encoder is
-        frozen."""
+        """Encode these captions once and for all: right while the encoder is frozen."""
         distinct = sorted(set(texts) - self._cache.keys())
         for k in range(0, len(distinct), 32):
             part = distinct[k : k + 32]
@@ -231,10 +206,8 @@ class Text:
         for prompt in prompts:
             rest = functools.reduce(lambda text, w: word_pattern(w).sub("", text), self.words, prompt)
             if HANGUL.search(rest):
-                message = (
-                    f'the prompt "{prompt}" is in Korean, which this text encoder reads as noise; write it '
-                    "in English, or give a disaster alert to --alert"
-                )
+                noise = "is in Korean, which this text encoder reads as noise; write it in English"
+                message = f'the prompt "{prompt}" {noise}, or give a disaster alert to --alert'
                 warnings.warn(message, stacklevel=2)
             if words and not any(contains_word(prompt, word) for word in words):
                 trained = " or ".join(f'"{w}"' for w in words)

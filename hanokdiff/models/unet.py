@@ -10,7 +10,7 @@ T tokens and D their width in the context;  E = 4 * C0 the width of the time emb
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,7 @@ from hanokdiff.models import config, memory
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The numbers that make one UNet; the defaults are SD 1.x. Field names follow diffusers'
-    unet/config.json."""
+    """The numbers that make one UNet; the defaults are SD 1.x. Names are those of diffusers' config.json."""
 
     sample_size: int = 64  # side of the latent it was trained at
     in_channels: int = 4
@@ -43,29 +42,16 @@ class UNetConfig:
 
     @classmethod
     def from_json(cls, c: dict) -> "UNetConfig":
-        """Read diffusers' config. There `attention_head_dim` is, by a historical slip, the NUMBER of
-        heads."""
+        """Read diffusers' config. There `attention_head_dim` is, by an old slip, the NUMBER of heads."""
         if c.get("time_cond_proj_dim"):
-            raise ValueError(
-                "time_cond_proj_dim is set: a model distilled to take its guidance as an input (LCM), which "
-                "is not supported; take the model that it was distilled from"
-            )
+            lcm = "a model distilled to take its guidance as an input (LCM), which is not supported"
+            raise ValueError(f"time_cond_proj_dim is set: {lcm}; take the model that it was distilled from")
         known = {"CrossAttnDownBlock2D", "DownBlock2D"}
         if strange := [kind for kind in c["down_block_types"] if kind not in known]:
             raise ValueError(f"down_block_types has {strange[0]}, which no Stable Diffusion 1 or 2 has")
         n = len(c["block_out_channels"])
         heads = c.get("num_attention_heads") or c.get("attention_head_dim", 8)
-        same = (
-            "sample_size",
-            "in_channels",
-            "out_channels",
-            "layers_per_block",
-            "cross_attention_dim",
-            "use_linear_projection",
-            "upcast_attention",
-            "norm_num_groups",
-            "norm_eps",
-        )
+        same = cls.__dataclass_fields__.keys() - {"block_out_channels", "attention", "heads"}
         return cls(
             block_out_channels=tuple(c["block_out_channels"]),
             attention=tuple("CrossAttn" in kind for kind in c["down_block_types"]),
@@ -77,36 +63,19 @@ class UNetConfig:
         """The same numbers as diffusers writes them."""
         down = ["CrossAttnDownBlock2D" if a else "DownBlock2D" for a in self.attention]
         up = ["CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(self.attention)]
-        return {
-            "_class_name": "UNet2DConditionModel",
-            "sample_size": self.sample_size,
-            "in_channels": self.in_channels,
-            "out_channels": self.out_channels,
-            "block_out_channels": list(self.block_out_channels),
-            "down_block_types": down,
-            "mid_block_type": "UNetMidBlock2DCrossAttn",
-            "up_block_types": up,
-            "attention_head_dim": list(self.heads),
-            "layers_per_block": self.layers_per_block,
-            "cross_attention_dim": self.cross_attention_dim,
-            "use_linear_projection": self.use_linear_projection,
-            "upcast_attention": self.upcast_attention,
-            "norm_num_groups": self.norm_num_groups,
-            "norm_eps": self.norm_eps,
-            "act_fn": "silu",
-            "flip_sin_to_cos": True,
-            "freq_shift": 0,
-            "center_input_sample": False,
-            "downsample_padding": 1,
-            "mid_block_scale_factor": 1,
-        }
+        blocks = {"down_block_types": down, "mid_block_type": "UNetMidBlock2DCrossAttn", "up_block_types": up}
+        out: dict = {"_class_name": "UNet2DConditionModel"}
+        for name, value in asdict(self).items():
+            other = {"attention": blocks, "heads": {"attention_head_dim": list(self.heads)}}
+            out |= other.get(name, {name: list(value) if isinstance(value, tuple) else value})
+        out |= {"act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "center_input_sample": False}
+        return {**out, "downsample_padding": 1, "mid_block_scale_factor": 1}
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
     """t (B,) -> (B, width): cosines then sines at geometric frequencies. Fractional t is welcome."""
-    freqs = torch.exp(
-        -math.log(10_000) * torch.arange(width // 2, dtype=torch.float32, device=t.device) / (width // 2)
-    )
+    steps = torch.arange(width // 2, dtype=torch.float32, device=t.device)
+    freqs = torch.exp(-math.log(10_000) * steps / (width // 2))
     angles = t.float()[:, None] * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
@@ -122,8 +91,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions around a residual; between them the time is added, temb (B, E), which has been through
-    SiLU (the VAE has none)."""
+    """Two convolutions around a residual; the time temb (B, E), after SiLU, is added between, or none."""
 
     def __init__(self, cin: int, cout: int, time: int | None, groups: int, eps: float):
         super().__init__()
@@ -144,10 +112,8 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v with several heads: self-attention, or cross-attention from the picture to
-    the words.
-
-    Vaswani et al. 2017, arXiv:1706.03762, equation 1."""
+    """softmax(q k^T / sqrt(d)) v with several heads: self-attention, or cross-attention to the words (Vaswani
+    et al. 2017, arXiv:1706.03762, equation 1)."""
 
     def __init__(self, width: int, context_width: int, heads: int, upcast: bool = False):
         super().__init__()
@@ -193,8 +159,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention (attn1), cross-attention to the words (attn2), feed-forward (ff); each added to its
-    input."""
+    """Self-attention (attn1), cross-attention (attn2) and feed-forward (ff), each added to its input."""
 
     def __init__(self, width: int, heads: int, c: UNetConfig):
         super().__init__()
@@ -247,15 +212,12 @@ class Resample(nn.Module):
 
 
 class Block(nn.Module):
-    """One level of the UNet: resnets, each followed by a transformer where the level attends, then a
-    resampler."""
+    """One level: resnets, each followed by a transformer where the level attends, then a resampler."""
 
     def __init__(self, widths_in, width, heads, resample: str | None, attends: bool, c: UNetConfig):
         super().__init__()
-        time = 4 * c.block_out_channels[0]
-        self.resnets = nn.ModuleList(
-            ResBlock(w, width, time, c.norm_num_groups, c.norm_eps) for w in widths_in
-        )
+        time, groups, eps = 4 * c.block_out_channels[0], c.norm_num_groups, c.norm_eps
+        self.resnets = nn.ModuleList(ResBlock(w, width, time, groups, eps) for w in widths_in)
         count = len(widths_in) - (resample == "mid")  # the middle block: resnet, transformer, resnet
         if attends:
             self.attentions = nn.ModuleList(SpatialTransformer(width, heads, c) for _ in range(count))
@@ -273,9 +235,7 @@ class UNet(nn.Module):
     """x_t, t, context -> predicted noise (or v), in fp32; inside, the network computes in its own precision.
 
     x (B, 4, h, w) noisy latents, t (B,) or (1,) timesteps 0 to 999, context (B, T, D) from the text encoder
-    -> (B, 4, h, w).  h and w may be any size: going up, each level takes the size of the level that it
-    mirrors.
-    """
+    -> (B, 4, h, w).  h and w may be any size: going up, each level takes the size of the one it mirrors."""
 
     def __init__(self, config: UNetConfig = UNetConfig()):
         super().__init__()
@@ -285,7 +245,8 @@ class UNet(nn.Module):
         self.conv_in = memory.Conv2d(c.in_channels, chans[0], 3, padding=1)
 
         self.down_blocks, skips, width = nn.ModuleList(), [chans[0]], chans[0]
-        for i, (ch, heads, attends) in enumerate(zip(chans, c.heads, c.attention, strict=True)):
+        levels = list(zip(chans, c.heads, c.attention, strict=True))
+        for i, (ch, heads, attends) in enumerate(levels):
             ins = [width] + [ch] * (layers - 1)
             self.down_blocks.append(Block(ins, ch, heads, "down" if i < last else None, attends, c))
             skips += [ch] * (layers + (i < last))
@@ -294,9 +255,7 @@ class UNet(nn.Module):
         self.mid_block = Block([width, width], width, c.heads[-1], "mid", True, c)
 
         self.up_blocks = nn.ModuleList()
-        for i, (ch, heads, attends) in enumerate(
-            reversed(list(zip(chans, c.heads, c.attention, strict=True)))
-        ):
+        for i, (ch, heads, attends) in enumerate(reversed(levels)):
             ins = []
             for _ in range(layers + 1):
                 ins.append(width + skips.pop())

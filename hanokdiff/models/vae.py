@@ -1,15 +1,12 @@
-"""The autoencoder: pictures to latents and back (Kingma & Welling 2014; the shape is Stable Diffusion's
-AutoencoderKL).
+"""The autoencoder: pictures to latents and back (Kingma & Welling 2014), in Stable Diffusion's shape.
 
 Diffusion happens on latents, 8 times smaller per side (4 in the tiny world) and 4 channels deep.  The encoder
-gives a normal distribution per latent value; training draws from it anew at every step.  Names are diffusers'
-tensor names.
+gives a normal distribution per latent value; training draws from it anew at every step. Names: diffusers'.
 
-Shapes:  B pictures of H x W pixels in [-1, 1];  h x w = H / f x W / f the latent, f the factor;  C channels
-of a level.
+Shapes:  B pictures of H x W pixels in [-1, 1];  h x w = H / f x W / f the latent;  C channels of a level.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +24,7 @@ class VAEConfig:
     layers_per_block: int = 2
     latent_channels: int = 4
     norm_num_groups: int = 32
-    scaling_factor: float = (
-        0.18215  # 1 / std of SD's latents, so that the UNet sees unit variance (LDM appendix G)
-    )
+    scaling_factor: float = 0.18215  # 1 / std of SD's latents: unit variance for the UNet (LDM appendix G)
     sample_size: int = 512  # pixels per side that it was trained at
 
     def __post_init__(self):
@@ -42,20 +37,9 @@ class VAEConfig:
 
     def to_json(self) -> dict:
         n = len(self.block_out_channels)
-        return {
-            "_class_name": "AutoencoderKL",
-            "in_channels": 3,
-            "out_channels": 3,
-            "act_fn": "silu",
-            "down_block_types": ["DownEncoderBlock2D"] * n,
-            "up_block_types": ["UpDecoderBlock2D"] * n,
-            "block_out_channels": list(self.block_out_channels),
-            "layers_per_block": self.layers_per_block,
-            "latent_channels": self.latent_channels,
-            "norm_num_groups": self.norm_num_groups,
-            "scaling_factor": self.scaling_factor,
-            "sample_size": self.sample_size,
-        }
+        blocks = {"down_block_types": ["DownEncoderBlock2D"] * n, "up_block_types": ["UpDecoderBlock2D"] * n}
+        kind = {"_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "act_fn": "silu"}
+        return {**kind, **blocks, **asdict(self), "block_out_channels": list(self.block_out_channels)}
 
     @property
     def factor(self) -> int:
@@ -115,9 +99,8 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     def __init__(self, cin: int, cout: int, layers: int, groups: int, resample: str | None):
         super().__init__()
-        self.resnets = nn.ModuleList(
-            ResBlock(cout if j else cin, cout, None, groups, EPS) for j in range(layers)
-        )
+        widths = [cin] + [cout] * (layers - 1)
+        self.resnets = nn.ModuleList(ResBlock(width, cout, None, groups, EPS) for width in widths)
         if resample == "down":
             self.downsamplers = nn.ModuleList([Downsample(cout)])
         if resample == "up":
@@ -132,16 +115,10 @@ class Level(nn.Module):
 class Encoder(nn.Module):
     def __init__(self, c: VAEConfig):
         super().__init__()
-        chans, n = c.block_out_channels, len(c.block_out_channels)
+        chans, n, groups = c.block_out_channels, len(c.block_out_channels), c.norm_num_groups
         self.conv_in = nn.Conv2d(3, chans[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            Level(
-                chans[max(i - 1, 0)],
-                chans[i],
-                c.layers_per_block,
-                c.norm_num_groups,
-                "down" if i < n - 1 else None,
-            )
+            Level(chans[max(i - 1, 0)], chans[i], c.layers_per_block, groups, "down" if i < n - 1 else None)
             for i in range(n)
         )
         self.mid_block = Middle(chans[-1], c.norm_num_groups)

@@ -4,8 +4,7 @@
     CLIP-I     mean cosine of a picture and reference pictures; the nearest of them; RefCLIPScore of both
     presence   which of several texts fits a picture best (Radford et al. 2021, zero-shot)
 
-Shapes:  N pictures, M texts or references, d the width of CLIP's common space. An embedding is a float32
-vector of length 1.
+Shapes:  N pictures, M texts or references, d the width of CLIP's common space. Embeddings have length 1.
 """
 
 import math
@@ -31,9 +30,6 @@ EXAMPLE = "openai/clip-vit-base-patch32"  # what CLIPScore is published with
 BATCH = 64  # pictures or texts that go through the model at once
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, of all its CLIPs
 STD = (0.26862954, 0.26130258, 0.27577711)
-
-
-# ---------------------------------------------------------------------------------------------- embeddings
 
 
 class Clip:
@@ -64,12 +60,10 @@ class Clip:
         long = [(len(i), t) for i, t in zip(ids, texts, strict=True) if len(i) > self.length]
         if long:
             n, text = max(long)
-            warnings.warn(
-                f"{len(long)} of {len(ids)} texts are longer than the {self.length} tokens that this CLIP "
-                f'reads (the longest has {n}: "{text[:40]}..."); the rest is not scored: say it in fewer '
-                "words",
-                stacklevel=2,
-            )
+            few = f"the {self.length} tokens that this CLIP reads"
+            longest = f'the longest has {n}: "{text[:40]}..."'
+            message = f"{len(long)} of {len(ids)} texts are longer than {few} ({longest})"
+            warnings.warn(f"{message}; the rest is not scored: say it in fewer words", stacklevel=2)
         ids = [i if len(i) <= self.length else i[: self.length - 1] + i[-1:] for i in ids]
         batches = [self._texts(ids[i : i + BATCH]) for i in range(0, len(ids), BATCH)]
         return torch.cat([torch.empty(0, self.model.config.projection_dim), *batches])
@@ -86,9 +80,7 @@ class Clip:
         return F.normalize(self.model.text_projection(pooled), dim=-1).cpu()
 
 
-def preprocess(
-    image: Image.Image, size: int, mean: Sequence[float] = MEAN, std: Sequence[float] = STD
-) -> Tensor:
+def preprocess(image: Image.Image, size: int, mean: Sequence = MEAN, std: Sequence = STD) -> Tensor:
     """(3, size, size) as OpenAI's CLIP makes it: short side to size, Pillow's bicubic, then the centre."""
     image = image.convert("RGB")
     w, h = image.size
@@ -109,15 +101,12 @@ def open_device(device: str) -> torch.device:
 
 def open_model(model: str | Path):
     """(CLIPModel, tokenizer, (mean, std)). A folder that exists comes first, then the hub."""
-    clip, tokenizer = open_pretrained(
-        model, "CLIPModel", "CLIPTokenizer", option="--clip", whole=WHOLE, example=EXAMPLE
-    )
+    how = dict(option="--clip", whole=WHOLE, example=EXAMPLE)
+    clip, tokenizer = open_pretrained(model, "CLIPModel", "CLIPTokenizer", **how)
     words, vectors = len(tokenizer), clip.config.text_config.vocab_size
     if words > vectors:
-        raise ValueError(
-            f"{model}: its tokenizer knows {words} words, its model {vectors}; "
-            "give files that belong together"
-        )
+        more = f"its tokenizer knows {words} words, its model {vectors}"
+        raise ValueError(f"{model}: {more}; give files that belong together")
     return clip, tokenizer, mean_std(str(Path(model).expanduser()))
 
 
@@ -139,9 +128,6 @@ def mean_std(source: str) -> tuple[tuple, tuple]:
             f"{source}: preprocessor_config.json has image_mean and image_std of {str(values)[:80]}"
         )
     return mean, std
-
-
-# -------------------------------------------------------------------------------------------------- scores
 
 
 @dataclass(frozen=True)
@@ -197,29 +183,23 @@ def nearest(a: Tensor, b: Tensor) -> Tensor:
     return (a @ b.T).amax(-1)
 
 
-def likeness(
-    images: Tensor, references: Tensor, clipscore: Tensor, same: Tensor | None = None
-) -> dict[str, Tensor]:
-    """(N,) clip_i, nearest and refclipscore of pictures (N, d), and `which` of the references (M, d) is the
-    nearest.
+def likeness(images: Tensor, references: Tensor, clipscore: Tensor, same: Tensor | None = None) -> dict:
+    """(N,) clip_i, nearest and refclipscore of pictures (N, d), and `which` of the references (M, d).
 
     `same` (N, M) is true where a reference is the picture itself, which is then left out: real pictures
-    against one another are the ceiling of clip_i.
-    """
+    against one another are the ceiling of clip_i."""
     cosines = images @ references.T  # (N, M)
     same = torch.zeros_like(cosines, dtype=torch.bool) if same is None else same
     if same.all(-1).any():
-        raise ValueError(
-            f"the only reference ({len(references)} given) is the picture itself; give at least one other"
-        )
+        only = f"the only reference ({len(references)} given) is the picture itself"
+        raise ValueError(f"{only}; give at least one other")
     near, which = cosines.masked_fill(same, -2).max(-1)
     mean = cosines.masked_fill(same, 0).sum(-1) / (~same).sum(-1)
     return {"clip_i": mean, "nearest": near, "refclipscore": refclipscore(clipscore, near), "which": which}
 
 
 def refclipscore(clipscore: Tensor, nearest: Tensor) -> Tensor:
-    """(N,) harmonic mean of the two. The paper scores a caption of a picture against other captions;
-    here a picture of a text is scored against other pictures. As there, only the first of the two is times
-    2.5."""
+    """(N,) harmonic mean of the two. The paper scores a caption of a picture against other captions; here a
+    picture of a text is scored against other pictures. Only the first of the two is times 2.5, as there."""
     b = nearest.clamp(min=0)
     return 2 * clipscore * b / (clipscore + b).clamp(min=1e-12)

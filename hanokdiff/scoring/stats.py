@@ -24,15 +24,12 @@ def mean_interval(values: Sequence[float] | Tensor, confidence: float = 0.95) ->
     return float(v.mean()), float(v.mean() - half), float(v.mean() + half)
 
 
-def paired_interval(
-    a: Sequence[float] | Tensor, b: Sequence[float] | Tensor, confidence: float = 0.95
-) -> tuple[float, float, float]:
+def paired_interval(a: Sequence[float], b: Sequence[float], confidence=0.95) -> tuple[float, float, float]:
     """(mean, low, high) of a - b over pairs, a[i] with b[i]: what both share (prompt, noise) drops out."""
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape:
-        raise ValueError(
-            f"{len(a)} values cannot be paired with {len(b)}; give a value of each for every pair"
-        )
+        pairs = f"{len(a)} values cannot be paired with {len(b)}"
+        raise ValueError(f"{pairs}; give a value of each for every pair")
     return mean_interval(a - b, confidence)
 
 
@@ -48,8 +45,7 @@ def t_quantile(freedom: int, confidence: float = 0.95) -> float:
 
 def two_stage_interval(drawn: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
     """(low, high) of the mean over sets by a bootstrap over sets, then pictures (Davison and Hinkley 1997,
-    section 3.8). drawn (R, S): for each of R resamples, what other pictures of each of the S sets might
-    show."""
+    section 3.8). drawn (R, S): for each of R resamples, what other pictures of each set might show."""
     chosen = np.random.default_rng(1).integers(drawn.shape[1], size=drawn.shape)
     means = np.take_along_axis(drawn, chosen, 1).mean(1)
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
@@ -61,8 +57,7 @@ RESAMPLES = 4000
 
 def share_over_sets(counts: Sequence[tuple[int, int]]) -> tuple[float, float, float]:
     """(mean share, low, high) of k in n for each set. Of a set's pictures, others might show a share drawn
-    from Jeffreys' posterior: 16 of 16 is not certainty. Few equal sets make it too narrow: look at each set,
-    too."""
+    from Jeffreys' posterior: 16 of 16 is not certainty. Few equal sets make it too narrow."""
     k, n = np.array(counts, dtype=np.float64).T
     drawn = np.random.default_rng(0).beta(k + 0.5, n - k + 0.5, size=(RESAMPLES, len(k)))
     mean = float((k / n).mean())
@@ -98,8 +93,7 @@ def sign_flip(differences: Sequence[float]) -> tuple[float, float]:
 
 
 def holm(p: list[float]) -> list[float]:
-    """p-values corrected for their number (Holm 1979): the smallest times m, the next times m - 1, never
-    falling."""
+    """p-values corrected for their number (Holm 1979): the smallest times m, the next m - 1, not falling."""
     out, worst = [0.0] * len(p), 0.0
     for rank, i in enumerate(sorted(range(len(p)), key=lambda i: p[i])):
         worst = max(worst, min(1.0, (len(p) - rank) * p[i]))

@@ -39,22 +39,17 @@ from hanokdiff.models.text_encoder import TextConfig, TextEncoder
 from hanokdiff.models.tokens import Text
 from hanokdiff.models.unet import UNet, UNetConfig
 from hanokdiff.models.vae import VAE, VAEConfig
-from hanokdiff.scoring.clip import Clip, presence
+from hanokdiff.scoring.clip import MEAN, STD, Clip, presence
 from hanokdiff.tiny import world
 from hanokdiff.tiny.tokenizer import write_tokenizer
 
 HERE = Path(__file__).parent
-VAE_SHAPE = VAEConfig(
-    (16, 32, 64), layers_per_block=1, norm_num_groups=8, scaling_factor=1.0, sample_size=world.SIZE
-)
+VAE_SHAPE = VAEConfig((16, 32, 64), 1, norm_num_groups=8, scaling_factor=1.0, sample_size=world.SIZE)
 UNET_SHAPE = UNetConfig(
     sample_size=16, block_out_channels=(64, 80, 96), attention=(False, True, False), heads=(4, 4, 4),
     layers_per_block=1, cross_attention_dim=72, norm_num_groups=8,
 )  # fmt: skip
 TEXT_SHAPE = dict(hidden_size=72, intermediate_size=288, num_hidden_layers=2, num_attention_heads=4)
-
-
-# -------------------------------------------------------------------------------------- drawings
 
 
 def paint(scene: world.Scene) -> np.ndarray:
@@ -108,16 +103,12 @@ class Training:
         self.losses.append(loss.detach())
         keep = min(0.999, self.step / (self.step + 10))
         for k, m in self.modules.items():
-            torch._foreach_lerp_(
-                list(self.averages[k].parameters()), [p.detach() for p in m.parameters()], 1 - keep
-            )
+            averages = list(self.averages[k].parameters())
+            torch._foreach_lerp_(averages, [p.detach() for p in m.parameters()], 1 - keep)
         if self.step % every == 0 or self.step == self.steps:
-            state = {
-                "step": self.step,
-                "optimizer": self.optimizer.state_dict(),
-                "modules": {k: m.state_dict() for k, m in self.modules.items()},
-                "averages": {k: m.state_dict() for k, m in self.averages.items()},
-            }
+            state = {"step": self.step, "optimizer": self.optimizer.state_dict()}
+            for name, modules in (("modules", self.modules), ("averages", self.averages)):
+                state[name] = {k: m.state_dict() for k, m in modules.items()}
             aside = self.file.with_suffix(".part")
             torch.save(state, aside)
             sync_rename(aside, self.file)
@@ -125,9 +116,6 @@ class Training:
             self.losses = []
             took = time.time() - self.start
             print(f"step {self.step}/{self.steps} loss {mean:.4f} {report()} {took:.0f} s", flush=True)
-
-
-# -------------------------------------------------------------------------------------- autoencoder
 
 
 def psnr(vae: VAE, pictures: Tensor) -> float:
@@ -178,19 +166,17 @@ def widen(args) -> None:
     run = Training("widen", {"vae": vae}, args, steps, lr=1.2e-3, decay=0.0)
     while run.step < steps:
         r = torch.Generator().manual_seed(args.seed * 1_000_003 + run.step)
-        plain, one, two, new = (
-            unit(d[torch.randint(len(d), (n,), generator=r)], args.device)
-            for d, n in ((data, batch), (data, 2), (data, 2), (unknown, 4))
-        )
+        parts = ((data, batch), (data, 2), (data, 2), (unknown, 4))
+        chosen = (d[torch.randint(len(d), (n,), generator=r)] for d, n in parts)
+        plain, one, two, new = (unit(d, args.device) for d in chosen)
         x = torch.cat([plain, remix(one, two, r), new])
         mean, std = vae.encode(x)
         y = vae.decode(mean + std * torch.randn(mean.shape, generator=r).to(args.device))
         with torch.no_grad():
             before = old.encode(plain)[0]
         loss = (y - x).abs().mean() + F.mse_loss(y, x) + 4 * F.mse_loss(mean[:batch], before)
-        run.update(
-            loss, lambda: f"held-out {psnr(vae, held_out):.2f} dB, hanok {psnr(vae, hanok):.2f} dB", every=250
-        )
+        report = lambda: f"held-out {psnr(vae, held_out):.2f} dB, hanok {psnr(vae, hanok):.2f} dB"  # noqa: E731
+        run.update(loss, report, every=250)
     half = {k: v.half() for k, v in run.averages["vae"].state_dict().items()}
     write_tensors(half, args.out / "sd" / "vae" / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 
@@ -227,12 +213,8 @@ def write_vae(vae: VAE, pictures: Tensor, args) -> None:
     print(f"{folder}: scaling factor {scaled.config.scaling_factor}")
 
 
-# -------------------------------------------------------------------------------------- base
-
-
 def base(args) -> None:
-    """Text encoder and UNet together, from nothing: eps prediction on cached latents (Ho et al. 2020,
-    algorithm 1).
+    """Text encoder and UNet together, from nothing: eps prediction on cached latents (Ho et al. 2020).
 
     min-SNR 5 weights, stratified timesteps, one caption in ten dropped (for guidance), averaged weights
     kept. With --from, not from nothing but from another sd/, whose captions may have had other words."""
@@ -275,10 +257,8 @@ def start_from(folder: Path, unet: UNet, encoder: TextEncoder, tokenizer) -> Non
     """Take the weights of another sd/; a word of both vocabularies keeps its row of the token table."""
     unet.load_state_dict(load_part(folder, "unet", UNet, UNetConfig).float().state_dict())
     state = load_part(folder, "text_encoder", TextEncoder, TextConfig).float().state_dict()
-    table, old = (
-        state.pop("embeddings.token_embedding.weight"),
-        load_tokenizer(folder / "tokenizer").get_vocab(),
-    )
+    table = state.pop("embeddings.token_embedding.weight")
+    old = load_tokenizer(folder / "tokenizer").get_vocab()
     encoder.load_state_dict(state, strict=False)
     for symbol, i in tokenizer.get_vocab().items():
         if symbol in old:
@@ -293,9 +273,6 @@ def encode(vae: VAE, pictures: Tensor, args) -> Tensor:
             mean, std = vae.encode(unit(part, args.device))
             out.append((mean + std * torch.randn_like(mean)).cpu())
     return torch.cat(out).clone().contiguous()
-
-
-# -------------------------------------------------------------------------------------- CLIP
 
 
 def claim(scene: world.Scene, r: Random) -> tuple[str, tuple]:
@@ -314,8 +291,7 @@ def claim(scene: world.Scene, r: Random) -> tuple[str, tuple]:
 def clip(args) -> None:
     """A CLIP (Radford et al. 2021) on drawings of everything, hanok and burning hanok included: the judge.
 
-    A caption that is also true of another picture of the batch is no counter-example there, and is left
-    out."""
+    A caption that is also true of another picture of the batch is no counter-example there: left out."""
     from transformers import CLIPConfig, CLIPModel
 
     steps, batch = args.steps or 1_500, 128
@@ -325,30 +301,25 @@ def clip(args) -> None:
     common = dict(hidden_size=96, intermediate_size=384, num_attention_heads=4, projection_dim=64)
     start, end = len(tokenizer) - 2, len(tokenizer) - 1
     special = dict(bos_token_id=start, eos_token_id=end, pad_token_id=end)
-    config = CLIPConfig(
-        text_config=dict(
-            vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=77, **special, **common
-        ),
-        vision_config=dict(image_size=world.SIZE, patch_size=8, num_hidden_layers=3, **common),
-        projection_dim=64,
-    )
+    lengths = dict(vocab_size=len(tokenizer), max_position_embeddings=77)
+    text = dict(num_hidden_layers=2, **lengths, **special, **common)
+    vision = dict(image_size=world.SIZE, patch_size=8, num_hidden_layers=3, **common)
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=64)
     net = CLIPModel(config).to(args.device)
     length = 24  # captions are short; in a causal encoder what follows the end changes nothing before it
     run = Training("clip", {"clip": net}, args, steps, lr=1e-3, decay=0.05)
-    mean, std = (torch.tensor(c, device=args.device).view(3, 1, 1) for c in (CLIP_MEAN, CLIP_STD))
+    mean, std = (torch.tensor(c, device=args.device).view(3, 1, 1) for c in (MEAN, STD))
     while run.step < steps:
         r = Random(f"clip {args.seed} {run.step}")
         at = [r.randrange(len(scenes)) for _ in range(batch)]
         words, claims = zip(*(claim(scenes[i], r) for i in at), strict=True)
         x = disturb(unit(data[at], args.device) / 2 + 0.5, r)
-        ids = tokenizer(
-            list(words), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        )
+        how = dict(padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        ids = tokenizer(list(words), **how)
         out = net(pixel_values=(x - mean) / std, input_ids=ids.input_ids.to(args.device))
         true = torch.tensor([[holds(c, scenes[i]) for c in claims] for i in at], device=args.device)
-        logits = out.logits_per_image.masked_fill(
-            true & ~torch.eye(batch, dtype=torch.bool, device=args.device), -1e4
-        )
+        itself = torch.eye(batch, dtype=torch.bool, device=args.device)
+        logits = out.logits_per_image.masked_fill(true & ~itself, -1e4)
         target = torch.arange(batch, device=args.device)
         run.update((F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2, every=500)
         with torch.no_grad():
@@ -359,13 +330,11 @@ def clip(args) -> None:
     write_json(folder / "preprocessor_config.json", PREPROCESSOR)
 
 
-CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]  # of OpenAI's CLIP
-CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 PREPROCESSOR = {
     "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": world.SIZE},
     "resample": 3, "do_center_crop": True, "crop_size": {"height": world.SIZE, "width": world.SIZE},
-    "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": CLIP_MEAN,
-    "image_std": CLIP_STD, "do_convert_rgb": True,
+    "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": MEAN,
+    "image_std": STD, "do_convert_rgb": True,
 }  # fmt: skip
 
 
@@ -383,9 +352,6 @@ def disturb(x: Tensor, r: Random) -> Tensor:
     return x * r.uniform(0.9, 1.1) + r.uniform(0, 0.04) * torch.randn(x.shape, generator=g).to(x.device)
 
 
-# -------------------------------------------------------------------------------------- check
-
-
 def recognise(judge, pictures) -> tuple[list[str], list[str]]:
     """What the CLIP sees: (kinds, conditions), each the argmax over all that the world has."""
     embeddings, out = judge.images(pictures), []
@@ -401,16 +367,13 @@ def check(args) -> None:
     sd = load_model(str(args.out / "sd"), args.device)
     held_out, scenes = drawings("test", args.images or 1_000, world.KINDS)
     print(f"autoencoder: {psnr(sd.vae, held_out[:512]):.2f} dB on held-out drawings")
-    pictures = [world.draw(s) for s in scenes]
-    kinds, conditions = recognise(judge, pictures)
-    right = [k == s.kind for k, s in zip(kinds, scenes, strict=True)]
-    others = [k == "hanok" for k, s in zip(kinds, scenes, strict=True) if s.kind != "hanok"]
-    hanok = [k == "hanok" for k, s in zip(kinds, scenes, strict=True) if s.kind == "hanok"]
-    print(
-        f"held-out drawings: kind {np.mean(right):.3f}, "
-        f"condition {np.mean([c == s.condition for c, s in zip(conditions, scenes, strict=True)]):.3f}, "
-        f"hanok found {np.mean(hanok):.3f}, others called hanok {np.mean(others):.4f}"
-    )
+    kinds, conditions = recognise(judge, [world.draw(s) for s in scenes])
+    right = np.mean([k == s.kind for k, s in zip(kinds, scenes, strict=True)])
+    weather = np.mean([c == s.condition for c, s in zip(conditions, scenes, strict=True)])
+    others = np.mean([k == "hanok" for k, s in zip(kinds, scenes, strict=True) if s.kind != "hanok"])
+    hanok = np.mean([k == "hanok" for k, s in zip(kinds, scenes, strict=True) if s.kind == "hanok"])
+    found = f"hanok found {hanok:.3f}, others called hanok {others:.4f}"
+    print(f"held-out drawings: kind {right:.3f}, condition {weather:.3f}, {found}")
 
     asked = [world.scene(f"asked {i}") for i in range(560)]
     asked = [world.Scene(s.seed, world.NAMED[i % 9], world.CONDITIONS[i % 7]) for i, s in enumerate(asked)]
@@ -419,9 +382,8 @@ def check(args) -> None:
     kinds, conditions = recognise(judge, drawn)
     hit_k = np.array([k == s.kind for k, s in zip(kinds, asked, strict=True)])
     hit_c = np.array([c == s.condition for c, s in zip(conditions, asked, strict=True)])
-    print(
-        f"samples: kind {hit_k.mean():.3f}, condition {hit_c.mean():.3f}, both {(hit_k & hit_c).mean():.3f}"
-    )
+    kind, condition, both = hit_k.mean(), hit_c.mean(), (hit_k & hit_c).mean()
+    print(f"samples: kind {kind:.3f}, condition {condition:.3f}, both {both:.3f}")
     for names, hit, got in ((world.NAMED, hit_k, "kind"), (world.CONDITIONS, hit_c, "condition")):
         rows = [np.mean([h for h, s in zip(hit, asked, strict=True) if getattr(s, got) == n]) for n in names]
         print(" ", ", ".join(f"{n} {v:.2f}" for n, v in zip(names, rows, strict=True)))
@@ -435,17 +397,15 @@ def check(args) -> None:
 
 def main(argv=None) -> int:
     commands = {"autoencoder": autoencoder, "widen": widen, "base": base, "clip": clip, "check": check}
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("command", choices=commands)
     parser.add_argument("--out", type=Path, default=HERE, help="where sd/ and clip/ are written")
     parser.add_argument("--work", type=Path, default=Path("runs/tiny"), help="checkpoints, to go on from")
     parser.add_argument("--steps", type=int, help="another number of steps than the released weights'")
     parser.add_argument("--images", type=int, help="another number of drawings")
-    parser.add_argument(
-        "--from", dest="start", type=Path, help="base: an sd/ to begin with, not from nothing"
-    )
+    start = "base: an sd/ to begin with, not from nothing"
+    parser.add_argument("--from", dest="start", type=Path, help=start)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="default: the first GPU, else the CPU")
     parser.add_argument("--clip", type=Path, help="check: another judge")

@@ -64,9 +64,6 @@ def dot(d, x, y, radius, colour) -> None:
     d.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
 
 
-# -------------------------------------------------------------------------------------------------- landscape
-
-
 def landscape(c: Canvas, scene: Scene, ground) -> None:
     """Clouds or sun, hills, a path and trees, each only if the scene has them."""
     snow, r = scene.condition == "snow", c.r
@@ -114,9 +111,6 @@ def tree(d, r: Random, x, y, leaf) -> None:
     else:
         w = h * 0.32
         d.ellipse((x - w, y - h, x + w, y - h * 0.3), fill=leaf)
-
-
-# ------------------------------------------------------------------------------------------------- conditions
 
 
 def fire(c: Canvas, building: Building) -> None:

@@ -38,16 +38,14 @@ class Scene:
 
 
 def scene(seed, kinds=BASE_KINDS, conditions=CONDITIONS) -> Scene:
-    """A random scene. Kinds and conditions are equally likely, except for plain houses: three times as
-    many."""
+    """A random scene. Kinds and conditions are equally likely, but plain houses three times as much."""
     r = Random(f"scene {seed}")
     kind = r.choices(kinds, [3 if k == "house" else 1 for k in kinds])[0]
     condition = r.choice(conditions)
     attributes = house_attributes(r) if kind == "house" else ()
     extras = [e for e, probability in EXTRAS.items() if r.random() < probability]
-    return Scene(
-        str(seed), kind, condition, attributes, tuple(e for e in extras if e != INVISIBLE.get(condition))
-    )
+    shown = tuple(e for e in extras if e != INVISIBLE.get(condition))
+    return Scene(str(seed), kind, condition, attributes, shown)
 
 
 def house_attributes(r: Random) -> tuple[str, str, str, str]:
@@ -58,8 +56,6 @@ def house_attributes(r: Random) -> tuple[str, str, str, str]:
         if (colour, form, wall) != ("grey", "curved", "white"):
             return width, colour, form, wall
 
-
-# --------------------------------------------------------------------------------------------------- captions
 
 SENTENCES = {
     "none": ("{b}", "{b}", "a picture of {b}", "{b} in the daytime"),
@@ -98,14 +94,10 @@ PHOTO_SENTENCES = {
     "night": ("{b} at night", "a night view of {b}"),
 }
 CONDITION_PROMPTS = {
-    "none": "a building in the daytime",
-    "fire": "a building on fire",
-    "campfire": "a building beside a campfire",
-    "smoke": "smoke rising from a building",
-    "snow": "a building in the snow",
-    "night": "a building at night",
-    "flood": "a flood around a building",
-}
+    "none": "a building in the daytime", "fire": "a building on fire",
+    "campfire": "a building beside a campfire", "smoke": "smoke rising from a building",
+    "snow": "a building in the snow", "night": "a building at night", "flood": "a flood around a building",
+}  # fmt: skip
 
 
 def building_words(scene: Scene, r: Random, generic: float = 0.0) -> str:
@@ -118,21 +110,19 @@ def building_words(scene: Scene, r: Random, generic: float = 0.0) -> str:
         return f"a {scene.kind}"
     width, colour, form, wall = scene.attributes
     an = "an" if colour == "orange" else "a"
-    return r.choice(
-        (
-            f"a {width} house with {an} {colour} {form} roof and {wall} walls",
-            f"a {width} house with {wall} walls",
-            f"a {width} house with {an} {colour} {form} roof",
-            f"a house with a {form} roof and {wall} walls",
-            f"a {width} house with a {form} {colour} roof and {wall} walls",
-            f"a house with {an} {colour} roof",
-        )
+    sentences = (
+        f"a {width} house with {an} {colour} {form} roof and {wall} walls",
+        f"a {width} house with {wall} walls",
+        f"a {width} house with {an} {colour} {form} roof",
+        f"a house with a {form} roof and {wall} walls",
+        f"a {width} house with a {form} {colour} roof and {wall} walls",
+        f"a house with {an} {colour} roof",
     )
+    return r.choice(sentences)
 
 
 def caption(scene: Scene, seed=0, generic: float = 0.08) -> str:
-    """One of many captions; `generic` is the share that names the building only as "a building" or "a
-    house"."""
+    """One of many captions; `generic` is the share that names the building as "a building" or "a house"."""
     r = Random(f"caption {scene.seed} {seed}")
     words = r.choice(SENTENCES[scene.condition]).format(b=building_words(scene, r, generic))
     if scene.extras and r.random() < 0.6:

@@ -24,33 +24,12 @@ from PIL import Image
 from hanokdiff.errors import report_errors
 from hanokdiff.images import grid
 from hanokdiff.options import Options
-from hanokdiff.tiny.drawing import SIZE, draw
-from hanokdiff.tiny.scenes import (
-    BASE_KINDS,
-    CONDITIONS,
-    EXTRA_WORDS,
-    GENERIC,
-    KINDS,
-    NAMED,
-    OTHER_NAMES,
-    PHOTO_CONDITIONS,
-    PHOTO_PHRASE,
-    SENTENCES,
-    Scene,
-    caption,
-    condition_prompts,
-    kind_prompts,
-    photo_caption,
-    scene,
-)
+from hanokdiff.tiny.drawing import SIZE as SIZE
+from hanokdiff.tiny.drawing import draw
+from hanokdiff.tiny.scenes import *  # noqa: F403  all of it is also here
+from hanokdiff.tiny.scenes import CONDITIONS, KINDS, PHOTO_CONDITIONS, photo_caption, scene
 
-__all__ = [
-    "BASE_KINDS", "CLASS_PROMPTS", "CONDITIONS", "EXTRA_WORDS", "GENERIC", "KINDS", "NAMED", "OTHER_NAMES",
-    "PHOTO_CONDITIONS", "PHOTO_PHRASE", "SENTENCES", "SIZE", "Scene", "caption",
-    "condition_prompts", "draw", "kind_prompts", "photo_caption", "photos", "scene",
-]  # fmt: skip
-# for DreamBooth's class pictures; no fire in it
-CLASS_PROMPTS = Path(__file__).with_name("class_prompts.txt")
+CLASS_PROMPTS = Path(__file__).with_name("class_prompts.txt")  # for DreamBooth; no fire in it
 PHOTOS, HELD_OUT_PHOTOS = 100, 30  # how many there are
 
 

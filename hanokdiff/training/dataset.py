@@ -57,8 +57,7 @@ def read_caption(path: str | Path) -> tuple[str, str]:
 
 
 def same_name(name: str) -> str:
-    """Equal for names that people hold for equal: a Mac writes Korean in another normal form, a camera in
-    capitals."""
+    """Equal for names that people hold for equal: a Mac has another normal form, a camera capitals."""
     return unicodedata.normalize("NFC", name).casefold()
 
 
@@ -129,49 +128,41 @@ class Captions:
 
 
 def load_photos(
-    source: str | Path | Callable,
+    source: str | Path | Callable,  # or a function that draws them, such as tiny.world.photos
     resolution: int,
     images: int | None = None,
     held_out: int = 0,
     log: Log = print,
-    option: str = "--data",
-    photo_set: int = 0,
-    step: int | None = None,
+    option: str = "--data",  # what named the folder, for messages
+    photo_set: int = 0,  # 1, 2, ... take the photos in other orders; those held out stay the same
+    step: int | None = None,  # pixels by which sizes that are not square differ; None: all become squares
 ) -> tuple[list[Photo], list[Photo]]:
     """The first `images` readable ones of a folder (None: all) in its fixed order, and its last `held_out`,
-    which are not among them. `source` may also be a function that draws them, such as tiny.world.photos.
-    `option`: what named the folder, for messages. `photo_set` 1, 2, ... take the photos in other orders;
-    those held out stay the same. `step`: pixels by which the sizes of photos that are not square differ; None
-    crops all to squares."""
+    which are not among them."""
     if images is not None and images < 1:
         raise ValueError(f"--images {images}: at least 1 is needed; leave it out to take them all")
     if callable(source):
         source = functools.partial(source, photo_set=photo_set) if photo_set else source
-        photos, validation_photos = (
-            drawn_photos(source, n, resolution, held) for n, held in ((images or 50, False), (held_out, True))
-        )
-        log(summary(photos, "drawn photos of a hanok") + held_out_note(validation_photos))
-        return photos, validation_photos
+        photos = drawn_photos(source, images or 50, resolution, False)
+        aside = drawn_photos(source, held_out, resolution, True)
+        log(summary(photos, "drawn photos of a hanok") + held_out_note(aside))
+        return photos, aside
     files = photo_files(Path(source), option)
-    # those that cannot be read are reported below
     captions = functools.cache(Captions)  # of each folder
     shapes = buckets.sizes(resolution, step) if step else [(resolution, resolution)]
-    validation_photos, _ = read_until(held_out, files[::-1], shapes, lambda _: None, captions)
-    aside = {photo.path for photo in validation_photos}
-    rest = [f for f in files if f not in aside]
+    aside, _ = read_until(held_out, files[::-1], shapes, lambda _: None, captions)  # unreadable: see below
+    taken = {photo.path for photo in aside}
+    rest = [f for f in files if f not in taken]
     if photo_set:
         rest.sort(key=lambda f: name_hash(f"{photo_set} {f.name}"))
     photos, unreadable = read_until(images, rest, shapes, log, captions)
-    if len(photos) < (images or 1) or len(validation_photos) < held_out:
-        asked = " and ".join(
-            [f"--images {images}"] * bool(images) + [f"--held-out {held_out}"] * bool(held_out)
-        )
-        less = f"lower {asked.split()[0]} or " if asked and (photos or validation_photos) else ""
-        raise ValueError(
-            f"{asked + ', but ' if asked else ''}{source} has {len(photos) + len(validation_photos)} "
-            f"readable photos (and {len(unreadable)} unreadable); {less}add photos"
-            + (f", or mend these: {unreadable[0]}" if unreadable else "")
-        )
+    if len(photos) < (images or 1) or len(aside) < held_out:
+        wanted = {"--images": images, "--held-out": held_out}
+        asked = " and ".join(f"{name} {n}" for name, n in wanted.items() if n)
+        less = f"lower {asked.split()[0]} or " if asked and (photos or aside) else ""
+        has = f"{source} has {len(photos) + len(aside)} readable photos (and {len(unreadable)} unreadable)"
+        mend = f", or mend these: {unreadable[0]}" if unreadable else ""
+        raise ValueError(f"{asked + ', but ' if asked else ''}{has}; {less}add photos{mend}")
     bad = f"; {len(unreadable)} unreadable" if unreadable else ""
     folders = sorted({f.parent for f in files})
     lost = [x for d in folders for x in captions(d).without_photo({f.name for f in files if f.parent == d})]
@@ -186,37 +177,26 @@ def load_photos(
     shown = Counter(p.image.size for p in photos)
     if len(shown) > 1:
         log("sizes: " + ", ".join(f"{w}x{h} {n} times" for (w, h), n in shown.most_common()))
-    note = summary(photos, f"photos from {source}") + bad
-    photos, often = repeated(photos)
-    log(note + often + held_out_note(validation_photos))
-    return photos, validation_photos
+    # each as often as its folder's number says, against the others'
+    common = math.gcd(*(p.repeats for p in photos)) or 1
+    times = [p.repeats // common for p in photos]
+    out = [p for k in range(max(times)) for p, n in zip(photos, times) if n > k]
+    often = f"; {len(out)} with their folders' repeats" if len(out) > len(photos) else ""
+    log(summary(photos, f"photos from {source}") + bad + often + held_out_note(aside))
+    return out, aside
 
 
-def repeated(photos: list[Photo]) -> tuple[list[Photo], str]:
-    """Each photo as often as its folder's number says, against the others'."""
-    common = functools.reduce(math.gcd, [p.repeats for p in photos], 0) or 1
-    out = [
-        p for k in range(max(p.repeats // common for p in photos)) for p in photos if p.repeats // common > k
-    ]
-    return out, f"; {len(out)} with their folders' repeats" if len(out) > len(photos) else ""
-
-
-def held_out_note(validation_photos: list[Photo]) -> str:
-    names = ", ".join(p.name for p in validation_photos)
-    return f"; {len(validation_photos)} held out: {names}" if names else ""
+def held_out_note(photos: list[Photo]) -> str:
+    return f"; {len(photos)} held out: {', '.join(p.name for p in photos)}" if photos else ""
 
 
 def drawn_photos(draw: Callable, n: int, resolution: int, held_out: bool) -> list[Photo]:
     """The embedded photos, or those that no method sees."""
-    pictures = enumerate(draw(n, held_out) if n else [])
-    return [
-        Photo(f"hanok {i}", crop(image, (resolution, resolution)), text, "") for i, (image, text) in pictures
-    ]
+    size, pictures = (resolution, resolution), draw(n, held_out) if n else []
+    return [Photo(f"hanok {i}", crop(image, size), text, "") for i, (image, text) in enumerate(pictures)]
 
 
-def read_until(
-    images: int | None, files: list[Path], shapes: list[buckets.Size], log: Log, captions: Callable
-) -> tuple[list[Photo], list[str]]:
+def read_until(images: int | None, files: list[Path], shapes, log: Log, captions: Callable) -> tuple:
     """The first `images` that can be read, and what is wrong with those that could not be."""
     photos, unreadable = [], []
     for path in files:
@@ -235,8 +215,7 @@ def photo_files(folder: Path, option: str = "--data") -> list[Path]:
 
     Sorted by a hash of the name: shuffled, yet the same however the folder is listed, and adding or removing
     one leaves the others in order. NFC, because a Mac writes Korean names in another normal form. A folder
-    without pictures may hold kohya's: 10_NAME, 5_OTHER, the number is the repeats (kohya_ss#1725).
-    """
+    without pictures may hold kohya's: 10_NAME, 5_OTHER, the number is the repeats (kohya_ss#1725)."""
     if not os.path.isdir(folder):  # pathlib's own raises at a name that is too long
         what = "not a folder" if os.path.exists(folder) else "no such folder"
         raise ValueError(f"{option} {folder}: {what}; name one that holds photos")
@@ -245,10 +224,8 @@ def photo_files(folder: Path, option: str = "--data") -> list[Path]:
     files = pictures_of(inside) or [f for d in numbered for f in pictures_of(d.iterdir())]
     if not files:
         kinds = " ".join(sorted(SUFFIXES))
-        raise ValueError(
-            f"{option} {folder}: no pictures in it ({kinds}); of its subfolders only those called 10_NAME, a "
-            "number and a name, are searched"
-        )
+        only = "of its subfolders only those called 10_NAME, a number and a name, are searched"
+        raise ValueError(f"{option} {folder}: no pictures in it ({kinds}); {only}")
     return sorted(files, key=lambda f: name_hash(f.name))
 
 
@@ -293,45 +270,34 @@ def summary(photos: list[Photo], what: str) -> str:
 # --------------------------------------------------------------------------------------------------- captions
 
 
-def prepare_captions(
-    photos: list[Photo], token: str, replace: str, caption: str, log: Log = print
-) -> list[str]:
+def prepare_captions(photos: list[Photo], token: str, replace: str, caption: str, log=print) -> list[str]:
     """A prompt per photo: its caption with the phrase `replace` become the pseudo word; else `caption`, in
-    which {token} is the pseudo word and {name} the file's name."""
-    # no phrase: match nothing at all
-    pattern = word_pattern(replace) if replace.strip() else re.compile("(?!)")
+    which {token} is the pseudo word and {name} the file's name. Refuses a word that no caption contains."""
+    pattern = word_pattern(replace) if replace.strip() else re.compile("(?!)")  # no phrase: match nothing
     swapped = [p.caption and pattern.subn(lambda _: token, p.caption) for p in photos]  # (text, count), None
     own = [s for s in swapped if s]
-    default = [
-        caption.replace("{token}", token).replace("{name}", Path(p.name).stem.replace("_", " "))
-        for p in photos
-    ]
+    stems = [Path(p.name).stem.replace("_", " ") for p in photos]
+    default = [caption.replace("{token}", token).replace("{name}", stem) for stem in stems]
     default = [pattern.sub(lambda _: token, text) for text in default]
     if own and replace:
         counts = [count for _, count in own if count]
         had = sum(contains_word(p.caption, token) for p in photos if p.caption)
-        log(
-            f"{replace!r} became {token!r} {sum(counts)} times, in {len(counts)} of {len(own)} captions"
-            + (f"; {had} had {token!r} already" if had else "")
-        )
+        more = f"; {had} had {token!r} already" if had else ""
+        became = f"{replace!r} became {token!r} {sum(counts)} times"
+        log(f"{became}, in {len(counts)} of {len(own)} captions{more}")
     if len(own) < len(photos):
         used = next(text for text, s in zip(default, swapped, strict=True) if not s)
         such = ", such as" if "{name}" in caption else ":"
         log(f"{len(photos) - len(own)} of {len(photos)} photos have no caption{such} {used!r} is used")
-    check_word([text for text, _ in own] or default, token, log)
-    return [s[0] if s else text for s, text in zip(swapped, default, strict=True)]
-
-
-def check_word(captions: list[str], token: str, log: Log) -> None:
-    """Refuse to train a word that no caption contains; mention it where some do not."""
+    captions = [text for text, _ in own] or default
     without = [text for text in captions if not contains_word(text, token)]
     if len(without) == len(captions):
-        raise ValueError(
-            f"no caption contains {token!r}, for example {captions[0]!r}; give the phrase that means your "
-            "subject with --replace, or the word that is in them with --token, or put {token} into --caption"
-        )
+        example = f"no caption contains {token!r}, for example {captions[0]!r}"
+        way = "give the phrase that means your subject with --replace, or the word that is in them with"
+        raise ValueError(f"{example}; {way} --token, or put {{token}} into --caption")
     if without:
         log(f"{len(without)} of {len(captions)} captions lack {token!r}, for example {without[0]!r}")
+    return [s[0] if s else text for s, text in zip(swapped, default, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------- latents
@@ -363,18 +329,13 @@ class LatentDataset:
             ways = [own, [ImageOps.mirror(image) for image in own]] if flip else [own]
             encoded = [encode(vae, way) for way in ways]
             mean, std = (torch.stack(t).to(device) for t in zip(*encoded))
-            self.check_finite(mean + std, [prompts[i] for i in group])
             self.mean.append(mean)
             self.std.append(std)
-
-    def check_finite(self, latents: Tensor, prompts: list[str]) -> None:
-        bad = (~torch.isfinite(latents)).flatten(2).any(-1).any(0)  # (N,)
-        wrong = [] if bad.is_meta else [p for p, b in zip(prompts, bad.tolist(), strict=True) if b]
-        if wrong:  # fp16 ends at 65504
-            raise ValueError(
-                f"of {len(wrong)} of {len(prompts)} pictures (such as {wrong[0]!r}) the autoencoder makes "
-                "numbers that are not finite; try --dtype fp32"
-            )
+            bad = (~torch.isfinite(mean + std)).flatten(2).any(-1).any(0)  # (N,)
+            wrong = [] if bad.is_meta else [prompts[i] for i, b in zip(group, bad.tolist(), strict=True) if b]
+            if wrong:  # fp16 ends at 65504
+                few = f"of {len(wrong)} of {len(group)} pictures (such as {wrong[0]!r})"
+                raise ValueError(f"{few} the autoencoder makes numbers that are not finite; try --dtype fp32")
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -387,8 +348,7 @@ class LatentDataset:
         return self.sizes.index(self.follows.sizes[group]), before
 
     def __getitem__(self, batch) -> tuple[Tensor, list[str]]:
-        which = 0
-        order = batch
+        which, order = 0, batch
         if len(self.sizes) > 1:
             which, turn = self.turn(batch.step)
             order = replace(batch, step=turn)

@@ -1,5 +1,4 @@
-"""Several processes, one training: torchrun starts the same script N times, each trains on its share of
-every batch.
+"""Several processes, one training: torchrun starts a script N times, each trains on its share of a batch.
 
     torchrun --nproc_per_node=2 train_lora.py ...
 
@@ -19,9 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-RANK, WORLD_SIZE, LOCAL_RANK = (
-    int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-)
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 BUCKET_NUMBERS = 2**26  # numbers in one message: an adapter goes in one, DreamBooth's 1e9 in 15
 
 
@@ -36,9 +33,8 @@ def join() -> None:
 def shard(indices: int) -> range:
     """This process's indices of a batch; they need not divide evenly."""
     if indices < WORLD_SIZE:
-        raise ValueError(
-            f"--batch-size {indices} is too small for {WORLD_SIZE} processes: each needs a photo of its own"
-        )
+        few = f"--batch-size {indices} is too small for {WORLD_SIZE} processes"
+        raise ValueError(f"{few}: each needs a photo of its own")
     return range(indices * RANK // WORLD_SIZE, indices * (RANK + 1) // WORLD_SIZE)
 
 

@@ -35,47 +35,33 @@ def number_or_folder(text: str) -> int | Path:
 def add_options(method: Callable) -> None:
     """The options for class pictures, the same for all methods that have them."""
     method("--class-phrase", "what the subject is one of, in the class prompts (default: --replace's)")
-    method(
-        "--class-images",
-        "how many pictures of the class the untouched model draws, 0 for none; or a folder of your own, with "
-        "captions",
-        type=number_or_folder,
-    )
-    method(
-        "--class-prompts",
-        "more prompts for class pictures, a file with one a line: what must not be forgotten; none: the "
-        "captions only (default: none, tiny hanokdiff/tiny/class_prompts.txt)",
-        type=Path,
-    )
+    drawn = "how many pictures of the class the untouched model draws, 0 for none"
+    method("--class-images", f"{drawn}; or a folder of your own, with captions", type=number_or_folder)
+    more = "more prompts for class pictures, a file with one a line: what must not be forgotten"
+    none = "none: the captions only (default: none, tiny hanokdiff/tiny/class_prompts.txt)"
+    method("--class-prompts", f"{more}; {none}", type=Path)
     method("--prior-weight", "w, the weight of the class's loss; 0 is without", type=float, default=1.0)
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse what does not fit together, before anything is loaded or written. A resumed run's options come
-    from its file, where a folder is a text."""
+    """Refuse what does not fit together, before any work. A resumed run's folder is a text in its options."""
     if isinstance(args.class_images, str):
         args.class_images = Path(args.class_images)
     own_folder = isinstance(args.class_images, Path)
     if args.class_prompts and (own_folder or not args.class_images):
         what = "a folder, which has its own captions" if own_folder else "0"
-        raise ValueError(
-            f"--class-prompts are for class pictures that are drawn, but --class-images is {what}; leave one "
-            "of them out"
-        )
+        drawn = "--class-prompts are for class pictures that are drawn"
+        raise ValueError(f"{drawn}, but --class-images is {what}; leave one of them out")
     if args.class_prompts and str(args.class_prompts) != "none":
         read_prompts(Path(args.class_prompts), args.token)
     if args.class_images and not (args.class_phrase or args.replace).strip():
         raise ValueError('--class-phrase is empty; name what the subject is one of, such as "a house"')
 
 
-def load(
-    args: argparse.Namespace, sd, photos: list[Photo], dataset: LatentDataset, more: Path | None = None
-) -> tuple[LatentDataset | None, tuple[float, float]]:
+def load(args, sd, photos: list[Photo], dataset: LatentDataset, more: Path | None = None) -> tuple:
     """The class pictures, encoded, or None; and the seconds that drawing them took, (all of them whenever
     drawn, those of this run). To be called while the model is untouched. `more`: prompts besides the photos'
-    own, if --class-prompts names none. They are of the photos' sizes in the photos' shares, and come in the
-    photos' turns."""
-    photo_prompts = dataset.prompts
+    own, if --class-prompts names none. They take the photos' sizes, in the photos' shares and turns."""
     if not (args.class_images and args.prior_weight):
         return None, (0.0, 0.0)
     phrase = args.class_phrase or args.replace
@@ -86,12 +72,11 @@ def load(
         texts = prompts([p.caption or phrase for p in own], args.token, phrase)
     else:
         if not (args.class_phrase or args.resume or any(phrase in (p.caption or "") for p in photos)):
-            raise ValueError(
-                f'no caption contains "{phrase}", so what the subject is one of is not known; '
-                'name it: --class-phrase "a house", or do without: --class-images 0'
-            )
+            way = 'name it: --class-phrase "a house", or do without: --class-images 0'
+            unknown = f'no caption contains "{phrase}", so what the subject is one of is not known'
+            raise ValueError(f"{unknown}; {way}")
         more = None if str(args.class_prompts) == "none" else args.class_prompts or more
-        texts = prompts(photo_prompts, args.token, phrase, more and Path(more))
+        texts = prompts(dataset.prompts, args.token, phrase, more and Path(more))
         sizes = sizes_for(dataset, args.class_images)
         images, texts, seconds = pictures(sd, texts, args.class_images, sizes, args.seed)
     found = LatentDataset(sd.vae, images, texts, args.flip, sd.device)
@@ -102,10 +87,8 @@ def load(
 def sizes_for(dataset: LatentDataset, n: int) -> list[tuple[int, int]]:
     """Of n class pictures each one's size."""
     if n < len(dataset.sizes):
-        raise ValueError(
-            f"--class-images is {n}, but the photos have {len(dataset.sizes)} sizes, and each needs class "
-            "pictures; take more, or crop all photos: --square"
-        )
+        many = f"the photos have {len(dataset.sizes)} sizes, and each needs class pictures"
+        raise ValueError(f"--class-images is {n}, but {many}; take more, or crop all photos: --square")
     turns = Turns([len(group) for group in dataset.groups])
     found = [dataset.sizes[turns.at(i)[0]] for i in range(n)]
     missing = [size for size in dataset.sizes if size not in found]
@@ -113,8 +96,7 @@ def sizes_for(dataset: LatentDataset, n: int) -> list[tuple[int, int]]:
 
 
 def note(out: Path, dataset: LatentDataset | None, seconds: tuple[float, float]) -> None:
-    """class.json: how many class pictures there are and what drawing them took, in all and in this run. A
-    resumed run draws none."""
+    """class.json: how many class pictures there are and what drawing them took, in all and in this run."""
     if dataset and distributed.RANK == 0 and not (out / "class.json").exists():
         took = {"seconds": round(seconds[0], 3), "of_this_run": round(seconds[1], 3)}
         write_json(out / "class.json", {"pictures": len(dataset), **took})
@@ -123,10 +105,9 @@ def note(out: Path, dataset: LatentDataset | None, seconds: tuple[float, float])
 def prompts(captions: list[str], token: str, phrase: str, more: Path | None = None) -> list[str]:
     """The captions with the class in place of the pseudo word, so that the class pictures have the same
     weather and light; in between, the lines of a file. Refuses a phrase with the pseudo word in it."""
+    holds = f'contains the pseudo word "{token}"; name the class'
     if word_pattern(token).search(phrase):
-        raise ValueError(
-            f'--class-phrase "{phrase}" contains the pseudo word "{token}"; name the class: "a house"'
-        )
+        raise ValueError(f'--class-phrase "{phrase}" {holds}: "a house"')
     own = [word_pattern(token).sub(lambda _: phrase, c) for c in captions]
     if more is None:
         return own
@@ -143,9 +124,8 @@ def read_prompts(file: Path, token: str) -> list[str]:
     if not lines:
         raise ValueError(f"--class-prompts {file}: there is no prompt in it; write one a line")
     if wrong := [line for line in lines if word_pattern(token).search(line)]:
-        raise ValueError(
-            f'--class-prompts {file}: "{wrong[0]}" contains the pseudo word "{token}"; name the class'
-        )
+        holds = f'contains the pseudo word "{token}"; name the class'
+        raise ValueError(f'--class-prompts {file}: "{wrong[0]}" {holds}')
     return lines
 
 
@@ -159,20 +139,15 @@ def pictures(sd, texts: list[str], n: int, sizes: list, seed: int, root: Path = 
     how += f" clip skip {sd.text.clip_skip}"
     folder = root / hashlib.sha256(how.encode()).hexdigest()[:12]
     make_folder(folder, "the class pictures' folder")
-    key = [
-        hashlib.sha256(f"{t} {seed + i} {sizes[i]}".encode()).hexdigest()[:16] for i, t in enumerate(texts)
-    ]
-    files = [folder / f"{k}.png" for k in key]
+    keys = [f"{text} {seed + i} {sizes[i]}" for i, text in enumerate(texts)]
+    files = [folder / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.png" for key in keys]
     words, at_once = [escape_prompt(t) for t in texts], 32 if max(map(max, sizes)) <= 96 else 4
-    # always in the same batches, whose company moves a picture by a grey level: stopped or not, it is the
-    # same picture
-    todo = {i for i, file in enumerate(files) if not file.exists()}
-    parts = [
-        [places[i] for i in part]
-        for size in dict.fromkeys(sizes)
-        for places in [[i for i, own in enumerate(sizes) if own == size]]
-        for part in sd.batches([words[i] for i in places], at_once)
-    ]
+    # always in the same batches, whose company moves a picture by a grey level: so a stop changes none
+    todo, parts = {i for i, file in enumerate(files) if not file.exists()}, []
+    for size in dict.fromkeys(sizes):
+        places = [i for i, own in enumerate(sizes) if own == size]
+        for part in sd.batches([words[i] for i in places], at_once):
+            parts.append([places[k] for k in part])
     parts = [part for part in parts if todo & set(part)]
     for part in tqdm(parts, "class pictures", unit="batch", leave=False, disable=None):
         begun = time.perf_counter()
@@ -182,10 +157,8 @@ def pictures(sd, texts: list[str], n: int, sizes: list, seed: int, root: Path = 
             if i in todo:
                 write_png(files[i], picture, {"seconds": f"{each:.6f}"})
     seconds = time.perf_counter() - start
-    print(
-        f'class: {n} pictures such as "{texts[0]}", {len(todo)} drawn in {seconds:.1f} s, the others from '
-        f"{folder}"
-    )
+    drawn = f"{len(todo)} drawn in {seconds:.1f} s, the others from {folder}"
+    print(f'class: {n} pictures such as "{texts[0]}", {drawn}')
     images, each = zip(*map(read, files), strict=True)
     return list(images), texts, (sum(each), seconds)
 

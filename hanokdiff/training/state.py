@@ -20,19 +20,17 @@ HARMLESS = ("device", "deterministic", "checkpointing", "compile", "save_every",
 
 def state_files(out: Path) -> list[Path]:
     """The saved states, newest first: each was written aside, synced and renamed, so none is half written."""
-    found = (out / "state").glob("[0-9]*.pt")
-    return sorted(found, key=lambda f: (len(f.name), f.name), reverse=True)
+    return sorted((out / "state").glob("[0-9]*.pt"), key=lambda f: (len(f.name), f.name), reverse=True)
 
 
 def delete_states(out: Path, keep: Path | None = None) -> None:
     for file in (out / "state").glob("[0-9]*.pt*"):  # with what a kill left half written
         if file != keep:
-            file.unlink()
+            file.unlink(missing_ok=True)
 
 
 def write_state(out: Path, step: int, state: dict, keep: Path | None) -> Path:
-    """Write state/STEP.pt. `keep` is the state before it, which stays: should the disk damage one, the other
-    is there."""
+    """Write state/STEP.pt. `keep` is the state before it, which stays, should the disk damage one."""
     file = out / "state" / f"{step:06d}.pt"
     file.parent.mkdir(exist_ok=True)
     delete_states(out, keep)
@@ -69,19 +67,12 @@ def newest_state(out: Path, device) -> tuple[Path, dict] | None:
     return None
 
 
-# --------------------------------------------------------------------------------------------- config and log
-
-
 def check_config(out: Path, config: dict, force: bool) -> bool:
-    """Refuse to resume with other options than before; with `force`, print them. Returns whether any
-    differ."""
+    """Refuse to resume with other options; with `force`, print them. Returns whether any differ."""
     changed = "; ".join(differences(read_json(out / "config.json"), config))
     if changed and not force:
-        raise ValueError(
-            f"{out}: {changed}: another run cannot go on from there; undo that, accept it with --force, or "
-            f"start a "
-            "new one without --resume"
-        )
+        way = "undo that, accept it with --force, or start a new one without --resume"
+        raise ValueError(f"{out}: {changed}: another run cannot go on from there; {way}")
     if changed:
         print(f"--force: {changed}; what was trained until now was trained with the former")
     return bool(changed)
@@ -92,11 +83,6 @@ def differences(before: dict, now: dict) -> list[str]:
     now = json.loads(json.dumps(now))  # as it comes back from a file: lists for tuples
     changed = [k for k, v in now.items() if k not in HARMLESS and before.get(k) != v]
     return [f"{k} was {str(before.get(k))[:60]} and is now {str(now[k])[:60]}" for k in changed]
-
-
-def append_log(out: Path, row: dict) -> None:
-    with open(out / "log.jsonl", "a", encoding="utf-8") as f:
-        f.write(json.dumps(row) + "\n")
 
 
 def truncate_log(out: Path, step: int) -> None:

@@ -1,16 +1,14 @@
-"""Everything about training that is not the method: order, learning rate, micro-batches, clipping, log,
-previews, files.
+"""Everything of a training but the method: order, rate, micro-batches, clipping, log, previews, files.
 
     trainer = Trainer(out, trainable, steps=400, batch_size=8, lr=1e-3, save=..., preview=...)
-    for batch in trainer:                                # one micro-batch; goes on where a resumed run
-                                                         stopped
+    for batch in trainer:                                # one micro-batch; goes on where a run stopped
         trainer.backward(losses)                         # (B,) one loss for each of its photos
 
-What a batch holds and every random number follow from (seed, step, index): see noise.py. The state on disk:
-state.py.
+What a batch holds and every random number follow from (seed, step, index): see noise.py. On disk: state.py.
 """
 
 import contextlib
+import json
 import math
 import os
 import signal
@@ -36,48 +34,33 @@ VALIDATIONS = 10  # per run, and one at the start
 
 
 class Trainer:
-    """Iterate over micro-batches; call `backward` with the loss of each.
-
-    out            the run's folder: config.json, log.jsonl, previews/, state/, and what `save` writes
-    trainable      name -> parameter
-    save           writes the artefact to a path; called at the end and, with the step in its name, every
-                   `save_every`
-    artefact       the artefact's file name, such as "lora.safetensors"
-    config         what the run was started with: stored in config.json, compared on resume
-    lr             one learning rate, or several by the beginning of the parameters' names: {"unet": 2e-6,
-                   "text": 1e-6}; those of which nothing is trained are left out
-    micro_batch    photos at once; their gradients add up to those of `batch_size`. 0: all at once
-    preview        draws a picture of the present state; called every `preview_every` steps
-    metrics        returns more numbers for each line of the log
-    page           writes the run's page, from its folder and the artefact's name
-    validate       returns the loss of held-out photos; logged at the start and VALIDATIONS times along the
-                   way
-    resume, force  go on from the folder's newest state; with `force` also under another config, if the
-    tensors fit
-    """
+    """Iterate over micro-batches; call `backward` with the loss of each."""
 
     def __init__(
         self,
-        out: Path,
-        trainable: dict[str, nn.Parameter],
+        out: Path,  # the run's folder: config.json, log.jsonl, previews/, state/, and what `save` writes
+        trainable: dict[str, nn.Parameter],  # by name
         *,
         steps: int,
         batch_size: int,
+        # one, or by the beginning of names: {"unet": 2e-6, "text": 1e-6}; unused ones are left out
         lr: float | dict[str, float],
-        save: Callable[[Path], None],
-        artefact: str,
-        config: dict,
-        micro_batch: int = 0,
+        save: Callable[
+            [Path], None
+        ],  # writes the artefact to a path, at the end and every `save_every` steps
+        artefact: str,  # its file name, such as "lora.safetensors"
+        config: dict,  # what the run was started with: stored in config.json, compared on resume
+        micro_batch: int = 0,  # photos at once; gradients add up to those of `batch_size`. 0: all at once
         seed: int = 0,
         weight_decay: float = 0.01,
         save_every: int = 0,
-        preview: Callable | None = None,
+        preview: Callable | None = None,  # draws a picture of the present state, every `preview_every` steps
         preview_every: int = 0,
-        metrics: Callable[[], dict] | None = None,
-        validate: Callable[[], float] | None = None,
-        page: Callable[[Path, str], None] | None = None,
-        resume: bool = False,
-        force: bool = False,
+        metrics: Callable[[], dict] | None = None,  # more numbers for each line of the log
+        validate: Callable[[], float] | None = None,  # the loss of held-out photos, VALIDATIONS times
+        page: Callable[[Path, str], None] | None = None,  # writes the run's page: folder, artefact's name
+        resume: bool = False,  # go on from the newest state
+        force: bool = False,  # also under another config, if the tensors fit
     ):
         self.out, self.trainable, self.steps, self.batch_size = out, trainable, steps, batch_size
         self.micro_batch, self.seed = micro_batch or batch_size, seed
@@ -97,16 +80,12 @@ class Trainer:
         lrs = lr if isinstance(lr, dict) else {"": lr}
         lrs = {part: rate for part, rate in lrs.items() if any(name.startswith(part) for name in trainable)}
         self.lr = next(iter(lrs.values()))  # the first one is logged; the others stay in proportion to it
-        groups = [
-            {
-                "params": [m for n, m in zip(trainable, self.masters, strict=True) if n.startswith(prefix)],
-                "share": value / self.lr,
-            }
-            for prefix, value in lrs.items()
-        ]
-        assert sum(len(g["params"]) for g in groups) == len(trainable), (
-            f"{lrs} do not cover {list(trainable)[:9]}"
-        )
+        groups = []
+        for prefix, value in lrs.items():
+            own = [m for name, m in zip(trainable, self.masters, strict=True) if name.startswith(prefix)]
+            groups.append({"params": own, "share": value / self.lr})
+        covered = sum(len(group["params"]) for group in groups)
+        assert covered == len(trainable), f"{lrs} do not cover {list(trainable)[:9]}"
         self.optimizer = torch.optim.AdamW(groups, self.lr, weight_decay=weight_decay, fused=True)
 
         self.step, self.seconds, self.lr_scale = 0, 0.0, 1.0
@@ -142,15 +121,15 @@ class Trainer:
         world = f" in {distributed.WORLD_SIZE} processes" if distributed.WORLD_SIZE > 1 else ""
         size = 12 * sum(p.numel() for p in self.parameters)  # fp32, and AdamW's two moments
         disk = f"; 2 states of {size / 1e6:,.1f} MB on disk until then" if self.save_every else ""
-        artefact = self.out / self.artefact
-        print(
-            f"{self.steps} steps of {self.batch_size}{world} at learning rate {rates}, then {artefact}{disk}"
-        )
+        plan = f"{self.steps} steps of {self.batch_size}{world} at learning rate {rates}"
+        print(f"{plan}, then {self.out / self.artefact}{disk}")
 
     # ----------------------------------------------------------------------------------------------- the loop
 
     def __iter__(self) -> Iterator[Batch]:
-        handlers = self._catch_signals()
+        here = threading.current_thread() is threading.main_thread()  # no other may set handlers
+        numbers = (signal.SIGINT, signal.SIGTERM) if here else ()
+        handlers = {number: signal.signal(number, self._interrupt) for number in numbers}
         self.bar = tqdm(total=self.steps, initial=self.step, unit="step", dynamic_ncols=True, mininterval=0.5)
         self.clock = time.perf_counter()
         try:
@@ -208,8 +187,7 @@ class Trainer:
         return self.lr * self.lr_scale * min(1.0, (step + 1) / warmup, (self.steps - step) / decay)
 
     def _optimizer_step(self) -> None:
-        """Clip and step. A non-finite loss or gradient skips the update, decided on the device: nobody waits
-        for it."""
+        """Clip and step. A non-finite loss or gradient skips the update, decided on the device: no wait."""
         gradients = [m.grad for m in self.masters if m.grad is not None]
         distributed.all_reduce([self.step_loss, *gradients])
         norm = nn.utils.get_total_norm(gradients)
@@ -240,10 +218,8 @@ class Trainer:
                 return self._roll_back("the loss is no longer finite")
         if (saves or stops or last) and not self._parameters_are_finite():
             return self._roll_back("a trained parameter is no longer finite")
-        if (
-            self.validate
-            and self.step * VALIDATIONS // self.steps > (self.step - 1) * VALIDATIONS // self.steps
-        ):
+        before, now = ((step * VALIDATIONS // self.steps) for step in (self.step - 1, self.step))
+        if self.validate and before < now:
             self._validate()
         if saves:
             name = Path(self.artefact)
@@ -283,14 +259,8 @@ class Trainer:
         loss = loss / good if skipped < count else None
         now = time.perf_counter()
         self.seconds, self.clock = self.seconds + now - self.clock, now
-        row = {
-            "step": self.step,
-            "loss": loss and round(loss, 6),
-            "grad_norm": round(norm / good, 5),
-            "lr": self.rate(self.step - 1),
-            "skipped": skipped,
-            "seconds": round(self.seconds, 3),
-        }
+        row = {"step": self.step, "loss": loss and round(loss, 6), "grad_norm": round(norm / good, 5)}
+        row |= {"lr": self.rate(self.step - 1), "skipped": skipped, "seconds": round(self.seconds, 3)}
         if self.loss.is_cuda:
             row["gpu_bytes"] = torch.cuda.max_memory_allocated(self.loss.device)
         if self.metrics:
@@ -303,7 +273,8 @@ class Trainer:
 
     def _write(self, row: dict) -> None:
         if distributed.RANK == 0:
-            state.append_log(self.out, row)
+            with open(self.out / "log.jsonl", "a", encoding="utf-8") as f:
+                f.write(json.dumps(row) + "\n")
 
     @contextlib.contextmanager
     def _clock_stopped(self) -> Iterator[None]:
@@ -350,13 +321,8 @@ class Trainer:
 
     # ----------------------------------------------------------------------- interruptions, divergence, state
 
-    def _catch_signals(self) -> dict:
-        """Ctrl-C and SIGTERM end the run after the step under way. Returns the former handlers."""
-        if threading.current_thread() is not threading.main_thread():
-            return {}
-        return {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-
     def _interrupt(self, *_) -> None:
+        """Ctrl-C and SIGTERM end the run after the step under way."""
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
@@ -369,18 +335,13 @@ class Trainer:
         return bool(torch.isfinite(largest))
 
     def _roll_back(self, what: str) -> None:
-        """Most updates since the last log point, or a parameter, are not finite: go back once, at half the
-        rate; then stop."""
+        """Most updates since the last log point, or a parameter, are not finite: go back once, then stop."""
         saved = state.state_files(self.out)
         if self.lr_scale < 1 or not saved:
-            kept, way = "nothing was saved before", "start again with"
-            if saved:
-                kept, way = (
-                    f"the last good state is in {self.out}",
-                    f"go on with --resume {self.out} --force and",
-                )
+            kept = f"the last good state is in {self.out}; go on with --resume {self.out} --force and"
+            way = kept if saved else "nothing was saved before; start again with"
             tried = self.lr * self.lr_scale
-            raise ValueError(f"{what} at step {self.step}; {kept}; {way} a lower --lr than {tried:g}")
+            raise ValueError(f"{what} at step {self.step}; {way} a lower --lr than {tried:g}")
         lr_scale = self.lr_scale / 2
         self._load_state()
         self.lr_scale = lr_scale
@@ -391,14 +352,10 @@ class Trainer:
         """Write everything that a resumed run needs."""
         if distributed.RANK:
             return
-        content = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "lowered": self.lr_scale,
-            "pending": [t.item() for t in (self.loss, self.norm, self.nonfinite)],
-            "learns": {k: m.detach() for k, m in zip(self.trainable, self.masters, strict=True)},
-            "optimizer": self.optimizer.state_dict(),
-        }
+        content = {"step": self.step, "seconds": self.seconds, "lowered": self.lr_scale}
+        content["pending"] = [t.item() for t in (self.loss, self.norm, self.nonfinite)]
+        content["learns"] = {k: m.detach() for k, m in zip(self.trainable, self.masters, strict=True)}
+        content["optimizer"] = self.optimizer.state_dict()
         self.state_file = state.write_state(self.out, self.step, content, keep=self.state_file)
 
     def _load_state(self) -> None:
@@ -411,15 +368,13 @@ class Trainer:
         try:
             self._apply_state(content)
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as e:
-            raise ValueError(
-                f"{file} does not fit what these options train, or is no state at all "
-                f"({e if isinstance(e, ValueError) else type(e).__name__}); "
-                "leave out the options that differ, or start again without --resume"
-            ) from None
+            reason = e if isinstance(e, ValueError) else type(e).__name__
+            unfit = f"{file} does not fit what these options train, or is no state at all ({reason})"
+            way = "leave out the options that differ, or start again without --resume"
+            raise ValueError(f"{unfit}; {way}") from None
         if self.step > self.steps:
-            raise ValueError(
-                f"{file} is of step {self.step}, but --steps is {self.steps}; give at least {self.step}"
-            )
+            beyond = f"{file} is of step {self.step}, but --steps is {self.steps}"
+            raise ValueError(f"{beyond}; give at least {self.step}")
         self.state_file = file
         if distributed.RANK == 0:
             state.truncate_log(self.out, self.step)
@@ -446,8 +401,7 @@ class Trainer:
 
 def fp32_master(p: nn.Parameter) -> nn.Parameter:
     """The fp32 copy that the optimiser updates for a half-precision parameter: bf16 would round steps of 1e-6
-    away. The copy stays with the parameter as `p.master`, for whoever saves the model. An fp32 parameter is
-    its own."""
+    away. It stays with the parameter as `p.master`, for saving. An fp32 parameter is its own."""
     if p.dtype == torch.float32:
         return p
     p.master = getattr(p, "master", p).detach().to(p.device, torch.float32, copy=True)
