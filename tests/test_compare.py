@@ -32,14 +32,7 @@ from hanokdiff.compare.report import compose
 from hanokdiff.compare.results import collect
 from hanokdiff.compare.summary import find, pooled, summarise
 from hanokdiff.models.pipeline import StableDiffusion
-from hanokdiff.scoring.stats import (
-    holm,
-    mean_over_sets,
-    share_interval,
-    share_over_sets,
-    sign_flip,
-    t_quantile,
-)
+from hanokdiff.scoring.stats import holm, mean_over_sets, share_interval, share_over_sets, sign_flip
 from hanokdiff.tiny import world
 from hanokdiff.training.dataset import load_photos
 
@@ -89,13 +82,6 @@ def test_holm():
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([0.03]) == [0.03] and holm([]) == []
     assert holm([0.02, 0.02, 0.02]) == pytest.approx([0.06] * 3)
-
-
-def test_quantiles_of_t():
-    """Closed forms for 1 and 2 degrees of freedom, and a table's value."""
-    assert t_quantile(1) == pytest.approx(math.tan(0.95 * math.pi / 2), rel=1e-6)
-    assert t_quantile(2) == pytest.approx(0.95 * math.sqrt(2 / (1 - 0.95**2)), rel=1e-6)
-    assert t_quantile(4) == pytest.approx(2.776445, rel=1e-6)
 
 
 def test_sign_flips():

@@ -254,15 +254,9 @@ def test_prompts_cover_the_world():
     assert world.condition_prompts()["fire"] == "a building on fire"
 
 
-TABLE = [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (29, 2.045), (10_000, 1.960)]
-
-
-@pytest.mark.parametrize(("n", "t"), TABLE)
-def test_t_quantile_is_the_tables(n, t):
-    assert t_quantile(n) == pytest.approx(t, abs=6e-4)
-
-
 def test_mean_interval():
+    for n, t in {1: 12.706, 2: 4.303, 4: 2.776, 9: 2.262, 29: 2.045, 10_000: 1.960}.items():
+        assert t_quantile(n) == pytest.approx(t, abs=6e-4)
     assert t_quantile(9, 0.99) == pytest.approx(3.250, abs=6e-4)
     mean, low, high = mean_interval([1, 2, 3, 4, 5])
     assert (mean, low, high) == pytest.approx((3, 3 - 2.776445 * math.sqrt(2.5 / 5), 3 + 1.963243), abs=1e-4)
@@ -489,8 +483,7 @@ def test_pairs_are_of_the_same_prompt_and_seed(folder, tmp_path, capsys):
 
 
 def test_a_planted_difference_of_pictures_is_found(folder, tmp_path):
-    """The second folder holds the references themselves, the first the same pictures on their heads; and
-    twins."""
+    """The second folder holds the references themselves, the first the same on their heads; and twins."""
     drawn = [("a", i) for i in range(8)]
     paths = two_folders(tmp_path, drawn, drawn)
     (tmp_path / "real").mkdir()
