@@ -35,13 +35,8 @@ ALL = pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
 def home(tmp_path_factory):
     """Photos of the subject and, with captions but for one, pictures of its class."""
     folder, draw = tmp_path_factory.mktemp("home"), StableDiffusion.draw
-    for name, captions in (
-        (
-            "photos",
-            ["a building with a roof in the snow", "a building with a roof", "A building with a roof"],
-        ),
-        ("class", ["a barn", "a castle at night", None]),
-    ):
+    own = ["a building with a roof in the snow", "a building with a roof", "A building with a roof"]
+    for name, captions in (("photos", own), ("class", ["a barn", "a castle at night", None])):
         (folder / name).mkdir()
         for i, caption in enumerate(captions):
             corner = (-2 + i + 0.1 * len(name), -1, 1, 1)
@@ -57,9 +52,7 @@ def home(tmp_path_factory):
 
 
 def arguments(script, made, out, *more) -> list[str]:
-    common = (
-        "--data photos --resolution 32 --steps 3 --batch-size 2 --lr 1e-3 --preview-every 0 --save-every 0"
-    )
+    common = "--data photos --resolution 32 --steps 3 --batch-size 2 --lr 1e-3 --preview-every 0"
     argv = ["--model", made.folder, *common.split(), "--token", "sks", "--device", "cpu", "--out", out]
     return [str(a) for a in [*argv, *SCRIPTS[script], *more]]
 
@@ -110,13 +103,9 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
         if file.suffix == ".safetensors":
             found |= {f"{file.name} {k}": t for k, t in load_file(file).items()}
         elif file.name == "hypernet.pt":
-            pairs = {k: v for k, v in torch.load(file, weights_only=True).items() if isinstance(k, int)}
-            found |= {
-                f"{d} {side} {k}": t
-                for d, p in pairs.items()
-                for side, f in enumerate(p)
-                for k, t in f.items()
-            }
+            for d, pair in torch.load(file, weights_only=True).items():
+                for side, f in enumerate(pair if isinstance(d, int) else ()):
+                    found |= {f"{d} {side} {k}": t for k, t in f.items()}
     return found
 
 

@@ -202,7 +202,7 @@ def test_one_speaks(folders):
     assert said.count("class: 3 pictures") == 2  # DreamBooth's and LoRA's
     for name in METHODS:
         assert said.count(f"wrote runs/{name}/") == 1, said
-    assert said.count("steps of 3 in 2 processes at learning rate") == 3
+    assert said.count("steps of 4 in 2 processes at learning rate") == 3
 
 
 def test_the_chores_are_done_once_and_by_the_first(folders):

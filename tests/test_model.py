@@ -45,16 +45,10 @@ def test_picture_equals_diffusers(reference, load, sampler):
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(reference.folder, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = getattr(diffusers, kind).from_config({**pipeline.scheduler.config, **own})
-    theirs = pipeline(
-        PROMPTS,
-        negative_prompt=["fire"] * 2,
-        guidance_scale=7.5,
-        num_inference_steps=10,
-        height=64,
-        width=72,
-        generator=[torch.Generator().manual_seed(s) for s in SEEDS],
-    ).images
-    options = dict(negative="fire", sampler=sampler, steps=10, cfg=7.5, size=(72, 64))
+    how = dict(guidance_scale=7.5, num_inference_steps=6, height=64, width=72)
+    generators = [torch.Generator().manual_seed(s) for s in SEEDS]
+    theirs = pipeline(PROMPTS, negative_prompt=["fire"] * 2, **how, generator=generators).images
+    options = dict(negative="fire", sampler=sampler, steps=6, cfg=7.5, size=(72, 64))
     ours = load(reference).draw(PROMPTS, SEEDS, **options)
     assert ours[0].size == (72, 64)
     assert levels_apart(ours, theirs) <= 1
@@ -70,15 +64,8 @@ def test_picture_depends_on_everything(sd1, load):
     plain = picture(sd)
     assert plain.shape == (64, 64, 3)  # the model's own size
     assert np.array_equal(picture(sd), plain)
-    changes = [
-        dict(prompt=PROMPTS[1]),
-        dict(seed=6),
-        dict(negative="fire"),
-        dict(cfg=3.0),
-        dict(sampler="euler"),
-        dict(steps=5),
-    ]
-    for change in changes:
+    changes = dict(prompt=PROMPTS[1], seed=6, negative="fire", cfg=3.0, sampler="euler", steps=5)
+    for change in ({k: v} for k, v in changes.items()):
         assert np.abs(picture(sd, **change) - plain).max() > 3, change
 
 
@@ -135,20 +122,12 @@ def test_picture_from_a_picture_equals_diffusers(sd1, load, strength):
     pipeline.set_progress_bar_config(disable=True)
     kind, own = PAIRS["euler_a"]
     spacing = load(sd1).schedule.timestep_spacing
-    pipeline.scheduler = getattr(diffusers, kind).from_config(
-        {**SCHEDULE, **own, "timestep_spacing": spacing}
-    )
+    config = {**SCHEDULE, **own, "timestep_spacing": spacing}
+    pipeline.scheduler = getattr(diffusers, kind).from_config(config)
     first = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(9))
-    theirs = pipeline(
-        PROMPTS,
-        image=first.repeat(2, 1, 1, 1),
-        negative_prompt=["fire"] * 2,
-        guidance_scale=3.0,
-        output_type="latent",
-        num_inference_steps=8,
-        strength=strength,
-        generator=[torch.Generator().manual_seed(s) for s in SEEDS],
-    ).images
+    how = dict(guidance_scale=3.0, output_type="latent", num_inference_steps=8, strength=strength)
+    how |= dict(image=first.repeat(2, 1, 1, 1), negative_prompt=["fire"] * 2)
+    theirs = pipeline(PROMPTS, **how, generator=[torch.Generator().manual_seed(s) for s in SEEDS]).images
     options = dict(negative="fire", sampler="euler_a", steps=8, cfg=3.0, size=(64, 64))
     *_, ours = load(sd1).sample(PROMPTS, SEEDS, **options, init_latents=first, strength=strength)
     *_, other = load(sd1).sample(PROMPTS, SEEDS, **options, init_latents=-first, strength=strength)
@@ -437,9 +416,8 @@ def test_full_size(capsys):
     from hanokdiff.models.vae import VAEConfig
 
     start, g, out = time.perf_counter(), torch.Generator().manual_seed(1), {}
-    clip_l = CLIPTextConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
-    )
+    sizes = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+    clip_l = CLIPTextConfig(**sizes)
     a, b = pair(TextEncoder, lambda: CLIPTextModel(clip_l))
     b.embeddings.position_ids = torch.arange(77)[None]  # a buffer of theirs that no file holds
     ids = torch.randint(0, 49408, (1, 77), generator=g)
