@@ -196,11 +196,10 @@ def test_korean_in_parts_reads_the_same():
 WORDS = """화재 발생 진화 완료 훈련 해제 산불 침수 태풍 한옥마을 14:20 오후 낮 없음 우려 대피 , . ( ) [ ] ☎"""
 
 
-@given(
-    st.one_of(
-        st.text(max_size=80), st.lists(st.sampled_from([*WORDS.split(), "\n"]), max_size=15).map(" ".join)
-    )
-)
+SENTENCES = st.lists(st.sampled_from([*WORDS.split(), "\n"]), max_size=15).map(" ".join)
+
+
+@given(st.text(max_size=80) | SENTENCES)
 @settings(max_examples=300, deadline=None)
 def test_every_text_has_a_reading(text):
     reading = alert.read(text)
@@ -308,9 +307,7 @@ def test_an_alert_is_drawn_and_its_reading_kept(tmp_path, capsys):
     assert draw("--alert", FIRE, "--n", 2, "--embedding", tmp_path / "gate.safetensors") == 0
     out = capsys.readouterr().out
     texts = pictures()
-    assert len(texts) == 2 and all(
-        t["parameters"].startswith("Gate on fire, in the daytime\n") for t in texts
-    )
+    assert [t["parameters"].partition("\n")[0] for t in texts] == ["Gate on fire, in the daytime"] * 2
     row = json.loads(texts[0]["alert"])
     assert "alert: fire; place: hanok; time: day\nprompt: Gate on fire, in the daytime\n" in out
     assert texts[0]["alert"] == texts[1]["alert"]

@@ -123,6 +123,7 @@ train_lora --rank => --rank: expected one argument; see --help
 train_lora --targets all => --targets is all, but must be one of cross-attention, ... attention+ff+conv
 train_lora --prediction v => --prediction is v, but must be one of epsilon, v_prediction
 train_lora --dtype fp8 => dtype "fp8" is not known; choose one of auto, fp32, bf16, fp16
+train_lora --dtype fp16 => take bf16
 train_lora --device cuda:99 => device "cuda:99" cannot be used (REASON); try cpu, or leave it out
 train_hypernet --activation rellu => activation "rellu" is not known; ... torch's by their lower-case names
 train_hypernet --activation softmax => --activation softmax mixes the pictures of a ... another, such as relu
