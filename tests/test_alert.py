@@ -4,7 +4,6 @@ them, single traps, and sample.py --alert. A wrong picture is worse than none: t
 import csv
 import json
 import unicodedata
-import warnings
 from pathlib import Path
 
 import pytest
@@ -21,11 +20,7 @@ HERE = Path(__file__).parent
 FIRE = "[행정안전부] 오늘 14:20 전주 한옥마을 화재 발생. 인근 주민은 대피 바랍니다"
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Default folders land in the test's own; the notes on stderr are put back."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("warnings.showwarning", warnings.showwarning)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def messages(name: str) -> list[tuple[str, tuple]]:

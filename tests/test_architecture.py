@@ -127,7 +127,7 @@ def test_graph_is_whole():
 @pytest.mark.parametrize("file, line, arrow", [
     ("hanokdiff/models/unet.py", "from hanokdiff.methods import lora", "unet -> hanokdiff.methods.lora"),
     ("hanokdiff/models/unet.py", "from ..methods.lora import LoRA", "models.unet -> hanokdiff.methods.lora"),
-    ("hanokdiff/methods/lora.py", "def f():\n    import hanokdiff.formats.folder", "-> hanokdiff.formats.fol"),
+    ("hanokdiff/methods/lora.py", "def f():\n    import hanokdiff.formats.folder", "-> hanokdiff.formats"),
     ("hanokdiff/training/trainer.py", "from hanokdiff.tiny import world", "-> hanokdiff.tiny.world"),
     ("hanokdiff/scoring/clip.py", "import hanokdiff.models.unet as u", "-> hanokdiff.models.unet"),
     ("hanokdiff/files.py", "def f():\n    from hanokdiff.models.unet import UNet", "-> hanokdiff.models"),

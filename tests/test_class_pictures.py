@@ -1,16 +1,14 @@
 """Prior preservation in the three methods that have it: one equation, one set of options."""
 
-import json
 import shutil
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from test_dreambooth import by_hand
+from test_dreambooth import by_hand, first_step
 from test_scripts import refused
 
 import train_dreambooth
@@ -18,10 +16,8 @@ import train_hypernet
 import train_lora
 import train_ti
 from hanokdiff.models.pipeline import StableDiffusion
-from hanokdiff.training import args, prior
-from hanokdiff.training.dataset import LatentDataset
+from hanokdiff.training import prior
 from hanokdiff.training.noise import Batch
-from hanokdiff.training.trainer import Trainer
 
 SCRIPTS = {
     train_lora: "--rank 2 --text-rank 2 --text-lr 1e-3".split(),
@@ -57,37 +53,11 @@ def arguments(script, made, out, *more) -> list[str]:
     return [str(a) for a in [*argv, *SCRIPTS[script], *more]]
 
 
-class EnoughError(Exception):
-    pass
-
-
-def first_step(script, made, *more) -> SimpleNamespace:
-    """The loss of a run's first step and the photos and class pictures that it draws from."""
-    seen = SimpleNamespace(loss=0.0, dataset=[])
-
-    class Recorded(LatentDataset):
-        def __init__(self, *args, **more):
-            super().__init__(*args, **more)
-            seen.dataset.append(self)
-
-    def backward(run, loss):
-        seen.loss += loss.mean().item() * run.share
-        raise EnoughError
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(EnoughError):
-        for module in (args, prior):
-            patch.setattr(module, "LatentDataset", Recorded)
-        patch.setattr(Trainer, "backward", backward)
-        script.main(arguments(script, made, "never", *more))
-    seen.config = json.loads(Path("never/config.json").read_text())
-    shutil.rmtree("never")
-    return seen
-
-
 @pytest.mark.parametrize("script", [train_lora, train_hypernet], ids=lambda s: s.__name__)
 def test_own_loss_and_class_loss(sd1, script):
     """own + w * class: each the mean of its half, at its own timesteps and noise, by diffusers' networks."""
-    seen = first_step(script, sd1, "--class-images", 3, "--prior-weight", 0.5, "--seed", 6, "--min-snr", 5)
+    more = "--class-images 3 --prior-weight 0.5 --seed 6 --min-snr 5".split()
+    seen = first_step(script, arguments(script, sd1, "never", *more))
     photos, pictures = seen.dataset
     batch = Batch(6, 0, range(2), 2)
     one = by_hand(sd1.pipeline, photos, batch, 5)
@@ -126,7 +96,7 @@ def test_weight_0_is_without_class_pictures(sd1, script, monkeypatch):
 def test_pictures_of_ones_own(sd1, script, monkeypatch):
     """--class-images FOLDER: with their captions, else the class's phrase. config.json keeps the folder."""
     monkeypatch.setattr(prior, "pictures", None)
-    seen = first_step(script, sd1, "--class-images", "class")
+    seen = first_step(script, arguments(script, sd1, "never", "--class-images", "class"))
     assert sorted(seen.dataset[1].prompts) == ["a barn", "a building with a roof", "a castle at night"]
     assert seen.config["class_images"] == "class"
 

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -47,11 +46,7 @@ def recipe(*methods: str) -> list[str]:
     return [w for m in methods for w in ("--recipe", f"{m}={small[m]}")]
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Default folders land in the test's own; the notes on stderr are put back."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("warnings.showwarning", warnings.showwarning)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def train_here(argv, home):
@@ -709,11 +704,3 @@ def test_bad_options(argv, words, capsys, tmp_path):
         image.save(tmp_path / "few" / f"{i}.png")
     refused(argv, words, capsys)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["few", "file"]
-
-
-def test_help(capsys):
-    with pytest.raises(SystemExit) as e:
-        compare.main(["--help"])
-    out = capsys.readouterr().out
-    assert e.value.code == 0 and "python -m hanokdiff.compare" in out and out.count("\n  --") > 20
-    assert all(len(line) < 130 for line in out.splitlines())

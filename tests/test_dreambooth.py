@@ -103,11 +103,12 @@ class EnoughError(Exception):
     pass
 
 
-def first_step(made, photos, *more) -> SimpleNamespace:
-    """The loss of a run's first step, its gradients, and the shots that it draws from."""
+def first_step(script, argv) -> SimpleNamespace:
+    """The loss of a run's first step, its gradients, its config.json, and the photos that it draws from. The
+    run is in "never", and is deleted."""
     seen = SimpleNamespace(loss=0.0, dataset=[], gradients={})
 
-    class Shots(LatentDataset):
+    class Recorded(LatentDataset):
         def __init__(self, *args, **more):
             super().__init__(*args, **more)
             seen.dataset.append(self)
@@ -123,10 +124,11 @@ def first_step(made, photos, *more) -> SimpleNamespace:
     old_update = Trainer.backward
     with pytest.MonkeyPatch.context() as patch, pytest.raises(EnoughError):
         for module in (args, prior):  # the photos, then the class pictures
-            patch.setattr(module, "LatentDataset", Shots)
+            patch.setattr(module, "LatentDataset", Recorded)
         patch.setattr(Trainer, "backward", update)
         patch.setattr(Trainer, "_optimizer_step", finish)
-        train_dreambooth.main(arguments(made, photos, "never", *more))
+        script.main(argv)
+    seen.config = json.loads(Path("never/config.json").read_text())
     shutil.rmtree("never")
     return seen
 
@@ -151,7 +153,7 @@ def test_the_loss_has_two_terms(sd1, sd2, photos, size, gamma):
     """Each the mean of its own half, at its own timesteps and noise; epsilon and v, min-SNR or not."""
     made = sd2 if size == 4 and not gamma else sd1
     more = f"--batch-size {size} --min-snr {gamma} --prior-weight 0.5 --seed 6".split()
-    seen = first_step(made, photos, *more)
+    seen = first_step(train_dreambooth, arguments(made, photos, "never", *more))
     own, cls = seen.dataset
     assert sorted(own.prompts) == ["sks", "sks at night", "sks in the snow"]
     assert cls.prompts == [p.replace("sks", "a building with a roof") for p in own.prompts]
@@ -161,7 +163,8 @@ def test_the_loss_has_two_terms(sd1, sd2, photos, size, gamma):
     assert min(one, two) > 1e-3 and abs(one - two) > 1e-3
     assert seen.loss == pytest.approx(one + 0.5 * two, rel=1e-5)
     if size == 4 and gamma:
-        split = first_step(made, photos, *more, "--micro-batch", 3)
+        more = [*more, "--micro-batch", 3]
+        split = first_step(train_dreambooth, arguments(made, photos, "never", *more))
         assert split.loss == pytest.approx(seen.loss, rel=1e-6)
         assert split.gradients.keys() == seen.gradients.keys() and len(seen.gradients) > 700
         scale = max(g.abs().max() for g in seen.gradients.values())
@@ -171,7 +174,8 @@ def test_the_loss_has_two_terms(sd1, sd2, photos, size, gamma):
 def test_without_class_pictures(sd1, photos, monkeypatch):
     """One term, and nothing is drawn; it is the first of the two."""
     monkeypatch.setattr(prior, "pictures", None)
-    seen = first_step(sd1, photos, "--class-images", 0, "--seed", 6, "--prior-weight", 0.5)
+    more = "--class-images 0 --seed 6 --prior-weight 0.5".split()
+    seen = first_step(train_dreambooth, arguments(sd1, photos, "never", *more))
     (own,) = seen.dataset
     assert seen.loss == pytest.approx(by_hand(sd1.pipeline, own, Batch(6, 0, range(2), 2), 0), rel=1e-5)
 

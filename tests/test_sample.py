@@ -1,7 +1,6 @@
 """sample.py through main([...]) on the embedded tiny model: pictures to begin with, embeddings beside the
 other artefacts, emphasis, long prompts; and what it refuses, in one sentence, with nothing written."""
 
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,11 +18,7 @@ from hanokdiff.tiny import world
 PROMPT = "a house on a hill"  # in the tiny model's own vocabulary
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Default folders land in the test's own; the notes on stderr are put back."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("warnings.showwarning", warnings.showwarning)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.fixture(scope="module")

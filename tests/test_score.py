@@ -17,20 +17,9 @@ from PIL.PngImagePlugin import PngInfo
 
 import clipscore
 from hanokdiff.scoring import clip as clip_module
-from hanokdiff.scoring.clip import (
-    LIKENESS,
-    MEAN,
-    SCALES,
-    STD,
-    Clip,
-    clip_t,
-    likeness,
-    nearest,
-    preprocess,
-    presence,
-    refclipscore,
-    scores,
-)
+from hanokdiff.scoring.clip import LIKENESS, MEAN, SCALES, STD, Clip, clip_t, likeness, nearest, presence
+
+from hanokdiff.scoring.clip import preprocess, refclipscore, scores  # isort: skip
 from hanokdiff.scoring.stats import mean_interval, paired_interval, share_interval, t_quantile
 from hanokdiff.tiny import world
 from hanokdiff.tiny.tokenizer import byte_letters
@@ -552,16 +541,14 @@ def refused(capsys, *argv) -> str:
 
 
 def test_refusals_of_input(capsys, folder, pictures, tmp_path):
+    """More: robustness/test_mistakes.py."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "sheets").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "sheets" / "sheet.png")
     (tmp_path / "bad.png").write_text("no")
     drawings(1)[0].save(tmp_path / "mute.png")
     ask = ("--clip", folder)
-    assert "nowhere does not exist" in refused(capsys, tmp_path / "nowhere", *ask)
-    assert "empty holds no pictures" in refused(capsys, tmp_path / "empty", *ask)
     assert "sheets holds no pictures" in refused(capsys, tmp_path / "sheets", *ask)
-    assert "none of the 1 pictures can be read" in refused(capsys, tmp_path / "bad.png", *ask)
     assert "mute.png has no prompt" in refused(capsys, pictures, tmp_path / "mute.png", *ask)
     assert "has no prompt" in refused(capsys, pictures, *ask, "--prompt", " ")
     token = (pictures, *ask, "--replace-token")
@@ -580,11 +567,8 @@ def test_refused_presence(capsys, folder, pictures, presence):
 
 def test_refusals_of_scorer(capsys, folder, pictures, tmp_path):
     save(tmp_path / "big.png", "a", Image.new("RGB", (80, 65)))
-    message = refused(capsys, pictures, tmp_path / "big.png")
-    assert "big.png is 65 px" in message and "--clip openai/clip-vit-base-patch32" in message
+    assert "big.png is 65 px" in refused(capsys, pictures, tmp_path / "big.png")
     assert "big.png is 65 px" in refused(capsys, pictures, "--reference", tmp_path / "big.png")
-    assert "nowhere: no such folder" in refused(capsys, pictures, "--clip", tmp_path / "nowhere")
-    assert "cannot be opened" in refused(capsys, pictures, "--clip", pictures)
     assert "device foo cannot be used" in refused(capsys, pictures, "--clip", folder, "--device", "foo")
 
 

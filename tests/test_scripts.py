@@ -7,7 +7,6 @@ import io
 import json
 import shutil
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +24,7 @@ from hanokdiff.formats.load import load_model
 from hanokdiff.methods import lora
 from hanokdiff.tiny import world
 
-
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Default folders such as runs/lora land in the test's own; the notes on stderr are put back."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("warnings.showwarning", warnings.showwarning)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.fixture(scope="session")
@@ -216,12 +210,13 @@ def test_how_a_picture_was_made_is_in_it(sd1, trained, tmp_path, capsys):
     assert (tmp_path / "a" / "00004-0.png").exists()
 
 
-@pytest.mark.parametrize("script", ["train_lora", "sample", "clipscore"])
-def test_help(script, capsys):
+@pytest.mark.parametrize("command", ["train_lora.py", "sample.py", "clipscore.py", "-m hanokdiff.compare"])
+def test_help(command, capsys):
+    module = command.removesuffix(".py").replace("-m hanokdiff.compare", "hanokdiff.compare.__main__")
     with pytest.raises(SystemExit) as e:
-        importlib.import_module(script).main(["--help"])
+        importlib.import_module(module).main(["--help"])
     out = capsys.readouterr().out
-    assert e.value.code == 0 and f"python {script}.py" in out and out.count("\n  --") > 5
+    assert e.value.code == 0 and f"python {command}" in out and out.count("\n  --") > 5
     assert all(len(line) < 130 for line in out.splitlines())
 
 
