@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -366,15 +365,6 @@ def test_nothing_said_is_not_written(tmp_path, run, blip, monkeypatch):
     monkeypatch.setattr(caption.Blip, "generate", lambda self, pixels, **how: [""] * len(pixels))
     code, out, _ = run(tmp_path, blip=blip)
     assert code == 0 and texts(tmp_path) == {} and counts(out) == {"about which BLIP said nothing": 1}
-
-
-def test_hundreds_of_photos(tmp_path, run, blip):
-    fill(tmp_path, [f"{i:04}.bmp" for i in range(200)])
-    start = time.perf_counter()
-    code, out, _ = run(tmp_path, "--batch-size", 50, blip=blip)
-    assert code == 0 and len(texts(tmp_path)) == 200 and time.perf_counter() - start < 60
-    got = counts(out)
-    assert got.keys() == {"captioned", "looped and captioned again"} and sum(got.values()) == 200
 
 
 # ----------------------------------------------------------------------------------------- pseudo word

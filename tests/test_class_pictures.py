@@ -104,10 +104,7 @@ def test_pictures_of_ones_own(sd1, script, monkeypatch):
 @pytest.mark.parametrize(("script", "more", "words"), [
     (train_lora, "--class-images nowhere", "--class-images nowhere: no such folder"),
     (train_hypernet, "--class-images class --class-prompts photos/0.txt", "which has its own captions"),
-    (train_dreambooth, "--class-images 0 --class-prompts photos/0.txt", "--class-images is 0"),
-    (train_hypernet, "--class-images -1", "--class-images is -1, but must be 0 or more"),
     (train_lora, "--class-images 3 --class-phrase sks", "contains the pseudo word"),
-    (train_dreambooth, "--class-images 3 --prior-weight -1", "--prior-weight is -1"),
 ])  # fmt: skip
 def test_mistakes(sd1, script, more, words, capsys):
     refused(script, arguments(script, sd1, "never", *more.split()), (words,), capsys)

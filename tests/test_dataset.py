@@ -188,15 +188,9 @@ def test_order_is_nested_and_independent_of_listing(tmp_path, monkeypatch):
     listing = type(tmp_path).iterdir
     monkeypatch.setattr(type(tmp_path), "iterdir", lambda self: sorted(listing(self), reverse=True))
     assert [p.name for p in load_photos(tmp_path, 8, None, log=quiet)[0]] == names
+    assert names[:4] == ["03.png", "06.png", "02.png", "04.png"]  # whatever the hash seed or the platform
     fill(tmp_path, ["new.png"])  # and one more photo leaves the others in their order
     assert [p.name for p in load_photos(tmp_path, 8, None, log=quiet)[0] if p.name != "new.png"] == names
-
-
-def test_order_is_the_same_on_every_machine(tmp_path):
-    """A constant: the order must not follow Python's hash seed, version or platform."""
-    fill(tmp_path, [f"{i}.png" for i in range(6)])
-    order = "".join(p.name[0] for p in load_photos(tmp_path, 8, None, log=quiet)[0])
-    assert order == "021435"
 
 
 def test_korean_names_in_either_normal_form(tmp_path):

@@ -444,21 +444,14 @@ def test_a_class_picture_is_its_prompts_and_seeds_alone(sd1, load, tmp_path):
 # --------------------------------------------------------------------------------------------------- mistakes
 
 
-MISTAKES = {
-    "text steps": (["--text-steps", -1], ("--text-steps is -1", "0 or more")),
-    "nothing to replace": (["--replace", "", "--caption", "{token}"], ("--class-phrase is empty",)),
-    "frozen with a rate": (["--freeze-text"], ("--freeze-text", "--text-lr", "--text-steps")),
-    "resume": (["--resume", "whole", "--freeze-text"], ("--resume", "leave out --")),
-    "a finished run": (["--out", "whole"], ("whole holds a finished run (model)", "another --out")),
-    "to resume": (["--resume", "whole"], ("finished run (model)", "nothing to resume")),
-}
-
-
-@pytest.mark.parametrize("kind", MISTAKES)
-def test_mistakes(sd1, photos, whole, home, capsys, kind):
-    more, words = MISTAKES[kind]
-    argv, before = arguments(sd1, photos, "out", *more), sorted(home.rglob("*"))
-    if kind == "to resume":
-        argv = ["--resume", "whole", "--device", "cpu"]
-    refused(train_dreambooth, argv, words, capsys)
+def test_mistakes(sd1, photos, whole, home, capsys):
+    """More: robustness/test_mistakes.py."""
+    before = sorted(home.rglob("*"))
+    empty = arguments(sd1, photos, "out", "--replace", "", "--caption", "{token}")
+    refused(train_dreambooth, empty, ("--class-phrase is empty",), capsys)
+    words = ("whole holds a finished run (model)", "another --out")
+    refused(train_dreambooth, arguments(sd1, photos, "whole"), words, capsys)
+    resume = ["--resume", "whole", "--device", "cpu"]
+    refused(train_dreambooth, resume, ("finished run (model)", "nothing to resume"), capsys)
+    refused(train_dreambooth, [*resume, "--freeze-text"], ("--resume", "leave out --"), capsys)
     assert sorted(home.rglob("*")) == before

@@ -140,10 +140,7 @@ def test_start_stretches_the_words(sd, n, taken):
     expected = textual_inversion.token_embedding(sd)[[ids[i] for i in taken]]
     assert len(ids) == 3
     assert torch.equal(textual_inversion.initial_vectors(sd, "a barn fire", n), expected)
-
-
-def test_start_without_words(sd):
-    refused(lambda: textual_inversion.initial_vectors(sd, " ", 2), "--init", "no token")
+    refused(lambda: textual_inversion.initial_vectors(sd, " ", n), "--init", "no token")
 
 
 @pytest.mark.parametrize("hold", [True, False])

@@ -254,13 +254,6 @@ def test_keys_and_values_may_be_computed_once(sd1):
         assert not torch.equal(sd.unet(x, t, torch.zeros_like(context)), whole)
 
 
-def test_prompts_and_seeds_are_as_many(reference):
-    sd = fresh(reference)
-    for prompts, seeds in ((["a barn"], [0, 1]), (["a barn", "a tower"], [0])):
-        with pytest.raises(ValueError, match=f"{len(prompts)} prompts for {len(seeds)} seeds"):
-            next(sd.sample(prompts, seeds, steps=1))
-
-
 def test_blocks_are_compiled_each_alone(sd1, monkeypatch):
     """Through torch.compile's front, without its code generator: no block (of every sixth) breaks in two,
     each shape has its own graph, and the numbers stay."""

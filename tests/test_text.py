@@ -121,16 +121,6 @@ def test_star_is_cut_out(sd1, text, prompt, plain):
     assert ids.count(star[0]) == plain.count("*")
 
 
-@pytest.mark.parametrize("prompt", ["*, fire", "(*)", "*."])
-def test_literal_tokens_fuse(sd1, text, prompt):
-    """What other tools do: the library's own ids, in which "*" is lost."""
-    star = sd1.pipeline.tokenizer("*", add_special_tokens=False).input_ids[0]
-    text.add_word("*")
-    text.literal_tokens = True
-    assert text.ids(prompt) == padded(sd1.pipeline.tokenizer, prompt)
-    assert star not in text.ids(prompt)
-
-
 def test_a_word_of_letters_only_at_its_boundaries(sd1, text):
     """The tiny vocabulary ends "asks" in the very token of "sks", as BPE may: it must not be taken for it."""
     tokenizer = sd1.pipeline.tokenizer

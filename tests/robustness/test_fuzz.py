@@ -140,11 +140,14 @@ class Trap:
 
 
 @pytest.mark.parametrize("kind", READ)
-def test_code_is_not_run(tmp_path, sd, kind, monkeypatch):
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_is_not_run(tmp_path, sd, kind, zipped, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    torch.save({"a": Trap()}, tmp_path / "a.pt")
+    torch.save({"a": Trap()}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
     refused(lambda: READ[kind](tmp_path / "a.pt", sd), "could be any code", "convert")
     assert not (tmp_path / "sprung").exists()
+    torch.load(next(tmp_path.glob("a.*")), weights_only=False)  # the trap does work
+    assert (tmp_path / "sprung").exists()
 
 
 # ------------------------------------------------------------------------------------------------- the others

@@ -109,6 +109,7 @@ train_hypernet --dropout nan => --dropout is nan, but must be a finite number
 train_dreambooth --class-images -1 => --class-images is -1, but must be 0 or more
 train_dreambooth --class-images 1000000000 => --class-images is 1000000000, but must be at most 100000
 train_dreambooth --prior-weight -1 => --prior-weight is -1.0, but must be 0 or more
+train_dreambooth --text-steps -1 => --text-steps is -1, but must be 0 or more
 train_dreambooth --word-lr 0 => --word-lr is 0.0, but must be greater than 0
 train_lora --resolution 63 => width is 63, but must be divisible by 4; the nearest is 64
 train_lora --resolution -64 => width is -64, but must be divisible by 4; the nearest is 4
