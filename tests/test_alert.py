@@ -60,9 +60,6 @@ def test_the_two_sets_share_no_message():
     assert not one & two
 
 
-# ------------------------------------------------------------------------------------------------ one by one
-
-
 @pytest.mark.parametrize("text", [
     "경주 불국사 관람시간 안내", "화재동 주민센터 이전", "홍수동 축제 개최", "설악산 단풍 절정",
     "눈 건강검진 받으세요", "가수 비 공연 예매",
@@ -204,9 +201,6 @@ def test_every_text_has_a_reading(text):
         assert english and "{" not in english and english.isascii()
 
 
-# ------------------------------------------------------------------------------------------------- in English
-
-
 def test_every_disaster_and_place_has_english():
     for disaster in alert.DISASTERS:
         for place in (*alert.PLACES, None):
@@ -284,9 +278,6 @@ def test_a_terminal_without_korean_gets_ascii(monkeypatch, tmp_path):
         alert.main(["🔥 " + FIRE, "--json"])
     written = (tmp_path / "out").read_text("ascii")
     assert json.loads(written)["alert"] == "🔥 " + FIRE
-
-
-# ------------------------------------------------------------------------------------- sample.py --alert
 
 
 def draw(*argv) -> int:

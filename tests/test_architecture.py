@@ -177,9 +177,6 @@ def test_every_command_is_listed(capsys):
         assert said.strip() in listing.source(command).read_text("utf-8") and len(said.split()) > 4
 
 
-# -------------------------------------------------------------------------------------------------- packaging
-
-
 def test_dependencies():
     """Only what pyproject.toml lists and brings with it; diffusers and peft in bench's comparison alone."""
     listed = {"torch", "transformers", "safetensors", "numpy", "PIL", "tqdm", "huggingface_hub", "tokenizers"}

@@ -36,9 +36,6 @@ BUDGET = {
 }
 
 
-# -------------------------------------------------------------------------- the counter
-
-
 class Count(budget.Count):
     """Counts the bytes saved for the backward, parameters excepted, as well."""
 
@@ -61,9 +58,6 @@ class Count(budget.Count):
         super().__exit__(*what)
         self.hooks.__exit__(*what)
         self.saved = sum(s.nbytes() for s in self.storages.values()) / 1e9
-
-
-# -------------------------------------------------------------------------- a model without values
 
 
 @pytest.fixture(scope="module")
@@ -128,8 +122,6 @@ def step(sd15, out, script: str, disturb=lambda sd: None) -> Count:
     return count
 
 
-# -------------------------------------------------------------------------- the training scripts
-
 # the bench's work that is the same step
 WORKS = {
     "lora --rank 4 --text-rank 0": "lora",
@@ -155,9 +147,6 @@ def test_a_step_costs_what_it_must(sd15, tmp_path, script):
 def test_a_base_that_is_not_frozen_is_noticed(sd15, tmp_path):
     count = step(sd15, tmp_path / "out", "ti", disturb=lambda sd: sd.unet.requires_grad_(True))
     assert count.operations > 1.25e12 * BUDGET["ti"][0] and count.saved > 1.2 * BUDGET["ti"][1]
-
-
-# -------------------------------------------------------------------------- memory, simulated
 
 
 def test_peak_bytes():

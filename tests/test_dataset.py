@@ -46,9 +46,6 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-# --------------------------------------------------------------------------------------------------- one file
-
-
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
 def test_exif_orientation_is_applied(tmp_path, suffix):
     exif = Image.Exif()
@@ -176,9 +173,6 @@ def test_caption_in_no_known_encoding(tmp_path):
         read_caption(tmp_path / "a.txt")
 
 
-# --------------------------------------------------------------------------------------------------- a folder
-
-
 def test_order_is_nested_and_independent_of_listing(tmp_path, monkeypatch):
     fill(tmp_path, [f"{i:02}.png" for i in range(20)])
     names = [p.name for p in load_photos(tmp_path, 8, None, log=quiet)[0]]
@@ -304,9 +298,6 @@ def test_file_name_that_is_not_unicode(tmp_path):
     assert photo.name == name
 
 
-# --------------------------------------------------------------------------------------------------- captions
-
-
 def photos_with(*captions):
     return [Photo(f"{i}.png", Image.new("RGB", (8, 8)), caption, "") for i, caption in enumerate(captions)]
 
@@ -352,9 +343,6 @@ def test_captions_without_the_word_are_refused():
         prepare_captions(photos_with("she asks", None), "sks", "a house", "a photo of {token}", quiet)
     with pytest.raises(ValueError, match="'a house'.*--caption"):
         prepare_captions(photos_with(None), "sks", "x", "a house", quiet)
-
-
-# ---------------------------------------------------------------------------------------------------- latents
 
 
 class FixedBatch:

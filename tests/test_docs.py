@@ -50,9 +50,6 @@ def name(doc: Path) -> str:
     return str(doc.relative_to(ROOT))
 
 
-# ----------------------------------------------------------------------------------------- links and pointers
-
-
 def prose(doc: Path) -> str:
     """The text without what Markdown takes literally."""
     return re.sub(r"^ *```.*?^ *```", "", doc.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
@@ -144,9 +141,6 @@ def test_recipe_for_aihub(tmp_path, monkeypatch, capsys):
     kept = {f.name: f.read_text() for f in Path("PHOTOS").iterdir()}
     assert kept == {"a.jpg": "a.jpg", "b.jpg": "b.jpg", "b.txt": "a building with a roof\n",
                     "a.txt": "a building with a roof at night in the snow\n"}  # fmt: skip
-
-
-# --------------------------------------------------------------------------------------------------- commands
 
 
 def commands(doc: Path) -> tuple[tuple[str, ...], ...]:

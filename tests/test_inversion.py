@@ -46,9 +46,6 @@ def refused(action, *words) -> None:
     assert "\n" not in message and all(str(w) in message for w in words), (words, message)
 
 
-# ------------------------------------------------------------------------------------------------------- rows
-
-
 @torch.inference_mode()
 def test_insert_and_remove_leave_no_trace(sd):
     holder = sd.text.encoder.embeddings
@@ -169,9 +166,6 @@ def test_a_word_of_too_many_vectors(sd, n):
     assert untouched(sd)
 
 
-# --------------------------------------------------------------------------------------------------- training
-
-
 @pytest.mark.parametrize("hold", [[], ["--hold-norm"]])
 def test_training_moves_the_rows_alone(tmp_path, monkeypatch, hold, capsys):
     seen, load, out = {}, load_model, tmp_path / "run"
@@ -195,8 +189,6 @@ def test_training_moves_the_rows_alone(tmp_path, monkeypatch, hold, capsys):
     assert (difference(learnt.norm(dim=1), begun.norm(dim=1)) < 1e-5) == bool(hold)
     assert 'trains 3 vectors of "a house", 216 parameters' in capsys.readouterr().out
 
-
-# ------------------------------------------------------------------------------------------------ files read
 
 V = vectors(2)
 
@@ -319,9 +311,6 @@ def test_files_that_are_no_files(tmp_path):
     (tmp_path / "folder.pt").mkdir()
     for name in ("a.safetensors", "a.pt", "a.bin", "folder.pt"):
         refused(lambda name=name: embedding_file.read_file(tmp_path / name), "no embedding file at", name)
-
-
-# --------------------------------------------------------------------------------------------- files written
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])

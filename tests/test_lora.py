@@ -82,9 +82,6 @@ def names_of(module, classes: tuple[str, ...], prefix: str) -> set[str]:
     return out
 
 
-# -------------------------------------------------------------------------------------------------- insertion
-
-
 @pytest.mark.parametrize("targets", TARGETS)
 def test_names_are_kohyas_and_step_0_is_the_base(sd, reference, targets):
     before = outputs(sd)
@@ -130,9 +127,6 @@ def test_the_seed_decides_the_start(sd):
         lora.remove(sd, loras)
     assert equal(starts[0], starts[1])
     assert not any(torch.equal(a, b) for a, b in zip(starts[0], starts[2], strict=True))
-
-
-# ------------------------------------------------------------------------------------- in training, on a card
 
 
 def test_in_one_operation_it_is_the_same(sd, monkeypatch):
@@ -183,9 +177,6 @@ def test_half_precision_trains_copies_of_fp32(sd, tmp_path):
     for name, m in loras.items():
         assert torch.equal(saved[f"{name}.lora_down.weight"], exact[name])
         assert m.delta().dtype == torch.float32 and not torch.equal(m.down.float(), exact[name])
-
-
-# --------------------------------------------------------------------------------- against peft and diffusers
 
 
 def their_outputs(reference, path, strength: float):
@@ -273,9 +264,6 @@ def test_either_shape_of_a_1x1_convolution(sd, tmp_path):
     assert difference(outputs(sd)[0], expected[0]) <= 1e-5
 
 
-# -------------------------------------------------------------------------------- merging, stacking, removing
-
-
 def test_merging_equals_applying_and_two_add_up(sd):
     before, tensors = outputs(sd), {k: t.clone() for k, t in sd.unet.state_dict().items()}
     first = lora.insert(sd, 4, 2.0, "attention+ff+conv", 4)
@@ -313,9 +301,6 @@ def test_removing_in_any_order(sd, order):
     after = sd.unet.state_dict()
     assert after.keys() == tensors.keys() and all(torch.equal(after[k], t) for k, t in tensors.items())
     assert not any(isinstance(m, lora.LoRA) for m in sd.unet.modules())
-
-
-# --------------------------------------------------------------------------------------------------- refusing
 
 
 NAME = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
@@ -384,9 +369,6 @@ def test_no_files_and_what_is_not_written(sd, tmp_path):
     with pytest.raises(ValueError, match="not finite"):
         lora_file.save_file(tmp_path / "a.safetensors", loras, {})
     assert not list(tmp_path.iterdir())
-
-
-# --------------------------------------------------------------------------------------------------- metadata
 
 
 OPTIONS = dict(

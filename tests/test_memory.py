@@ -168,9 +168,6 @@ def test_no_other_device_has_words_added():
     assert memory.pad_keys(k, k) == (k, k, None)
 
 
-# --------------------------------------------------------------------------------------------- whole networks
-
-
 def fresh(reference):
     """A model that nobody else uses."""
     return load_model(str(reference.folder), log=None)

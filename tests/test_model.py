@@ -34,9 +34,6 @@ def levels_apart(ours: list, theirs: list) -> int:
     return np.abs(a - b).max()
 
 
-# --------------------------------------------------------------------------------------------- whole pictures
-
-
 @pytest.mark.parametrize("sampler", ["ddim", "euler_a", "dpmpp_2m_karras"])
 def test_picture_equals_diffusers(reference, load, sampler):
     import diffusers
@@ -164,9 +161,6 @@ def test_save_folder_opens_in_diffusers_and_here(sd1, load, tmp_path):
     generators = [torch.Generator().manual_seed(s) for s in SEEDS]
     theirs = pipeline(PROMPTS, num_inference_steps=5, guidance_scale=7.5, generator=generators).images
     assert levels_apart(ours, theirs) <= 1
-
-
-# ---------------------------------------------------------------------------------------------------- loading
 
 
 def test_every_norm_has_the_epsilon_of_the_libraries(reference, load):
@@ -365,9 +359,6 @@ def test_bad_requests(sd1, load):
         load_model(str(sd1.folder), dtype="fp8", log=None)
     with pytest.raises(ValueError, match='"toaster" cannot be used'):
         load_model(str(sd1.folder), device="toaster", log=None)
-
-
-# -------------------------------------------------------------------------------------------------- full size
 
 
 def pair(ours: type, theirs):

@@ -137,9 +137,6 @@ def test_converted(tuned, capsys):
     assert torch.equal(lora_file.read_words(Path("half.safetensors"))["sks"], vectors.half().float())
 
 
-# --------------------------------------------------------------------------------------------------- --from
-
-
 def test_a_lora_goes_on(sd1, tuned):
     """At a rate that moves nothing the file comes out again, word, ranks and alphas included."""
     still = "--lr 1e-30 --text-lr 1e-30 --word-lr 1e-30".split()

@@ -79,8 +79,6 @@ def test_parse_takes_anything(text):
     assert "".join(p[0] for p in pieces).count("a") == text.count("a")
 
 
-# ----------------------------------------------------------------------------------------------------- chunks
-
 COMMA = 0
 CHUNKS = {  # runs of tokens, "," a comma, "|" a BREAK, (n,) a word of n vectors -> sizes of the chunks
     "nothing": ([], [0]),
@@ -119,9 +117,6 @@ def test_chunks(kind):
     assert [len(ids) for ids, _ in done] == sizes
     assert sum((ids for ids, _ in done), []) == sum((u[0] for u in units if u), [])
     assert sum((w for _, w in done), []) == sum(([u[1]] * len(u[0]) for u in units if u), [])
-
-
-# --------------------------------------------------------------------------------------------------- contexts
 
 
 @pytest.fixture
@@ -196,9 +191,6 @@ def test_comma_moves_the_torn_phrase_to_the_next_chunk(text):
     assert difference(out[0], torch.cat([*text(["barn " * 70 + ",", "fire " * 5])])) <= 1e-5
 
 
-# -------------------------------------------------------------------------------------------------- clip skip
-
-
 @pytest.mark.parametrize("n", [1, 2, 3])
 @torch.inference_mode()
 def test_clip_skip_equals_hidden_states(sd1, load, text, n):
@@ -237,8 +229,6 @@ def test_sd2_has_no_clip_skip(sd1, load):
         assert told == [True] * (width == 1024)
         assert torch.equal(text._encode([ids]), before) == (width == 1024)
 
-
-# ----------------------------------------------------------------------------------------------- pseudo words
 
 NEW = [900, 901]  # ids of the word in what follows
 WORDS = [  # word, prompt, its parts as they are tokenised (True is the word) with their weights

@@ -127,9 +127,6 @@ def test_what_is_not_understood_is_named(prompt, named):
     assert len(found) == 1 and named in found[0] if named else found == []
 
 
-# ------------------------------------------------------------------------------------------------- pictures
-
-
 @pytest.fixture(scope="module")
 def sd(sd1):
     return load_model(str(sd1.folder), "cpu", log=None)
@@ -186,9 +183,6 @@ def test_each_prompt_is_read_once(sd, monkeypatch):
     monkeypatch.setattr(type(sd.text), "_encode", spy)
     last(sd, ["[a|b]", "[a|b]"])
     assert seen == [2, 2]  # the negative prompt and a; the negative prompt and b: none again at steps 3 to 6
-
-
-# ---------------------------------------------------------------------------------------------- by sample.py
 
 
 @pytest.fixture(scope="module")

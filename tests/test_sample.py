@@ -67,9 +67,6 @@ def apart(a: np.ndarray, b: np.ndarray) -> int:
     return np.abs(a - b).max()
 
 
-# ------------------------------------------------------------------------------------------ from a picture
-
-
 def test_strength_is_how_far_from_the_picture(made):
     image = np.asarray(Image.open(made.house_png)).astype(int)
     first, init = {}, ("--steps", 10, "--init-image", made.house_png)
@@ -98,9 +95,6 @@ def test_size_of_a_picture_from_a_picture(made, more, size):
         kept = (0, 0, 100, 75) if size == (88, 64) else (27.5, 0, 72.5, 75)
         expected = np.asarray(wide.convert("RGB").resize(size, fit, kept)).astype(int)
     assert np.abs(drawn - expected).mean() < 12 < np.abs(drawn - expected[:, ::-1]).mean()
-
-
-# ----------------------------------------------------------------------------------------------- artefacts
 
 
 def test_embeddings_by_their_word_and_by_another(made, capsys):
@@ -161,8 +155,6 @@ def test_how_a_picture_was_made_is_in_it(made):
     assert text[2].startswith("a sks BREAK *\nNegative")
 
 
-# ------------------------------------------------------------------------------------------------- prompts
-
 LONG = "a castle in the snow " * 30  # 150 tokens: two chunks
 
 
@@ -194,8 +186,6 @@ def test_clip_skip():
     [plain] = draw()
     assert apart(draw("--clip-skip", 1)[0], plain) == 0 and apart(draw("--clip-skip", 2)[0], plain) > 5
 
-
-# ------------------------------------------------------------------------------------------------ bad input
 
 BAD = {  # options ({name} is an artefact), what the one sentence says; more: robustness/test_mistakes.py
     "no strength": ("--init-image {house_png} --strength 0", ["strength is 0", "from 0.05 to 1"]),

@@ -22,9 +22,6 @@ def scheduler(name: str, **more):
     return getattr(diffusers, kind).from_config({**SCHEDULE, **own, **more})
 
 
-# ----------------------------------------------------------------------------------------------- the schedule
-
-
 def test_alpha_bar_and_sigma_are_the_published_ones():
     s = Schedule()
     assert s.alpha_bar.shape == (1000,)
@@ -61,9 +58,6 @@ def test_schedule_round_trip_and_bad_values():
         Schedule(beta_schedule="cosine")
     with pytest.raises(ValueError, match='"sample" is not known.*epsilon, v_prediction'):
         Schedule(prediction_type="sample")
-
-
-# ---------------------------------------------------------------------------------------------- the timesteps
 
 
 @pytest.mark.parametrize("spacing", [None, "leading", "linspace", "trailing"])
@@ -111,9 +105,6 @@ def test_bad_values():
             samplers.sigmas_and_timesteps("ddim", Schedule(), steps)
     with pytest.raises(ValueError, match='"odd" is not known.*leading, linspace, trailing'):
         samplers.sigmas_and_timesteps("ddim", Schedule(timestep_spacing="odd"), 20)
-
-
-# ------------------------------------------------------------------------------------------------ the latents
 
 
 def network(x, t, context=None):
@@ -258,9 +249,6 @@ def test_arrives_where_the_network_points(name, steps):
     plan = samplers.plan(name, Schedule(), steps)
     *_, x = samplers.sample(plan, lambda *_: clean, lambda: torch.randn(2, 4, 8, 8, generator=g))
     assert (x - clean).abs().max() < (0.2 if name == "ddim" else 1e-4)
-
-
-# ---------------------------------------------------------------------------- from a picture instead of noise
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.75, 1.0])

@@ -116,9 +116,6 @@ def draw(sd1, out, *more, prompts=("*, fire",)) -> list[np.ndarray]:
     return [np.asarray(Image.open(p)).astype(int) for p in sorted(out.glob("0*.png"))]
 
 
-# ------------------------------------------------------------------------------------------------- end to end
-
-
 def test_train_lora(plain):
     """What is said before, and what appears; the odd photos are all used, the broken one is named."""
     said, out = plain[1], plain[0] / "runs" / "lora"
@@ -228,9 +225,6 @@ def test_help_tells_both_columns_of_defaults(capsys):
         assert told in words
 
 
-# --------------------------------------------------------------------------------------------------- resuming
-
-
 def test_stopped_and_resumed(sd1, photos, plain, tmp_path, capsys, monkeypatch):
     """Ctrl-C after the second step; --resume needs no other option."""
     stop(monkeypatch, *arguments(sd1, photos, "--out", "a"))
@@ -288,9 +282,6 @@ def test_resumed_with_force(sd1, photos, tmp_path, capsys, monkeypatch):
     after = json.loads(Path("a/config.json").read_text())
     assert {k for k in after if after[k] != before[k]} == {"steps", "seed", "images", "photos"}
     assert lora_file.read_file(Path("a/lora.safetensors"))[1]["ss_steps"] == "4"
-
-
-# -------------------------------------------------------------------------------------------------- bad input
 
 
 def listing(folder) -> dict[str, bytes]:

@@ -27,9 +27,6 @@ def padded(tokenizer, prompt):
     return tokenizer(prompt, padding="max_length", max_length=77, truncation=True).input_ids
 
 
-# ------------------------------------------------------------------------------------------------ the encoder
-
-
 @torch.inference_mode()
 def test_encoder_equals_transformers(reference, load):
     """quick_gelu in the one, gelu in the other."""
@@ -85,9 +82,6 @@ def test_defaults_are_clip_l():
     with torch.device("meta"):
         encoder = TextEncoder()
     assert sum(p.numel() for p in encoder.parameters()) == 123_060_480
-
-
-# -------------------------------------------------------------------------------------------------- token ids
 
 
 def test_ids_equal_the_librarys(reference, load):

@@ -819,9 +819,7 @@ def test_a_long_run_keeps_its_size(tmp_path, work):
     hear, tell = multiprocessing.Pipe(duplex=False)
 
     def alone():
-        torch.set_num_threads(
-            1
-        )  # the parent's threads are not in the child, where OpenMP would wait for them
+        torch.set_num_threads(1)  # OpenMP would wait for the parent's threads, which are not in the child
         work(tmp_path / "run", tell)
 
     child = multiprocessing.get_context("fork").Process(target=alone)
