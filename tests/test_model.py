@@ -267,41 +267,34 @@ def test_json_of_something_else(copy, name, content):
     refused(copy, (copy / name).parent, "config.json")
 
 
-def spoil(file, change):
+def spoil(file, change, **config):
+    """Change the tensors of a part's file, and its config.json."""
     tensors = load_file(file)
     change(tensors)
-    save_file(tensors, file)
+    save_file({k: t.contiguous() for k, t in tensors.items()}, file)
+    beside = file.with_name("config.json")
+    beside.write_text(json.dumps({**json.loads(beside.read_text()), **config}))
 
 
-def test_wrong_shape(copy):
-    file, name = copy / "unet" / "diffusion_pytorch_model.safetensors", "mid_block.resnets.0.conv1.weight"
-    spoil(file, lambda t: t.update({name: torch.zeros(64, 32, 3, 3)}))
-    refused(copy, file, name, "(64, 32, 3, 3)", "(64, 64, 3, 3)")
+CONV, NARROW = "mid_block.resnets.0.conv1.weight", (slice(None), slice(40))
+SPOILT = {  # part, what is done to its tensors, to its config; what is said
+    "wrong shape": ("unet", lambda t: t.update({CONV: torch.zeros(64, 32, 3, 3)}), {},
+                    (CONV, "(64, 32, 3, 3)", "(64, 64, 3, 3)")),
+    "missing": ("vae", lambda t: t.pop("quant_conv.bias"), {},
+                (" tensors matched", "1 missing (such as quant_conv.bias)")),
+    "left over": ("vae", lambda t: t.update(extra=torch.zeros(1)), {}, ("1 left over (such as extra)",)),
+    "inpainting": ("unet", lambda t: t.update({"conv_in.weight": torch.zeros(32, 9, 3, 3)}),
+                   {"in_channels": 9}, ("9 channels", "inpainting")),
+    "width": ("unet", lambda t: t.update({k: v[NARROW] for k, v in t.items() if v.shape[1:] == (48,)}),
+              {"cross_attention_dim": 40}, ("48", "40")),
+}  # fmt: skip
 
 
-def test_missing_and_left_over_tensors(copy):
-    file = copy / "vae" / "diffusion_pytorch_model.safetensors"
-    count = len(load_file(file))
-    spoil(file, lambda t: t.pop("quant_conv.bias"))
-    refused(copy, file, f"{count - 1} of {count} tensors matched", "1 missing (such as quant_conv.bias)")
-    spoil(file, lambda t: t.update({"quant_conv.bias": torch.zeros(8), "extra.weight": torch.zeros(1)}))
-    refused(copy, file, "1 left over (such as extra.weight)")
-
-
-def test_inpainting_unet(copy):
-    config = copy / "unet" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "in_channels": 9}))
-    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
-    spoil(file, lambda t: t.update({"conv_in.weight": torch.zeros(32, 9, 3, 3)}))
-    refused(copy, copy, "9 channels", "inpainting")
-
-
-def test_text_encoder_of_another_width(copy):
-    config = copy / "unet" / "config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "cross_attention_dim": 40}))
-    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
-    spoil(file, lambda t: t.update({k: v[:, :40].contiguous() for k, v in t.items() if v.shape[1:] == (48,)}))
-    refused(copy, copy, "48", "40")
+@pytest.mark.parametrize("what", SPOILT)
+def test_tensors_that_do_not_fit(copy, what):
+    part, change, config, words = SPOILT[what]
+    spoil(copy / part / "diffusion_pytorch_model.safetensors", change, **config)
+    refused(copy, copy, *words)
 
 
 @pytest.mark.parametrize("option, value", [

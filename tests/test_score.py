@@ -281,7 +281,7 @@ def test_paired_interval_is_students_t_of_the_differences():
 
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
 def test_paired_intervals_cover_as_often_as_they_say(confidence):
-    random, trials, n = np.random.default_rng(1), 4000, 6
+    random, trials, n = np.random.default_rng(1), 1500, 6
     shared, noise = random.normal(0, 3, (trials, n)), random.normal(0, 1, (2, trials, n))
     found = [paired_interval(*pair, confidence) for pair in zip(shared + noise[0] + 0.5, shared + noise[1])]
     covered = np.mean([low < 0.5 < high for _, low, high in found])
