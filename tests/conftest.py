@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from hanokdiff.formats.load import load_model
+from hanokdiff.models.pipeline import StableDiffusion
 from hanokdiff.tiny.tokenizer import byte_letters
 
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -146,6 +147,15 @@ def elsewhere(tmp_path, monkeypatch):
     """Default folders such as runs/lora land in the test's own; the notes on stderr are put back."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("warnings.showwarning", warnings.showwarning)
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """Previews in two steps instead of twenty."""
+    draw = StableDiffusion.draw
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StableDiffusion, "draw", lambda *args, **more: draw(*args, **{"steps": 2, **more}))
+        yield
 
 
 def difference(a, b) -> float:

@@ -15,7 +15,6 @@ import train_dreambooth
 import train_hypernet
 import train_lora
 import train_ti
-from hanokdiff.models.pipeline import StableDiffusion
 from hanokdiff.training import prior
 from hanokdiff.training.noise import Batch
 
@@ -28,9 +27,9 @@ ALL = pytest.mark.parametrize("script", SCRIPTS, ids=lambda s: s.__name__)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory):
+def home(tmp_path_factory, quick):
     """Photos of the subject and, with captions but for one, pictures of its class."""
-    folder, draw = tmp_path_factory.mktemp("home"), StableDiffusion.draw
+    folder = tmp_path_factory.mktemp("home")
     own = ["a building with a roof in the snow", "a building with a roof", "A building with a roof"]
     for name, captions in (("photos", own), ("class", ["a barn", "a castle at night", None])):
         (folder / name).mkdir()
@@ -43,7 +42,6 @@ def home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("warnings.showwarning", warnings.showwarning)
-        patch.setattr(StableDiffusion, "draw", lambda *args, **more: draw(*args, **{"steps": 2, **more}))
         yield folder
 
 

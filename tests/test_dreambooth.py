@@ -23,7 +23,6 @@ import train_dreambooth
 from hanokdiff.formats import folder as layout
 from hanokdiff.formats.load import load_model
 from hanokdiff.formats.tokenizer import save_tokenizer
-from hanokdiff.models.pipeline import StableDiffusion
 from hanokdiff.training import args, prior
 from hanokdiff.training.dataset import LatentDataset
 from hanokdiff.training.noise import Batch
@@ -33,12 +32,11 @@ CAPTIONS = ["a building with a roof in the snow", "A building with a roof", "a b
 
 
 @pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory):
-    folder, draw = tmp_path_factory.mktemp("home"), StableDiffusion.draw
+def home(tmp_path_factory, quick):
+    folder = tmp_path_factory.mktemp("home")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("warnings.showwarning", warnings.showwarning)
-        patch.setattr(StableDiffusion, "draw", lambda *args, **more: draw(*args, **{"steps": 2, **more}))
         yield folder
 
 

@@ -23,7 +23,6 @@ from hanokdiff.formats import hypernet_file, lora_file
 from hanokdiff.formats.load import TINY_MODEL, load_model
 from hanokdiff.methods import hypernetwork, lora
 from hanokdiff.methods.inject import base_layer
-from hanokdiff.models.pipeline import StableDiffusion
 from hanokdiff.models.unet import Attention
 from hanokdiff.tiny import world
 
@@ -586,13 +585,6 @@ def photos(tmp_path_factory):
         image.save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(caption)
     return folder
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """Previews in two steps instead of twenty."""
-    draw = StableDiffusion.draw
-    monkeypatch.setattr(StableDiffusion, "draw", lambda *args, **more: draw(*args, **{"steps": 2, **more}))
 
 
 def train(made, photos, out, *more) -> dict:

@@ -24,7 +24,7 @@ from hanokdiff.formats.load import load_model
 from hanokdiff.methods import lora
 from hanokdiff.tiny import world
 
-pytestmark = pytest.mark.usefixtures("elsewhere")
+pytestmark = pytest.mark.usefixtures("quick", "elsewhere")
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +92,7 @@ def same_file(a: Path, b: Path) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[k], t) for k, t in two.items())
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def trained(sd1, photos, tmp_path_factory):
     """One run of train_lora, and what it saw: the base's hashes before and after."""
     out, seen, load = tmp_path_factory.mktemp("run") / "한옥 lora", {}, load_model
