@@ -5,7 +5,7 @@ import random
 
 import kills
 
-KILLS = int(os.environ.get("HANOKDIFF_KILLS", "1"))
+KILLS = int(os.environ.get("HANOKDIFF_KILLS", "2"))
 
 
 def test_killed_and_resumed_writes_the_very_tensors(tmp_path):
