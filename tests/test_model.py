@@ -343,11 +343,14 @@ def test_bad_requests(sd1, load):
     sd = load(sd1)
     for options, words in [
         (dict(sampler="plms"), '"plms" is not known; choose one of ddim'), (dict(size=(0, 64)), "width is 0"),
-        (dict(steps=-5), "steps is -5"), (dict(seeds=[0]), "2 prompts for 1 seeds"),
+        (dict(steps=-5), "steps is -5"),
         (dict(size=(64, 67)), "height is 67, but must be divisible by 8; the nearest is 64"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=words):
-            sd.draw(PROMPTS, **{"seeds": SEEDS, **options})
+            sd.draw(PROMPTS, SEEDS, **options)
+    for prompts, seeds in ((PROMPTS[:1], SEEDS), (PROMPTS, SEEDS[:1])):
+        with pytest.raises(ValueError, match=f"{len(prompts)} prompts for {len(seeds)} seeds"):
+            next(sd.sample(prompts, seeds, steps=1))
     with pytest.raises(ValueError, match='"fp8" is not known'):
         load_model(str(sd1.folder), dtype="fp8", log=None)
     with pytest.raises(ValueError, match='"toaster" cannot be used'):
