@@ -13,6 +13,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,18 +21,14 @@ import pytest
 import torch
 
 from hanokdiff.formats.load import load_model
+from hanokdiff.models.pipeline import StableDiffusion
 from hanokdiff.tiny.tokenizer import byte_letters
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 SCHEDULE = dict(
-    beta_start=0.00085,
-    beta_end=0.012,
-    beta_schedule="scaled_linear",
-    num_train_timesteps=1000,
-    steps_offset=1,
-    set_alpha_to_one=False,
-    clip_sample=False,
-)
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
+    steps_offset=1, set_alpha_to_one=False, clip_sample=False,
+)  # fmt: skip
 COMMON = dict(
     sample_size=8, in_channels=4, out_channels=4, layers_per_block=2, cross_attention_dim=48,
     down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
@@ -93,17 +90,10 @@ def make(folder: Path, flavour: str) -> SimpleNamespace:
     write_tokenizer(folder.parent / f"{flavour}-tokenizer", pad=END if flavour == "sd1" else "!")
     tokenizer = CLIPTokenizer.from_pretrained(folder.parent / f"{flavour}-tokenizer")
     n, prediction = len(tokenizer), "epsilon" if flavour == "sd1" else "v_prediction"
-    text = CLIPTextConfig(
-        vocab_size=n,
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        hidden_act="quick_gelu" if flavour == "sd1" else "gelu",
-        bos_token_id=n - 2,
-        eos_token_id=n - 1,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    sizes = dict(hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4)
+    ids = dict(bos_token_id=n - 2, eos_token_id=n - 1, pad_token_id=tokenizer.pad_token_id)
+    activation = "quick_gelu" if flavour == "sd1" else "gelu"
+    text = CLIPTextConfig(vocab_size=n, hidden_act=activation, **sizes, **ids)
     pipeline = StableDiffusionPipeline(
         vae=randomise(AutoencoderKL(**VAE), 1),
         text_encoder=randomise(CLIPTextModel(text), 2),
@@ -150,6 +140,22 @@ def load():
         return opened[made.folder]
 
     return open_
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """Default folders such as runs/lora land in the test's own; the notes on stderr are put back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("warnings.showwarning", warnings.showwarning)
+
+
+@pytest.fixture(scope="module")
+def quick():
+    """Previews in two steps instead of twenty."""
+    draw = StableDiffusion.draw
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StableDiffusion, "draw", lambda *args, **more: draw(*args, **{"steps": 2, **more}))
+        yield
 
 
 def difference(a, b) -> float:

@@ -4,7 +4,6 @@ them, single traps, and sample.py --alert. A wrong picture is worse than none: t
 import csv
 import json
 import unicodedata
-import warnings
 from pathlib import Path
 
 import pytest
@@ -21,11 +20,7 @@ HERE = Path(__file__).parent
 FIRE = "[행정안전부] 오늘 14:20 전주 한옥마을 화재 발생. 인근 주민은 대피 바랍니다"
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Default folders land in the test's own; the notes on stderr are put back."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("warnings.showwarning", warnings.showwarning)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def messages(name: str) -> list[tuple[str, tuple]]:
@@ -63,9 +58,6 @@ def test_messages(name, count, share):
 def test_the_two_sets_share_no_message():
     one, two = ({text for text, _ in messages(name)} for name in ("alerts.tsv", "alerts_held_out.tsv"))
     assert not one & two
-
-
-# ------------------------------------------------------------------------------------------------ one by one
 
 
 @pytest.mark.parametrize("text", [
@@ -196,11 +188,10 @@ def test_korean_in_parts_reads_the_same():
 WORDS = """화재 발생 진화 완료 훈련 해제 산불 침수 태풍 한옥마을 14:20 오후 낮 없음 우려 대피 , . ( ) [ ] ☎"""
 
 
-@given(
-    st.one_of(
-        st.text(max_size=80), st.lists(st.sampled_from([*WORDS.split(), "\n"]), max_size=15).map(" ".join)
-    )
-)
+SENTENCES = st.lists(st.sampled_from([*WORDS.split(), "\n"]), max_size=15).map(" ".join)
+
+
+@given(st.text(max_size=80) | SENTENCES)
 @settings(max_examples=300, deadline=None)
 def test_every_text_has_a_reading(text):
     reading = alert.read(text)
@@ -208,9 +199,6 @@ def test_every_text_has_a_reading(text):
     if reading.kind == "alert":
         english, _ = alert.prompt(reading)
         assert english and "{" not in english and english.isascii()
-
-
-# ------------------------------------------------------------------------------------------------- in English
 
 
 def test_every_disaster_and_place_has_english():
@@ -292,9 +280,6 @@ def test_a_terminal_without_korean_gets_ascii(monkeypatch, tmp_path):
     assert json.loads(written)["alert"] == "🔥 " + FIRE
 
 
-# ------------------------------------------------------------------------------------- sample.py --alert
-
-
 def draw(*argv) -> int:
     return sample.main([*map(str, argv), "--steps", "2", "--device", "cpu", "--out", "out"])
 
@@ -308,9 +293,7 @@ def test_an_alert_is_drawn_and_its_reading_kept(tmp_path, capsys):
     assert draw("--alert", FIRE, "--n", 2, "--embedding", tmp_path / "gate.safetensors") == 0
     out = capsys.readouterr().out
     texts = pictures()
-    assert len(texts) == 2 and all(
-        t["parameters"].startswith("Gate on fire, in the daytime\n") for t in texts
-    )
+    assert [t["parameters"].partition("\n")[0] for t in texts] == ["Gate on fire, in the daytime"] * 2
     row = json.loads(texts[0]["alert"])
     assert "alert: fire; place: hanok; time: day\nprompt: Gate on fire, in the daytime\n" in out
     assert texts[0]["alert"] == texts[1]["alert"]

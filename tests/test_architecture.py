@@ -17,18 +17,7 @@ from hanokdiff import __main__ as listing
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("train_ti", "train_dreambooth", "train_lora", "train_hypernet", "sample", "clipscore")
 COMMANDS = ("alert", "caption", "convert", "__main__")
-BASICS = (
-    "axes",
-    "chart",
-    "device",
-    "errors",
-    "files",
-    "images",
-    "lock",
-    "options",
-    "pretrained",
-    "seeding",
-)  # hanokdiff/NAME.py
+BASICS = "axes chart device errors files images lock options pretrained seeding".split()  # hanokdiff/NAME.py
 LIBRARY = {"basics", "models", "methods", "formats", "training", "scoring", "tiny", "commands"}
 MAY_IMPORT = {  # room -> the other rooms that it may import; within a room modules may import each other
     "basics": set(),
@@ -44,6 +33,7 @@ MAY_IMPORT = {  # room -> the other rooms that it may import; within a room modu
     "bench": LIBRARY,
     "scripts": LIBRARY,
 }
+LATE = re.compile(r"\bimport_module$|^__import__$")
 ALONE = {"scripts"}  # rooms whose modules may not import each other either
 
 
@@ -67,9 +57,7 @@ def imported_names(path: Path, module: str) -> set[str]:
             above = package[: len(package) - node.level + 1] if node.level else []
             base = ".".join([*above, *filter(None, [node.module])])
             names |= {f"{base}.{alias.name}" for alias in node.names}
-        elif isinstance(node, ast.Call) and re.search(
-            r"\bimport_module$|^__import__$", ast.unparse(node.func)
-        ):
+        elif isinstance(node, ast.Call) and LATE.search(ast.unparse(node.func)):
             names |= {arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant)}
     return names
 
@@ -103,9 +91,7 @@ def forbidden(graph: dict[str, set[str]]) -> list[str]:
     found = []
     for module, targets in graph.items():
         here = room(module)
-        assert here in MAY_IMPORT, (
-            f"{module}: give this room a line in MAY_IMPORT and in docs/architecture.md"
-        )
+        assert here in MAY_IMPORT, f"{module}: MAY_IMPORT and docs/architecture.md need a line for this room"
         allowed = MAY_IMPORT[here] | ({here} - ALONE)
         found += [f"{module} -> {target}" for target in targets if room(target) not in allowed]
     return sorted(found)
@@ -138,36 +124,17 @@ def test_graph_is_whole():
     assert "hanokdiff.methods.lora" in graph["train_lora"]
 
 
-@pytest.mark.parametrize(
-    "file, line, arrow",
-    [
-        (
-            "hanokdiff/models/unet.py",
-            "from hanokdiff.methods import lora",
-            "models.unet -> hanokdiff.methods.lora",
-        ),
-        (
-            "hanokdiff/models/unet.py",
-            "from ..methods.lora import LoRA",
-            "models.unet -> hanokdiff.methods.lora",
-        ),
-        (
-            "hanokdiff/methods/lora.py",
-            "def f():\n    import hanokdiff.formats.folder",
-            "-> hanokdiff.formats.folder",
-        ),
-        ("hanokdiff/training/trainer.py", "from hanokdiff.tiny import world", "-> hanokdiff.tiny.world"),
-        ("hanokdiff/scoring/clip.py", "import hanokdiff.models.unet as u", "-> hanokdiff.models.unet"),
-        (
-            "hanokdiff/files.py",
-            "def f():\n    from hanokdiff.models.unet import UNet",
-            "-> hanokdiff.models.unet",
-        ),
-        ("hanokdiff/bench/budget.py", "from hanokdiff.compare import plan", "-> hanokdiff.compare.plan"),
-        ("hanokdiff/convert.py", "import importlib\nimportlib.import_module('sample')", "convert -> sample"),
-        ("sample.py", "import train_lora", "sample -> train_lora"),
-    ],
-)
+@pytest.mark.parametrize("file, line, arrow", [
+    ("hanokdiff/models/unet.py", "from hanokdiff.methods import lora", "unet -> hanokdiff.methods.lora"),
+    ("hanokdiff/models/unet.py", "from ..methods.lora import LoRA", "models.unet -> hanokdiff.methods.lora"),
+    ("hanokdiff/methods/lora.py", "def f():\n    import hanokdiff.formats.folder", "-> hanokdiff.formats"),
+    ("hanokdiff/training/trainer.py", "from hanokdiff.tiny import world", "-> hanokdiff.tiny.world"),
+    ("hanokdiff/scoring/clip.py", "import hanokdiff.models.unet as u", "-> hanokdiff.models.unet"),
+    ("hanokdiff/files.py", "def f():\n    from hanokdiff.models.unet import UNet", "-> hanokdiff.models"),
+    ("hanokdiff/bench/budget.py", "from hanokdiff.compare import plan", "-> hanokdiff.compare.plan"),
+    ("hanokdiff/convert.py", "import importlib\nimportlib.import_module('sample')", "convert -> sample"),
+    ("sample.py", "import train_lora", "sample -> train_lora"),
+])  # fmt: skip
 def test_forbidden_import_is_found(tmp_path, file, line, arrow):
     for module, path in modules(ROOT).items():
         copy = tmp_path / path.relative_to(ROOT)
@@ -198,12 +165,8 @@ def test_architecture_page_has_the_same_table():
 
 def test_every_command_is_listed(capsys):
     """What runs as a program is what `python -m hanokdiff` lists; only compare runs its worker."""
-    runs = {
-        m.removesuffix(".__main__")
-        for m, p in modules(ROOT).items()
-        if "\nif __name__ ==" in p.read_text("utf-8")
-    }
-    runs -= {"hanokdiff", "hanokdiff.compare.worker"}
+    runs = {m for m, path in modules(ROOT).items() if "\nif __name__ ==" in path.read_text("utf-8")}
+    runs = {m.removesuffix(".__main__") for m in runs} - {"hanokdiff", "hanokdiff.compare.worker"}
     assert {c.removesuffix(".py") for c in listing.COMMANDS} == runs
     assert listing.main([]) == 0
     *lines, last = capsys.readouterr().out.splitlines()
@@ -212,9 +175,6 @@ def test_every_command_is_listed(capsys):
         start, _, said = line.partition(command)
         assert start == ("python " if command.endswith(".py") else "python -m ") and len(line) < 140
         assert said.strip() in listing.source(command).read_text("utf-8") and len(said.split()) > 4
-
-
-# -------------------------------------------------------------------------------------------------- packaging
 
 
 def test_dependencies():

@@ -104,14 +104,11 @@ def test_each_step_raises_the_attention(sd):
     assert torch.equal(one(x, 1.0, 100.0, context, 5), x)  # the second half of the steps is left alone
 
 
-@pytest.mark.parametrize(
-    ("argv", "words"),
-    [
-        (["a barn", "--attend", "castle"], '--attend "castle": no prompt has it'),
-        (["a barn AND a fire", "--attend", "fire"], "--attend and AND do not go together"),
-        (["a barn", "--attend", "barn", "--attend-scale", "nan"], "--attend-scale is nan"),
-    ],
-)
+@pytest.mark.parametrize(("argv", "words"), [
+    (["a barn", "--attend", "castle"], '--attend "castle": no prompt has it'),
+    (["a barn AND a fire", "--attend", "fire"], "--attend and AND do not go together"),
+    (["a barn", "--attend", "barn", "--attend-scale", "nan"], "--attend-scale is nan"),
+])  # fmt: skip
 def test_mistakes(argv, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     refused(sample, argv, (words,), capsys)

@@ -36,9 +36,6 @@ BUDGET = {
 }
 
 
-# -------------------------------------------------------------------------- the counter
-
-
 class Count(budget.Count):
     """Counts the bytes saved for the backward, parameters excepted, as well."""
 
@@ -63,19 +60,13 @@ class Count(budget.Count):
         self.saved = sum(s.nbytes() for s in self.storages.values()) / 1e9
 
 
-# -------------------------------------------------------------------------- a model without values
-
-
 @pytest.fixture(scope="module")
 def sd15(tmp_path_factory):
     """A model folder of SD 1.5's size, whose weights are meta tensors; two photos in it."""
     folder = tmp_path_factory.mktemp("models") / "sd15"
     with torch.device("meta"):
-        parts = {
-            "unet": UNet(UNetConfig()),
-            "vae": VAE(VAEConfig()),
-            "text_encoder": TextEncoder(TextConfig()),
-        }
+        networks = UNet(UNetConfig()), VAE(VAEConfig()), TextEncoder(TextConfig())
+    parts = dict(zip(("unet", "vae", "text_encoder"), networks))
     for part, network in parts.items():
         (folder / part).mkdir(parents=True)
         (folder / part / "config.json").write_text(json.dumps(network.config.to_json()))
@@ -131,8 +122,6 @@ def step(sd15, out, script: str, disturb=lambda sd: None) -> Count:
     return count
 
 
-# -------------------------------------------------------------------------- the training scripts
-
 # the bench's work that is the same step
 WORKS = {
     "lora --rank 4 --text-rank 0": "lora",
@@ -160,9 +149,6 @@ def test_a_base_that_is_not_frozen_is_noticed(sd15, tmp_path):
     assert count.operations > 1.25e12 * BUDGET["ti"][0] and count.saved > 1.2 * BUDGET["ti"][1]
 
 
-# -------------------------------------------------------------------------- memory, simulated
-
-
 def test_peak_bytes():
     """By hand: the product of two 4 kB tensors and its square; then a view, which keeps its whole storage."""
     a, b = (torch.empty(32, 32, device="meta", requires_grad=True) for _ in range(2))
@@ -183,13 +169,10 @@ def test_peak_bytes():
 def test_synchronisation_is_noticed():
     x, index = torch.empty(3, 3, device="meta"), torch.tensor([1, 2])
     waiting = [lambda: x[index], lambda: torch.ones(3).to("meta"), lambda: x.copy_(torch.ones(3, 3))]
-    quick = [
-        lambda: x * 2.0,
+    quick = [lambda: x * 2.0, lambda: x * torch.tensor(2.0), lambda: x[0], lambda: index + 1]
+    quick += [
         lambda: torch.ones(3).to("meta", non_blocking=True),
-        lambda: x[0],
-        lambda: index + 1,
         lambda: torch.full((1,), 3.0, device="meta"),
-        lambda: x * torch.tensor(2.0),
     ]
     for function in [*waiting, *quick]:
         with budget.Count() as count:
@@ -209,17 +192,11 @@ def test_a_sampling_step_does_not_synchronise(sd15):
 
 
 # peak bytes at 32 photos a step: the aim (docs/LOG.md, section 13), and the present figure
-LARGE = {
-    "dreambooth": (40 * 2**30, 40.4e9),
-    "lora": (29e9, 21.1e9),
-    "ti": (28e9, 19.5e9),
-    "hypernet-all": (32e9, 23.5e9),
-}
-
+LARGE = {"dreambooth": (40 * 2**30, 40.4e9), "lora": (29e9, 21.1e9)}  # of the others the bytes saved: BUDGET
 
 # Operations that a whole step hands to the card, views included, when this was last changed: whoever needs
 # fewer lowers them.
-DISPATCHED = {"dreambooth": 7651, "lora": 5255}  # the two with most; docs/LOG.md has all
+DISPATCHED = {"lora": 5255}  # docs/LOG.md has all; test_card.py looks at every method, at the embedded model
 
 
 @pytest.mark.parametrize("method", DISPATCHED)
@@ -227,7 +204,6 @@ def test_operations_handed_to_a_card(method):
     found = budget.dispatched(method)
     print(f"{method}: {found} operations")
     assert found <= DISPATCHED[method]
-    assert method != "lora" or found < 5500
 
 
 @pytest.mark.parametrize("method", LARGE)

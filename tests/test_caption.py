@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -39,9 +38,8 @@ def blip(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "blip"
     folder.mkdir()
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n")
-    small = dict(
-        hidden_size=32, intermediate_size=32, projection_dim=16, num_hidden_layers=1, num_attention_heads=2
-    )
+    small = dict(hidden_size=32, intermediate_size=32, projection_dim=16)
+    small |= dict(num_hidden_layers=1, num_attention_heads=2)
     ids = dict(bos_token_id=len(WORDS), eos_token_id=2, sep_token_id=3, pad_token_id=0)
     text = small | ids | dict(vocab_size=len(WORDS) + 2, encoder_hidden_size=32, max_position_embeddings=64)
     config = BlipConfig(text_config=text, vision_config=dict(small, image_size=32, patch_size=16))
@@ -148,22 +146,17 @@ def test_published_checkpoints_of_2022(blip, tmp_path):
     """A pickle, tied tensors stored twice, position ids among them; a vocabulary, no tokenizer.json."""
     tensors, bert = load_file(blip / "model.safetensors"), "text_decoder.bert.embeddings."
     tensors[bert + "position_ids"] = torch.arange(64)[None]
-    for name, tied in (
-        ("weight", bert + "word_embeddings.weight"),
-        ("bias", "text_decoder.cls.predictions.bias"),
-    ):
+    tied_to = {"weight": bert + "word_embeddings.weight", "bias": "text_decoder.cls.predictions.bias"}
+    for name, tied in tied_to.items():
         tensors["text_decoder.cls.predictions.decoder." + name] = tensors[tied].clone()
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     for name in ("config.json", "vocab.txt"):
         shutil.copy(blip / name, tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text(
-        '{"do_lower_case": true, "tokenizer_class": "BertTokenizer"}'
-    )
-    image = plain(1)[0]
-    old, new = open_tiny(tmp_path), open_tiny(blip)
-    assert old.generate([old.pixels(image)], min_length=24) == new.generate(
-        [new.pixels(image)], min_length=24
-    )
+    config = '{"do_lower_case": true, "tokenizer_class": "BertTokenizer"}'
+    (tmp_path / "tokenizer_config.json").write_text(config)
+    models, image = (open_tiny(tmp_path), open_tiny(blip)), plain(1)[0]
+    old, new = (m.generate([m.pixels(image)], min_length=24) for m in models)
+    assert old == new
 
 
 LOOPS = [
@@ -236,16 +229,9 @@ def test_a_phrase_of_any_characters():
 def odd_folder(folder):
     """Nine photos, and what people have beside them."""
     names = ["기와집 1.jpg", "b c.png", "a.jpg", "a.png", "bom.webp", "cp949.png", "empty.png", "utf16.png"]
-    fill(
-        folder,
-        names,
-        {
-            "bom.txt": "\ufeffa house with a tiled roof\r\nat night\r\n",
-            "cp949.txt": "기와집, a building with a roof".encode("cp949"),
-            "empty.txt": " \r\n",
-            "utf16.txt": PHRASE.encode("utf-16"),
-        },
-    )
+    captions = {"bom.txt": "\ufeffa house with a tiled roof\r\nat night\r\n", "empty.txt": " \r\n"}
+    captions["cp949.txt"] = "기와집, a building with a roof".encode("cp949")
+    fill(folder, names, captions | {"utf16.txt": PHRASE.encode("utf-16")})
     (folder / "broken.jpg").write_bytes(b"no picture")
     return folder
 
@@ -273,23 +259,17 @@ def test_an_odd_folder(tmp_path, run, blip):
         assert len(text.split()) > 3 and note == "" and after[name] == f"{text}\n".encode()
     got = counts(out)
     assert got.pop("captioned", 0) + got.pop("looped and captioned again", 0) == 4
-    assert got == {
-        "captioned before": 2,
-        "unreadable": 1,
-        "with an unreadable caption": 1,
-        "sharing the caption of one before": 1,
-    }
-    assert (
-        "skipped: 'broken.jpg' cannot be read" in out and "sharing the caption of one before ('a.png')" in out
-    )
-    assert "note: 1 captions in cp949 instead of UTF-8 ('cp949.txt')" in out
-    assert "left alone: 'utf16.txt' is neither UTF-8 nor cp949" in out
+    one = ("unreadable", "with an unreadable caption", "sharing the caption of one before")
+    assert got == {"captioned before": 2, **dict.fromkeys(one, 1)}
+    for words in (
+        "skipped: 'broken.jpg' cannot be read", "sharing the caption of one before ('a.png')",
+        "note: 1 captions in cp949 instead of UTF-8 ('cp949.txt')",
+        "left alone: 'utf16.txt' is neither UTF-8 nor cp949",
+    ):  # fmt: skip
+        assert words in out
     for name in ("기와집 1.jpg", "a.png", "bom.webp", "cp949.png"):  # and training reads them
-        assert (
-            load_photo(folder / name, [(8, 8)]).caption
-            == read_caption((folder / name).with_suffix(".txt"))[0]
-            != ""
-        )
+        text = read_caption((folder / name).with_suffix(".txt"))[0]
+        assert load_photo(folder / name, [(8, 8)]).caption == text != ""
 
 
 def test_the_caption_is_of_its_photo(tmp_path, run, blip):
@@ -315,20 +295,16 @@ def test_again_finds_nothing_to_do_and_opens_no_model(tmp_path, run, blip):
 def test_overwrite(tmp_path, run, blip):
     fill(tmp_path, ["a.png", "b.png"], {"a.txt": "mine", "b.txt": PHRASE.encode("utf-16")})
     code, out, _ = run(tmp_path, "--overwrite", blip=blip)
-    assert code == 0 and "captioned before" not in out
-    assert len(texts(tmp_path)) == 2 and all(
-        "mine" not in t and len(t.split()) > 3 for t in texts(tmp_path).values()
-    )
+    assert code == 0 and "captioned before" not in out and len(texts(tmp_path)) == 2
+    assert all("mine" not in t and len(t.split()) > 3 for t in texts(tmp_path).values())
 
 
 def test_one_replace_for_captions_and_training():
     """A phrase, and the word after it or in --token; the folder before or after it."""
-    for argv in (
-        "photos --replace P W",
-        "--replace P W photos",
-        "photos --replace P --token W",
-        "photos --replace P W --exact",
-    ):
+    argvs = (
+        "photos --replace P W|--replace P W photos|photos --replace P --token W|photos --replace P W --exact"
+    )
+    for argv in argvs.split("|"):
         args = caption.options().parse_args(argv.split())
         assert (args.folder, args.replace, args.token) == (Path("photos"), "P", "W")
     parser = train_ti.options()
@@ -344,14 +320,11 @@ def test_dry_run(tmp_path, run, args):
     before = files(folder)
     code, out, _ = run(folder, "--dry-run", *args)  # where there is no model
     assert code == 0 and files(folder) == before and "dry run, nothing written" in out
-    assert (
-        counts(out)["to be captioned"] == (7 if "--overwrite" in args else 4)
-        and counts(out)["unreadable"] == 1
-    )
+    assert counts(out)["to be captioned"] == (7 if "--overwrite" in args else 4)
+    assert counts(out)["unreadable"] == 1
     if "--replace" in args:
-        assert (
-            "1 x 'a house with a tiled roof' is to become '*'" in out and "2 captions to be replaced" in out
-        )
+        assert "1 x 'a house with a tiled roof' is to become '*'" in out
+        assert "2 captions to be replaced" in out
 
 
 def test_interrupted_and_resumed_is_undisturbed(tmp_path, run, blip, monkeypatch):
@@ -394,15 +367,6 @@ def test_nothing_said_is_not_written(tmp_path, run, blip, monkeypatch):
     assert code == 0 and texts(tmp_path) == {} and counts(out) == {"about which BLIP said nothing": 1}
 
 
-def test_hundreds_of_photos(tmp_path, run, blip):
-    fill(tmp_path, [f"{i:04}.bmp" for i in range(200)])
-    start = time.perf_counter()
-    code, out, _ = run(tmp_path, "--batch-size", 50, blip=blip)
-    assert code == 0 and len(texts(tmp_path)) == 200 and time.perf_counter() - start < 60
-    got = counts(out)
-    assert got.keys() == {"captioned", "looped and captioned again"} and sum(got.values()) == 200
-
-
 # ----------------------------------------------------------------------------------------- pseudo word
 
 
@@ -422,18 +386,14 @@ def test_replace_needs_no_model_and_reports(tmp_path, run):
     assert [after[f"{i}.txt"] for i in (1, 2)] == [b"* in the snow\n", b"*\n"]
     assert after["3.txt"] == "기와집, *\n".encode()  # in UTF-8 now
     assert all(after[name] == before[name] for name in ("4.txt", "5.txt", "1.png"))
-    assert (
-        "2 x 'a building with a roof' became '*'" in out
-        and "1 x 'a house with a tiled roof' became '*'" in out
-    )
-    assert "not matched: '4.txt', 'a tree in the rain'" in out
-    assert "3 captions replaced; 1 had '*' already; 1 not matched" in out
+    for words in (
+        "2 x 'a building with a roof' became '*'", "1 x 'a house with a tiled roof' became '*'",
+        "not matched: '4.txt', 'a tree in the rain'", "3 captions replaced; 1 had '*' already; 1 not matched",
+    ):  # fmt: skip
+        assert words in out
     code, out, _ = run(tmp_path, "--replace", PHRASE, "*")  # again
-    assert (
-        code == 0
-        and files(tmp_path) == after
-        and "0 captions replaced; 4 had '*' already; 1 not matched" in out
-    )
+    assert code == 0 and files(tmp_path) == after
+    assert "0 captions replaced; 4 had '*' already; 1 not matched" in out
 
 
 def test_a_word_that_holds_the_phrase_goes_in_once(tmp_path, run):
@@ -468,18 +428,14 @@ def test_captions_just_made_are_replaced_too(tmp_path, run, blip):
 
 
 @pytest.mark.parametrize("args,message", [
-    (("--batch-size", "0"), "--batch-size is 0, but must be 1 or more"),
     (("--beams", "0"), "--beams is 0"),
     (("--min-length", "-1"), "--min-length is -1, but must be 0 or more"),
     (("--max-length", "4"), "--max-length is 4, but must be 8 or more"),
-    (("--min-length", "50"), "--min-length 50 is more than --max-length 48"),
     (("--replace", " ", "*"), "needs a phrase and a word"),
-    (("--replace", PHRASE, ""), "needs a phrase and a word"),
-    (("--exact",), "--exact is about --replace"),
-    (("--replace", "a castle", "*"), "contains 'a castle' or a variant of it, for example 'a tree'"),
     (("--replace", "a castle", "*", "--exact"), "no caption contains 'a castle', for example 'a tree'"),
 ])  # fmt: skip
 def test_mistakes_change_nothing(tmp_path, run, args, message):
+    """More: robustness/test_mistakes.py."""
     before = files(fill(tmp_path, ["a.png"], {"a.txt": "a tree"}))
     code, _, err = run(tmp_path, *args)
     assert code == 2 and message in err and err.count("\n") == 1 and files(tmp_path) == before
@@ -500,10 +456,6 @@ def test_models_that_cannot_be_opened(tmp_path, run, blip, args, message):
     assert files(tmp_path) == before and counts(out) == {"not reached yet": 1}
 
 
-def no_config(folder):
-    (folder / "config.json").unlink()
-
-
 def no_tokenizer(folder):
     for f in ("vocab.txt", "tokenizer.json"):
         (folder / f).unlink()
@@ -513,15 +465,11 @@ def cut_weights(folder):
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:3000])
 
 
-def missing_tensor(folder):
+def wrong_tensor(folder, shape=None):
     tensors = load_file(folder / "model.safetensors")
     del tensors["vision_model.post_layernorm.weight"]
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
-def misshapen_tensor(folder):
-    tensors = load_file(folder / "model.safetensors")
-    tensors["vision_model.post_layernorm.weight"] = torch.ones(31)
+    if shape:
+        tensors["vision_model.post_layernorm.weight"] = torch.ones(shape)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
@@ -531,11 +479,11 @@ def larger_vocabulary(folder):
 
 
 @pytest.mark.parametrize("damage,message", [
-    (no_config, "the folder cannot be opened .*config.json is missing"),
+    (lambda folder: (folder / "config.json").unlink(), "cannot be opened .*config.json is missing"),
     (no_tokenizer, "the tokenizer of .* does not fit it"),
     (cut_weights, "the folder cannot be opened"),
-    (missing_tensor, "is not a whole BLIP model: 1 tensors .* such as vision_model.post_layernorm.weight"),
-    (misshapen_tensor, "is not a whole BLIP model: 1 tensors .* such as vision_model.post_layernorm.weight"),
+    (wrong_tensor, "is not a whole BLIP model: 1 tensors .* such as vision_model.post_layernorm.weight"),
+    (lambda folder: wrong_tensor(folder, 31), "1 tensors .* such as vision_model.post_layernorm.weight"),
     (larger_vocabulary, "the tokenizer of .* does not fit it: it has 30 tokens"),
 ])  # fmt: skip
 def test_damaged_models(tmp_path, run, blip, damage, message):
@@ -550,14 +498,3 @@ def test_another_kind_of_model(tmp_path, run):
     photos = fill(tmp_path, ["a.png"])
     code, _, err = run(photos, blip=Path(caption.__file__).parent / "tiny" / "clip")
     assert code == 2 and "is not a whole BLIP model" in err and err.count("\n") == 1
-
-
-@pytest.mark.parametrize("name,message", [
-    ("none", "none: no such folder; name one"), ("a.png", "a.png: not a folder"),
-    ("empty", "no pictures in it"),
-])  # fmt: skip
-def test_folders_that_are_none(tmp_path, run, name, message):
-    fill(tmp_path, ["a.png"])
-    (tmp_path / "empty").mkdir()
-    code, _, err = run(tmp_path / name)
-    assert code == 2 and message in err and "--data" not in err and err.count("\n") == 1

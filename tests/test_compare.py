@@ -16,7 +16,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -32,46 +31,28 @@ from hanokdiff.compare.report import compose
 from hanokdiff.compare.results import collect
 from hanokdiff.compare.summary import find, pooled, summarise
 from hanokdiff.models.pipeline import StableDiffusion
-from hanokdiff.scoring.stats import (
-    holm,
-    mean_over_sets,
-    share_interval,
-    share_over_sets,
-    sign_flip,
-    t_quantile,
-)
+from hanokdiff.scoring.stats import holm, mean_over_sets, share_interval, share_over_sets, sign_flip
 from hanokdiff.tiny import world
 from hanokdiff.training.dataset import load_photos
 
 SMALL = shlex.split("--sizes 5 --steps 2 --n 2 --sampling-steps 3 --device cpu --jobs 1")
 ONE = ["--prompts", "{token}, fire", "--n", "1", "--steps", "1"]
-METHODS = {
-    "ti": "",
-    "dreambooth": "--class-images 2",
-    "lora": "--class-images 2",
-    "hypernet": "--class-images 2",
-}
+METHODS = ("ti", "dreambooth", "lora", "hypernet")
 
 
 def recipe(*methods: str) -> list[str]:
     """Each method as a recipe of its name, small."""
-    return [w for m in methods for w in ("--recipe", f"{m}={m} --batch-size 2 {METHODS[m]}")]
+    small = {m: f"{m} --batch-size 2{' --class-images 2' if m != 'ti' else ''}" for m in methods}
+    return [w for m in methods for w in ("--recipe", f"{m}={small[m]}")]
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Default folders land in the test's own; the notes on stderr are put back."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("warnings.showwarning", warnings.showwarning)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def train_here(argv, home):
     """Train in this process, which spares a start of seconds; the miniature's LoRA is a real one."""
-    with (
-        open(home / "log.txt", "a") as log,
-        contextlib.redirect_stdout(log),
-        contextlib.chdir(home.parent.parent),
-    ):
+    place = contextlib.chdir(home.parent.parent)
+    with open(home / "log.txt", "a") as log, contextlib.redirect_stdout(log), place:
         code = plan.script(Path(argv[1]).stem.removeprefix("train_")).main([str(a) for a in argv[2:]])
     return code, 100.0, None, False
 
@@ -98,16 +79,8 @@ def test_holm():
     assert holm([0.02, 0.02, 0.02]) == pytest.approx([0.06] * 3)
 
 
-def test_quantiles_of_t():
-    """Closed forms for 1 and 2 degrees of freedom, and a table's value."""
-    assert t_quantile(1) == pytest.approx(math.tan(0.95 * math.pi / 2), rel=1e-6)
-    assert t_quantile(2) == pytest.approx(0.95 * math.sqrt(2 / (1 - 0.95**2)), rel=1e-6)
-    assert t_quantile(4) == pytest.approx(2.776445, rel=1e-6)
-
-
 def test_sign_flips():
-    """All signs alike: only they and their mirror image are as far; of two sides in balance, every flip
-    is."""
+    """All alike: only they and their mirror image are as far; of two sides in balance, every flip is."""
     assert sign_flip([1, 2, 3, 4, 5, 6, 7, 8]) == (2 / 256, 2 / 256)
     assert sign_flip([1, 1, 1, 1, -1]) == (12 / 32, 2 / 32)  # all alike or one other: 1 + 5 flips, twice
     assert sign_flip([0.3, -0.3])[0] == 1.0 and sign_flip([0, 0, 0])[0] == 1.0
@@ -127,8 +100,7 @@ def test_intervals_over_sets():
 
 
 def simulated(r, sets: int, gap: float = 0.0, n: int = 96) -> list[float]:
-    """Differences of two recipes' shares, two-humped as real ones are: a training works or fails, whichever
-    recipe it is of; `gap` is what the first really adds."""
+    """Differences of two recipes' shares, two-humped as real ones are; `gap` is what the first adds."""
     works = r.random((2, sets)) < 0.75
     shares = np.where(works, r.normal(0.8, 0.08, (2, sets)), r.normal(0.08, 0.05, (2, sets)))
     shares = np.clip(shares + np.array([[gap], [0]]), 0, 1)
@@ -137,9 +109,8 @@ def simulated(r, sets: int, gap: float = 0.0, n: int = 96) -> list[float]:
 
 
 def test_families_err_in_one_of_twenty():
-    """1,000 comparisons of four equal recipes in 8 sets: Holm's six sign-flip tests call any of them
-    different in 5 % at most. A real gap of half the pictures is found in most, and equal ones beside it are
-    not."""
+    """1,000 comparisons of four equal recipes in 8 sets: any is called different in 5 % at most. A real gap
+    of half the pictures is found in most, and equal ones beside it are not."""
     r, wrong = np.random.default_rng(0), 0
     for _ in range(1000):
         works = r.random((4, 8)) < 0.75
@@ -340,16 +311,13 @@ def test_budgets(context):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """LoRA, in a process of its own, and DreamBooth, in this one: 5 photos, 2 steps, 2 pictures a prompt."""
-    out, real = tmp_path_factory.mktemp("compare") / "한옥 out", run.process
-
-    def process(argv, home):
-        return (real if "train_lora" in str(argv[1]) else train_here)(argv, home)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(out.parent)
-        patch.setattr(run, "process", process)
-        assert compare.main([*SMALL, *recipe("lora", "dreambooth"), "--out", str(out)]) == 0
+    """5 photos, 2 steps, 2 pictures a prompt: LoRA and the base by two workers, then DreamBooth."""
+    out = tmp_path_factory.mktemp("compare") / "한옥 out"
+    with contextlib.chdir(out.parent), open("said", "w") as said, contextlib.redirect_stdout(said):
+        assert compare.main([*SMALL, "--jobs", "2", *recipe("lora"), "--out", str(out)]) == 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run, "process", train_here)
+            assert compare.main([*SMALL, *recipe("lora", "dreambooth"), "--out", str(out)]) == 0
     return out
 
 
@@ -384,17 +352,13 @@ def test_every_number_comes_from_results_json(done):
     rows = list(csv.DictReader((done / "images.csv").read_text("utf-8").splitlines()))
     for c in found["cells"]:
         for key, counted in c["found"].items():
-            own = [
-                r
-                for r in rows
-                if r["file"].startswith(f"{c['folder']}/{c['pictures']}/") and r["question"] == key
-            ]
+            place = f"{c['folder']}/{c['pictures']}/"
+            own = [r for r in rows if r["file"].startswith(place) and r["question"] == key]
             assert counted["pictures"] == len(own) == sum(counted["conditions"].values())
             for name in ("subject", "wanted", "both", "copy"):
                 assert counted[name] == sum(int(r[name]) for r in own)
-            assert counted["likeness"][0] == pytest.approx(
-                np.mean([float(r["likeness"]) for r in own]), abs=1e-6
-            )
+            mean = np.mean([float(r["likeness"]) for r in own])
+            assert counted["likeness"][0] == pytest.approx(mean, abs=1e-6)
 
 
 def test_the_pages(done):
@@ -425,9 +389,8 @@ def test_every_sentence_has_its_korean():
         plain = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
         docs = [ast.get_docstring(n, clean=False) for n in ast.walk(tree) if hasattr(n, "body") and n.body
                 and isinstance(n, ast.Module | ast.FunctionDef | ast.ClassDef)]  # fmt: skip
-        sentences = {
-            " ".join(s.split()) for s in plain if s not in docs and len(re.findall(r"[a-z]+ ", s)) > 3
-        }
+        long = [s for s in plain if s not in docs and len(re.findall(r"[a-z]+ ", s)) > 3]
+        sentences = {" ".join(s.split()) for s in long}
         heads = {s for s in sentences if s.startswith(("recipe photos", "picture,such"))}  # of a table each
         assert len(heads) == 1 and len(sentences) > 30
         assert [s for s in sentences - heads if s not in known] == []
@@ -467,14 +430,7 @@ def test_one_picture_of_each_failure(done):
     planted = ["campfire"] * 5 + ["snow"] * 4 + ["none"] * 2 + ["night"]
     assert len(own) == len(planted)
     for n, (i, condition) in enumerate(zip(own, planted, strict=True)):
-        i |= {
-            "kind": "hanok",
-            "subject": 1,
-            "condition": condition,
-            "wanted": 0,
-            "copy": 0,
-            "likeness": n / 100,
-        }
+        i |= dict(kind="hanok", subject=1, condition=condition, wanted=0, copy=0, likeness=n / 100)
     own[3]["likeness"], own[5]["likeness"] = 0.9, 0.8
     own[11] |= {"kind": "barn", "subject": 0, "wanted": 1, "condition": "fire", "copy": 1, "nearest": 0.99}
     other = {**own[0], "question": "word", "likeness": 2}
@@ -501,16 +457,25 @@ def test_the_second_start_does_nothing(done, monkeypatch, capsys):
     assert {f: f.stat().st_mtime_ns for f in before} == before and results(done) == held
 
 
-def test_shards_merged_are_the_whole(here, tmp_path, capsys):
-    argv = [*SMALL, *ONE, *recipe("ti", "hypernet")]
-    for more in (["--out", "whole"], ["--shard", "1/2", "--out", "one"], ["--shard", "2/2", "--out", "two"]):
-        assert compare.main([*argv, *more]) == 0
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """One small textual inversion that nothing disturbs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("whole"))
+        patch.setattr(run, "process", train_here)
+        assert compare.main([*SMALL, *ONE, *recipe("ti"), "--out", "whole"]) == 0
+        return Path("whole").resolve()
+
+
+def test_shards_merged_are_the_whole(here, whole, capsys):
+    for n, out in enumerate(("one", "two"), 1):
+        assert compare.main([*SMALL, *ONE, *recipe("ti"), "--shard", f"{n}/2", "--out", out]) == 0
     part = json.loads(Path("one/results.json").read_text("utf-8"))
-    assert len(part["cells"]) == 4 and len(part["missing"]) == 1  # the untouched model is one training
+    assert len(part["cells"]) == 3 and len(part["missing"]) == 1  # the untouched model is one training
     assert "UNFINISHED" in Path("one/report.html").read_text("utf-8")
     assert compare.main(["--merge", "one", "two", "--out", "both"]) == 0
-    assert results("both") == results("whole")
-    assert Path("both/images.csv").read_bytes() == Path("whole/images.csv").read_bytes()
+    assert results("both") == results(whole)
+    assert Path("both/images.csv").read_bytes() == (whole / "images.csv").read_bytes()
     assert compare.main(["--merge", "one", "two", "--out", "both", "--lang", "ko"]) == 0
     assert '<html lang="ko">' in Path("both/report.html").read_text("utf-8")
     capsys.readouterr()
@@ -519,16 +484,6 @@ def test_shards_merged_are_the_whole(here, tmp_path, capsys):
     Path("two/manifest.json").write_text(json.dumps(manifest), "utf-8")
     assert compare.main(["--merge", "one", "two", "--out", "wrong"]) == 2
     assert "1 cells differ" in capsys.readouterr().err and not Path("wrong").exists()
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The results of one small textual inversion that nothing disturbs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("whole"))
-        patch.setattr(run, "process", train_here)
-        assert compare.main([*SMALL, *ONE, *recipe("ti"), "--out", "whole"]) == 0
-        return results("whole")
 
 
 def test_stopped_and_continued(here, whole, monkeypatch, capsys):
@@ -549,7 +504,7 @@ def test_stopped_and_continued(here, whole, monkeypatch, capsys):
             assert compare.main([*argv, "a"]) == 130
         assert "the same command goes on" in capsys.readouterr().out
     assert compare.main([*argv, "a"]) == 0
-    assert results("a") == whole
+    assert results("a") == results(whole)
 
 
 def test_a_stopped_training_is_resumed(tmp_path, monkeypatch):
@@ -582,8 +537,7 @@ def test_killed_at_random_moments(tmp_path):
 
 
 def test_a_disk_that_fills(here, whole, monkeypatch, capsys):
-    """While drawing, and while writing the page: one sentence, no half file taken for a whole one, and on it
-    goes."""
+    """While drawing and while training: one sentence, no half file taken for a whole one, and on it goes."""
     argv = [*SMALL, *ONE, *recipe("ti"), "--out"]
     save, count = Image.Image.save, iter(range(100))
 
@@ -593,7 +547,7 @@ def test_a_disk_that_fills(here, whole, monkeypatch, capsys):
             raise OSError(errno.ENOSPC, "No space left on device", str(fp))
 
     def fails(argv, home):
-        (home / "log.txt").write_text("error: [Errno 28] No space left on device\n")
+        (home / "log.txt").write_text("model tiny\nerror: [Errno 28] No space left on device\n")
         return 2, 0.1, None, False
 
     with monkeypatch.context() as patch:
@@ -601,14 +555,11 @@ def test_a_disk_that_fills(here, whole, monkeypatch, capsys):
         refused([*argv, "a"], ["No space left on device"], capsys)
     with monkeypatch.context() as patch:
         patch.setattr(run, "process", fails)
-        refused(
-            [*argv, "a"],
-            ["ti, 5 photos, set 1 could not be", "No space left", "finished cells are kept"],
-            capsys,
-        )
-    assert len(results("a")["cells"]) == 3
+        words = ["ti, 5 photos, set 1 could not be", "No space left", "log.txt", "finished cells are kept"]
+        refused([*argv, "a"], words, capsys)
+    assert len(results("a")["cells"]) == 3 and results("a")["missing"] == [cell_name("ti")]
     assert compare.main([*argv, "a"]) == 0
-    assert results("a") == whole
+    assert results("a") == results(whole)
 
 
 def test_ctrl_c_reaches_the_child_once(tmp_path):
@@ -671,36 +622,31 @@ def test_several_trainings_are_compared(done):
             cells.append({**trained, "seed": seed, "found": counted})
     summary = summarise({**found, "cells": cells})
     row = find(summary, "lora", 5)
-    assert (
-        row["both"][0] == pytest.approx((7 + 1 / 16) / 8, abs=1e-6)
-        and row["both_each"] == [0.0625] + [1.0] * 7
-    )
+    assert row["both"][0] == pytest.approx((7 + 1 / 16) / 8, abs=1e-6)
+    assert row["both_each"] == [0.0625] + [1.0] * 7
     assert row["failures"][:2] == [1, 8] and find(summary, "dreambooth", 5)["failures"][0] == 0
     ((test,),) = summary["tests"].values()
-    assert (
-        test["p"] == test["p_holm"] == pytest.approx(sign_flip(test["each"])[0]) and test["floor"] == 2 / 256
-    )
-    assert test["each"] == [-0.0625] + [0.875] * 7 and test["p"] == 4 / 256
+    assert test["p"] == test["p_holm"] == pytest.approx(sign_flip(test["each"])[0])
+    assert test["floor"] == 2 / 256 and test["each"] == [-0.0625] + [0.875] * 7 and test["p"] == 4 / 256
     text = compose(done, {**found, "cells": cells}, summary, []).markdown()
     assert "1 of 8 [2, 47] %" in text and "8 trainings per cell at most" in text and "0.0156" in text
 
 
-def test_workers(tmp_path, capsys, monkeypatch):
-    """Two at once, as processes, each with its share of the threads; a second start finds all done, and one
-    that is left alone has no more threads than before: it would sum in another order."""
-    argv = [*SMALL[:-2], *ONE, *recipe("ti"), "--seeds", "1", "2", "--jobs", "2", "--out", "a"]
-    assert compare.main(argv) == 0
-    out = capsys.readouterr().out
+def test_workers(done, monkeypatch):
+    """Two at once, each with its share of the threads; a training that is left alone has no more than before:
+    it would sum in another order."""
+    out = (done.parent / "said").read_text()
     assert "2 trainings at once" in out and "min left" in out
-    found = results("a")
-    cells = json.loads(Path("a/results.json").read_text("utf-8"))["cells"]
-    threads = {c["times"]["threads"] for c in cells if c["photos"]}
-    assert not found["missing"] and threads == {max(1, workers.cores() // 2)}
-    assert compare.main(argv) == 0 and results("a") == found
-    shutil.rmtree(Path("a") / next(c["folder"] for c in cells if c["photos"]))
-    asked, start = [], workers.start
-    monkeypatch.setattr(workers, "start", lambda k, jobs: asked.append((k, jobs)) or start(k, jobs))
-    assert compare.main(argv) == 0 and asked == [(0, 2)] and results("a") == found
+    cells = json.loads((done / "results.json").read_text("utf-8"))["cells"]
+    (lora,) = [c for c in cells if c["method"] == "lora"]
+    assert lora["times"]["threads"] == max(1, workers.cores() // 2)
+    shutil.copytree(done, "left")
+    shutil.rmtree(Path("left") / lora["folder"])
+    asked = []
+    monkeypatch.setattr(workers, "start", lambda *how: asked.append(how) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        compare.main([*SMALL, "--jobs", "2", *recipe("lora", "dreambooth"), "--out", "left"])
+    assert asked == [(0, 2)]
 
 
 @pytest.mark.parametrize("press", [False, True])
@@ -748,9 +694,9 @@ def refused(argv, words, capsys) -> None:
 @pytest.mark.parametrize(("argv", "words"), [
     (["--shard", "one"], ["--shard is one", "I/N"]),
     (["--recipe", "a=ti", "--recipe", "a=lora"], ['"a" names two']),
+    (["--out", "file"], ["--out file is a file"]),
     (["--strengths", "0.5"], ["--strengths 0.5", "1 among"]),
     (["--preset", "best", "best"], ["--preset best best", "twice"]),
-    (["--out", "file"], ["--out file is a file"]),
     (["--kinds", "a hanok"], ['"a hanok"', "2 different"]),
     (["--data", "few", "--sizes", "2"], ["--sizes asks for 2 photos", "few has 3; lower --sizes"]),
     (["--subject", "a hanok " * 40], ["tokens long", "reads 77", "--subject"]),
@@ -763,24 +709,3 @@ def test_bad_options(argv, words, capsys, tmp_path):
         image.save(tmp_path / "few" / f"{i}.png")
     refused(argv, words, capsys)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["few", "file"]
-
-
-def test_a_training_that_fails_says_why(monkeypatch, capsys, tmp_path):
-    """And what was finished before is kept, with a page."""
-
-    def process(argv, home):
-        (home / "log.txt").write_text("model tiny\nerror: the disk is full\n")
-        return 2, 0.1, None, False
-
-    monkeypatch.setattr(run, "process", process)
-    words = ["ti, 5 photos, set 1", "the disk is full", "log.txt", "are kept"]
-    refused([*SMALL, *recipe("ti"), "--out", "a"], words, capsys)
-    assert len(results("a")["cells"]) == 3 and results("a")["missing"] == [cell_name("ti")]
-
-
-def test_help(capsys):
-    with pytest.raises(SystemExit) as e:
-        compare.main(["--help"])
-    out = capsys.readouterr().out
-    assert e.value.code == 0 and "python -m hanokdiff.compare" in out and out.count("\n  --") > 20
-    assert all(len(line) < 130 for line in out.splitlines())

@@ -13,10 +13,8 @@ from hanokdiff.device import choose_device
 def card(monkeypatch):
     """A function that pretends a card of a compute capability; afterwards torch's settings are as before."""
     backends = ((torch.backends.cuda.matmul, "allow_tf32"), (torch.backends.cudnn, "allow_tf32"))
-    before = [
-        (owner, name, getattr(owner, name))
-        for owner, name in (*backends, (torch.backends.cudnn, "benchmark"))
-    ]
+    changed = *backends, (torch.backends.cudnn, "benchmark")
+    before = [(owner, name, getattr(owner, name)) for owner, name in changed]
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # put back afterwards
     monkeypatch.delenv("PYTORCH_ALLOC_CONF")
 
@@ -69,8 +67,7 @@ def test_one_card_for_several_processes_is_refused(card, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     for name, count in (("WORLD_SIZE", 2), ("LOCAL_WORLD_SIZE", 2), ("LOCAL_RANK", 1)):
         monkeypatch.setattr(device, name, count)
-    with pytest.raises(
-        ValueError, match="--device cuda:0 is one card, and there are 2 processes here; say --device cuda"
-    ):
+    words = "--device cuda:0 is one card, and there are 2 processes here; say --device cuda"
+    with pytest.raises(ValueError, match=words):
         choose_device("cuda:0")
     assert str(choose_device("cuda")[0]) == str(choose_device()[0]) == "cuda:1"

@@ -1,5 +1,4 @@
-"""Hypernetworks: the WebUI's formula and file, written out by hand here and hung into diffusers' UNet; the
-trainer.
+"""Hypernetworks: the WebUI's formula and file, by hand and hung into diffusers' UNet; the trainer.
 
 x + m f(x) stands before every to_k and to_v; f's tensors are named by their place in a Sequential."""
 
@@ -17,23 +16,22 @@ import torch
 import torch.nn.functional as F
 from conftest import difference
 from test_lora import equal, inputs, trained
-from test_scripts import elsewhere, hashes, listing, refused  # noqa: F401
+from test_scripts import hashes, listing, refused
 
 import train_hypernet
 from hanokdiff.formats import hypernet_file, lora_file
 from hanokdiff.formats.load import TINY_MODEL, load_model
 from hanokdiff.methods import hypernetwork, lora
 from hanokdiff.methods.inject import base_layer
-from hanokdiff.models.pipeline import StableDiffusion
 from hanokdiff.models.unet import Attention
 from hanokdiff.tiny import world
 
+pytestmark = pytest.mark.usefixtures("elsewhere")
 FUNCTIONS = {
-    "linear": lambda x: x, "relu": lambda x: x.clamp(min=0), "leakyrelu": lambda x: torch.where(x > 0, x,
-        0.01 * x),
+    "linear": lambda x: x, "relu": lambda x: x.clamp(min=0), "tanh": torch.tanh, "sigmoid": torch.sigmoid,
+    "leakyrelu": lambda x: torch.where(x > 0, x, 0.01 * x), "gelu": F.gelu, "silu": F.silu,
     "elu": lambda x: torch.where(x > 0, x, x.exp() - 1), "swish": lambda x: x * (x + 3).clamp(0, 6) / 6,
-    "tanh": torch.tanh, "sigmoid": torch.sigmoid, "mish": lambda x: x * torch.tanh(torch.log1p(x.exp())),
-    "softsign": lambda x: x / (1 + x.abs()), "gelu": F.gelu, "silu": F.silu,
+    "mish": lambda x: x * torch.tanh(torch.log1p(x.exp())), "softsign": lambda x: x / (1 + x.abs()),
 }  # fmt: skip
 STRINGS = {
     "step", "name", "layer_structure", "activation_func", "is_layer_norm", "weight_initialization",
@@ -48,21 +46,12 @@ STRINGS = {
 def settings(layers=(1, 2, 1), activation="linear", norm=False, dropout=None, output=False) -> dict:
     """A file's string entries."""
     dropout = list(dropout or [0] * len(layers))
-    return {
-        "step": 7,
-        "name": "a",
-        "layer_structure": list(layers),
-        "activation_func": activation,
-        "is_layer_norm": norm,
-        "weight_initialization": "Normal",
-        "sd_checkpoint": None,
-        "sd_checkpoint_name": None,
-        "activate_output": output,
-        "use_dropout": any(dropout),
-        "dropout_structure": dropout,
-        "last_layer_dropout": dropout[-2] != 0,
-        "optional_info": None,
-    }
+    return dict(
+        step=7, name="a", layer_structure=list(layers), activation_func=activation, is_layer_norm=norm,
+        weight_initialization="Normal", sd_checkpoint=None, sd_checkpoint_name=None, activate_output=output,
+        use_dropout=any(dropout), dropout_structure=dropout, last_layer_dropout=dropout[-2] != 0,
+        optional_info=None,
+    )  # fmt: skip
 
 
 def indices(s: dict):
@@ -159,6 +148,10 @@ def sd_1(sd1, load):
     yield from bare(load(sd1))
 
 
+def untouched(sd) -> bool:
+    return not any(isinstance(m, hypernetwork.HypernetLinear | lora.LoRA) for m in sd.unet.modules())
+
+
 def bare(sd):
     yield sd
     for attention in [m for m in sd.unet.modules() if isinstance(m, Attention)]:
@@ -196,9 +189,7 @@ def test_a_file_in_our_unet_and_in_diffusers(sd, reference, tmp_path, kind):
     expected = theirs(reference.pipeline.unet, (content, 0.7))
     assert difference(expected, before) > 1e-2 and difference(ours(sd), expected) <= 1e-5
     hypernetwork.remove(sd, loaded)
-    assert equal([ours(sd)], [before]) and not any(
-        isinstance(m, hypernetwork.HypernetLinear) for m in sd.unet.modules()
-    )
+    assert equal([ours(sd)], [before]) and untouched(sd)
 
 
 def test_any_strength_and_some_of_the_widths(sd, reference, tmp_path):
@@ -211,9 +202,8 @@ def test_any_strength_and_some_of_the_widths(sd, reference, tmp_path):
         one = ours(sd)
         assert difference(one, theirs(unet, (content, 1.0))) <= 1e-5
         loaded.strength = -0.5
-        assert (
-            difference(ours(sd), theirs(unet, (content, -0.5))) <= 1e-5 and difference(ours(sd), one) > 1e-2
-        )
+        assert difference(ours(sd), theirs(unet, (content, -0.5))) <= 1e-5
+        assert difference(ours(sd), one) > 1e-2
         loaded.strength = 0.0
         assert equal([ours(sd)], [before])
         hypernetwork.remove(sd, loaded)
@@ -227,10 +217,8 @@ def test_several_in_order(sd_1, sd1, tmp_path):
     b = random_file(tmp_path / "b.pt", [48], settings(activation="tanh", norm=True), 2)
     applied = {"a": (a, 0.7), "b": (b, 1.2)}
     for first, second in ("ab", "ba"):
-        loaded = [
-            hypernet_file.apply_file(sd_1, tmp_path / f"{n}.pt", applied[n][1], None)[0]
-            for n in (first, second)
-        ]
+        files = [(tmp_path / f"{n}.pt", applied[n][1]) for n in (first, second)]
+        loaded = [hypernet_file.apply_file(sd_1, file, strength, None)[0] for file, strength in files]
         outs.append(ours(sd_1))
         assert difference(outs[-1], theirs(unet, applied[first], applied[second])) <= 1e-5
         hypernetwork.remove(sd_1, loaded[0])
@@ -243,8 +231,7 @@ def test_several_in_order(sd_1, sd1, tmp_path):
 @pytest.mark.parametrize("first", ["lora", "hypernet"])
 @pytest.mark.parametrize("out", ["lora", "hypernet"])
 def test_together_with_a_lora(sd_1, sd1, tmp_path, first, out):
-    """Whichever comes first, in its file or fresh, and whichever leaves first: W'(x + f(x)), with W' merged
-    by hand."""
+    """Whichever comes first and whichever leaves first: W'(x + f(x)), with W' merged by hand."""
     before, made = ours(sd_1), lora.insert(sd_1, 4, 4.0, "attention+ff")
     trained(made)
     lora_file.save_file(tmp_path / "a.safetensors", made, {})
@@ -270,22 +257,19 @@ def test_together_with_a_lora(sd_1, sd1, tmp_path, first, out):
     assert difference(ours(sd_1), left) <= 1e-5
     ((kind, last),) = loaded.items()
     removes[kind](sd_1, last)
-    assert equal([ours(sd_1)], [before])
-    assert not any(isinstance(m, hypernetwork.HypernetLinear | lora.LoRA) for m in sd_1.unet.modules())
+    assert equal([ours(sd_1)], [before]) and untouched(sd_1)
 
 
 def test_half_precision(tmp_path):
-    """The weights, learnt in fp32, work in the precision of what comes in: no product is done in fp32 beside
-    it."""
+    """The weights, learnt in fp32, work in the precision of what comes in."""
     content = random_file(tmp_path / "a.pt", [48], settings(activation="relu"))
     spec, nets, _ = hypernet_file.read_file(tmp_path / "a.pt")
     h = hypernetwork.Hypernetwork(spec, nets, 0.7)
     h.pairs["48"][1].load_state_dict(nets[48][1])
     x = torch.randn(3, 77, 48, generator=torch.Generator().manual_seed(0))
     for dtype, digits in ((torch.bfloat16, 8), (torch.float16, 11)):
-        exact = by_hand(
-            {k: t.double() for k, t in content[48][1].items()}, content, x.to(dtype).double(), 0.7
-        )
+        double = {k: t.double() for k, t in content[48][1].items()}
+        exact = by_hand(double, content, x.to(dtype).double(), 0.7)
         y = h.change(x.to(dtype), 1)
         assert y.dtype == dtype and (y.double() - exact).norm() <= 2.0**-digits * exact.norm()
         assert h.pairs["48"][1].linear[0].weight.dtype == torch.float32
@@ -302,8 +286,8 @@ def test_half_precision(tmp_path):
     (((1, 2, 1), "linear", False, (0, 0.3, 0)), "Linear Dropout Linear", (0, 2)),
     (((1, 2, 1), "tanh", True, (), True), "Linear Tanh LayerNorm Linear Tanh LayerNorm", (0, 2, 3, 5)),
     (((1, 2, 4, 2, 1), "swish"), "Linear Hardswish Linear Hardswish Linear Hardswish Linear", (0, 2, 4, 6)),
-    (((1, 2, 2, 1), "elu", False, (0, 0, 0.1, 0), True), "Linear ELU Linear ELU Dropout Linear ELU", (0, 2,
-        5)),
+    (((1, 2, 2, 1), "elu", False, (0, 0, 0.1, 0), True),
+     "Linear ELU Linear ELU Dropout Linear ELU", (0, 2, 5)),
     (((1, 1), "sigmoid", False, (0, 0.5)), "Linear Dropout", (0,)),
 ])  # fmt: skip
 def test_places_in_the_sequential(spec, parts, names):
@@ -322,9 +306,8 @@ def test_activations():
     for name, function in FUNCTIONS.items():
         if name != "linear":
             assert (hypernetwork.ACTIVATIONS[name]()(x) - function(x)).abs().max() < 1e-6, name
-    torchs = {
-        k.lower() for k, v in vars(module).items() if isinstance(v, type) and v.__module__ == module.__name__
-    }
+    classes = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
+    torchs = {c.__name__.lower() for c in classes}
     others = torchs - {"multiheadattention", "threshold", "glu"}  # need arguments, or halve the width
     assert hypernetwork.ACTIVATIONS.keys() == others | {"linear", "swish"} and len(others) > 24
 
@@ -337,9 +320,8 @@ def test_what_is_written(tmp_path):
     spec = hypernetwork.HypernetConfig((1, 2.0, 1.5, 1), "mish", True, (0, 0.25, 0.5, 0))
     nets = {d: tuple(hypernetwork.ResidualMLP(d, spec).half().state_dict() for _ in "KV") for d in (64, 48)}
     path = tmp_path / "한옥.pt"
-    hypernet_file.save_file(
-        path, spec, nets, {"step": torch.tensor(30).item(), "model": "m", "info": hypernet_file.TOKEN + "sks"}
-    )
+    about = {"step": torch.tensor(30).item(), "model": "m", "info": hypernet_file.TOKEN + "sks"}
+    hypernet_file.save_file(path, spec, nets, about)
     assert not zipfile.is_zipfile(path) and listing(tmp_path).keys() == {"한옥.pt"}
     seen = set()
     with open(path, "rb") as f:
@@ -347,20 +329,11 @@ def test_what_is_written(tmp_path):
             seen |= {arg for op, arg, _ in pickletools.genops(f) if op.name in ("GLOBAL", "STACK_GLOBAL")}
     assert seen == {"collections OrderedDict", "torch._utils _rebuild_tensor_v2", "torch FloatStorage"}
     content = torch.load(path, weights_only=True)
-    assert {k for k in content if isinstance(k, str)} == STRINGS and [
-        k for k in content if type(k) is int
-    ] == [48, 64]
-    plain = {k: content[k] for k in STRINGS}
-    assert plain == {
-        **settings((1, 2, 1.5, 1), "mish", True, (0, 0.25, 0.5, 0)),
-        "step": 30,
-        "name": "한옥",
-        "sd_checkpoint_name": "m",
-        "optional_info": "hanokdiff_token=sks",
-    }
-    assert [type(x) for x in plain["layer_structure"]] == [int, int, float, int] and type(
-        plain["use_dropout"]
-    ) is bool
+    plain, widths = ({k: v for k, v in content.items() if type(k) is kind} for kind in (str, int))
+    own = dict(step=30, name="한옥", sd_checkpoint_name="m", optional_info="hanokdiff_token=sks")
+    assert plain == settings((1, 2, 1.5, 1), "mish", True, (0, 0.25, 0.5, 0)) | own
+    assert list(widths) == [48, 64] and type(plain["use_dropout"]) is bool
+    assert [type(x) for x in plain["layer_structure"]] == [int, int, float, int]
     for d, pair in nets.items():
         assert type(content[d]) is tuple and len(content[d]) == 2
         for held, given in zip(content[d], pair):
@@ -368,34 +341,17 @@ def test_what_is_written(tmp_path):
             assert all(t.dtype == torch.float32 and torch.equal(t, given[k].float()) for k, t in held.items())
     again, read, metadata = hypernet_file.read_file(path)
     assert again == spec and metadata == plain and read.keys() == nets.keys()
-    assert all(
-        torch.equal(read[d][i][k], nets[d][i][k].float()) for d in nets for i in (0, 1) for k in nets[d][i]
-    )
-    plain_spec = hypernetwork.HypernetConfig()
-    hypernet_file.save_file(
-        path, plain_spec, {48: (hypernetwork.ResidualMLP(48, plain_spec).state_dict(),) * 2}
-    )
-    assert (
-        torch.load(path, weights_only=True).items()
-        >= {
-            "dropout_structure": [0, 0, 0],
-            "use_dropout": False,
-            "last_layer_dropout": False,
-            "optional_info": None,
-            "activation_func": "linear",
-            "activate_output": False,
-            "step": 0,
-        }.items()
-    )
+    floats = {d: [{k: t.float() for k, t in s.items()} for s in pair] for d, pair in nets.items()}
+    assert apart(read, floats) == 0
+    spec = hypernetwork.HypernetConfig()
+    hypernet_file.save_file(path, spec, {48: (hypernetwork.ResidualMLP(48, spec).state_dict(),) * 2})
+    again = torch.load(path, weights_only=True)
+    assert {k: again[k] for k in STRINGS} == settings() | {"step": 0, "name": "한옥"}
 
 
 def test_the_word():
-    for info, word in (
-        ("hanokdiff_token=*", "*"),
-        ("hanokdiff_token=a b", "a b"),
-        ("by me", None),
-        (3, None),
-    ):
+    told = {"hanokdiff_token=*": "*", "hanokdiff_token=a b": "a b", "by me": None, 3: None}
+    for info, word in told.items():
         assert hypernet_file.pseudo_word({"optional_info": info}) == word
     assert hypernet_file.pseudo_word({}) is None
 
@@ -410,20 +366,24 @@ def ancient(content: dict) -> dict:
     return {d: [old(s) for s in pair] for d, pair in content.items() if isinstance(d, int)}
 
 
+def converted(content: dict, change) -> dict:
+    """Every tensor changed."""
+    pair = lambda v: tuple({k: change(t) for k, t in s.items()} for s in v)  # noqa: E731
+    return {d: pair(v) if isinstance(d, int) else v for d, v in content.items()}
+
+
 OLD = {  # settings by which the tensors were made, how they are written down
     "only numbers": (settings(output=True), lambda c: {k: v for k, v in c.items() if isinstance(k, int)}),
     "linear1, linear2": (settings(output=True), ancient),
     "no activate_output": (settings(activation="relu", output=True), lambda c: without(c, "activate_output")),
     "no activation": (settings(), lambda c: {**c, "activation_func": None}),
-    "dropout of three": (settings(activation="relu"), lambda c: without(c, "dropout_structure",
-        use_dropout=True)),
+    "dropout of three": (settings(activation="relu"),
+                         lambda c: without(c, "dropout_structure", use_dropout=True)),
     "dropout derived": (settings((1, 2, 3, 2, 1), "relu", dropout=(0, 0.3, 0.3, 0, 0)),
                         lambda c: without(c, "dropout_structure", "last_layer_dropout")),
     "the last dropout too": (settings((1, 2, 2, 1), "relu", dropout=(0, 0.3, 0.3, 0)),
                              lambda c: without(c, "dropout_structure")),
-    "halves": (settings(activation="relu"), lambda c: {d: tuple({k: t.half() for k,
-        t in s.items()} for s in v)
-                                                       if isinstance(d, int) else v for d, v in c.items()}),
+    "halves": (settings(activation="relu"), lambda c: converted(c, torch.Tensor.half)),
 }  # fmt: skip
 
 
@@ -434,22 +394,14 @@ def test_older_files(sd_1, sd1, tmp_path, kind):
     content = random_file(tmp_path / "new.pt", [48, 32], made)
     torch.save(write(content), tmp_path / "old.pt")
     spec = hypernet_file.read_file(tmp_path / "old.pt")[0]
-    assert (list(spec.layers), spec.activation, spec.layer_norm, spec.activate_output) == (
-        made["layer_structure"],
-        made["activation_func"],
-        False,
-        made["activate_output"],
-    )
+    assert list(spec.layers) == made["layer_structure"] and not spec.layer_norm
+    assert (spec.activation, spec.activate_output) == (made["activation_func"], made["activate_output"])
     assert list(spec.dropout or [0] * len(spec.layers)) == made["dropout_structure"]
     loaded, _ = hypernet_file.apply_file(sd_1, tmp_path / "old.pt", log=None)
-    assert (
-        all(p.dtype == torch.float32 and not p.requires_grad for p in loaded.parameters())
-        and not loaded.training
-    )
+    assert not loaded.training and not any(p.requires_grad for p in loaded.parameters())
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     if kind == "halves":
-        content = write(content) | {
-            d: tuple({k: t.half().float() for k, t in s.items()} for s in content[d]) for d in (32, 48)
-        }
+        content = converted(content, lambda t: t.half().float())
     assert difference(ours(sd_1), theirs(sd1.pipeline.unet, (content, 1.0))) <= 1e-5
 
 
@@ -466,10 +418,8 @@ def replace(content: dict, change) -> dict:
 
 BAD = {  # what is wrong with the file, what the sentence must say
     "cut": (lambda c: replace(c, lambda t: t[:-1]), ("width 48", "1 2 1", "linear.2.bias")),
-    "another depth": (
-        lambda c: {**c, "layer_structure": [1, 2, 2, 1], "dropout_structure": [0] * 4},
-        ("width 48", "1 2 2 1", "linear.2"),
-    ),
+    "another depth": (lambda c: {**c, "layer_structure": [1, 2, 2, 1], "dropout_structure": [0] * 4},
+                      ("width 48", "1 2 2 1", "linear.2")),
     "another activation": (lambda c: {**c, "activation_func": "linear"}, ("width 48", "linear.1")),
     "missing": (lambda c: {**c, 48: ({}, c[48][1])}, ("width 48", "linear.0")),
     "another width": (lambda c: {**c, 32: c[48]}, ("width 32", "linear.0")),
@@ -491,32 +441,24 @@ BAD = {  # what is wrong with the file, what the sentence must say
     "huge": (lambda c: {**c, "layer_structure": [1, 1e9, 1]}, ("64",)),
     "dropout": (lambda c: {**c, "dropout_structure": [0, 1.5, 0]}, ("dropout", "below 1")),
     "code": (lambda c: {**c, "optional_info": Evil()}, ("not run", "mkdir")),
-}
+}  # fmt: skip
 
 
 def fresh(d: int):
-    return tuple(
-        hypernetwork.ResidualMLP(d, hypernetwork.HypernetConfig(activation="relu")).state_dict() for _ in "KV"
-    )
+    spec = hypernetwork.HypernetConfig(activation="relu")
+    return tuple(hypernetwork.ResidualMLP(d, spec).state_dict() for _ in "KV")
 
 
 @pytest.mark.parametrize("kind", BAD)
 def test_what_is_refused(sd_1, tmp_path, kind):
     """One sentence that names the file; nothing applied, nothing run."""
     change, words = BAD[kind]
-    before, path, content = (
-        ours(sd_1),
-        tmp_path / "bad.pt",
-        random_file(tmp_path / "a.pt", [48], KINDS["relu"]),
-    )
-    torch.save(change(content), path)
+    before, path = ours(sd_1), tmp_path / "bad.pt"
+    torch.save(change(random_file(tmp_path / "a.pt", [48], KINDS["relu"])), path)
     with pytest.raises(ValueError) as e:
         hypernet_file.apply_file(sd_1, path, log=None)
-    assert str(path) in str(e.value) and "\n" not in str(e.value) and all(w in str(e.value) for w in words), (
-        e.value
-    )
-    assert not Path("run").exists() and equal([ours(sd_1)], [before])
-    assert not any(isinstance(m, hypernetwork.HypernetLinear) for m in sd_1.unet.modules())
+    assert "\n" not in str(e.value) and all(w in str(e.value) for w in (str(path), *words)), e.value
+    assert not Path("run").exists() and equal([ours(sd_1)], [before]) and untouched(sd_1)
     hypernet_file.apply_file(sd_1, tmp_path / "a.pt", log=None)  # what it was made of was good
     assert difference(ours(sd_1), before) > 1e-2
 
@@ -582,14 +524,19 @@ def test_step_0_of_all_activations():
         assert starts[0].std() == pytest.approx((2 / 16) ** 0.5, rel=0.2)
 
 
+def widths_seen(monkeypatch) -> list[int]:
+    """Of every forward of a network that comes."""
+    calls, forward = [], hypernetwork.ResidualMLP.forward
+    spy = lambda net, x: calls.append(x.shape[-1]) or forward(net, x)  # noqa: E731
+    monkeypatch.setattr(hypernetwork.ResidualMLP, "forward", spy)
+    return calls
+
+
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("which", ["context", "all"])
 def test_the_words_are_rewritten_once_a_forward(sd_1, monkeypatch, which, grad):
     """For all 16 layers that listen to them; what the picture says of itself, in each."""
-    calls, forward = [], hypernetwork.ResidualMLP.forward
-    monkeypatch.setattr(
-        hypernetwork.ResidualMLP, "forward", lambda net, x: calls.append(x.shape[-1]) or forward(net, x)
-    )
+    calls = widths_seen(monkeypatch)
     begin(sd_1, hypernetwork.HypernetConfig(), which)
     with torch.set_grad_enabled(grad):
         for n in (1, 2, 3):
@@ -601,10 +548,7 @@ def test_a_sampler_rewrites_the_words_once(sd_1, tmp_path, monkeypatch):
     """A finished one; and once more for other words, another strength, or the first words again later."""
     random_file(tmp_path / "a.pt", [48], settings(activation="relu"))
     loaded, _ = hypernet_file.apply_file(sd_1, tmp_path / "a.pt", log=None)
-    calls, forward = [], hypernetwork.ResidualMLP.forward
-    monkeypatch.setattr(
-        hypernetwork.ResidualMLP, "forward", lambda net, x: calls.append(1) or forward(net, x)
-    )
+    calls = widths_seen(monkeypatch)
     draw = lambda word: [*sd_1.sample([word], [0], steps=4, size=(32, 32))][-1]  # noqa: E731
     a, b, again = draw("a barn"), draw("fire"), draw("a barn")
     assert len(calls) == 6 and torch.equal(a, again) and difference(a, b) > 1e-2
@@ -616,8 +560,7 @@ def test_a_sampler_rewrites_the_words_once(sd_1, tmp_path, monkeypatch):
 
 
 def test_nothing_old_is_heard(sd_1):
-    """After an optimiser's step, a forward without gradients, in either mode: always what a new one would
-    compute."""
+    """After an optimiser's step, a forward without gradients, in either mode: what a new one computes."""
     (x, t, context), _ = inputs()
     h = begin(sd_1, hypernetwork.HypernetConfig(activation="relu"))
     adam = torch.optim.AdamW(h.parameters(), 0.05, fused=True)
@@ -644,13 +587,6 @@ def photos(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Previews in two steps instead of twenty."""
-    draw = StableDiffusion.draw
-    monkeypatch.setattr(StableDiffusion, "draw", lambda *args, **more: draw(*args, **{"steps": 2, **more}))
-
-
 def train(made, photos, out, *more) -> dict:
     how = "--steps 3 --batch-size 2 --lr 0.01 --resolution 32 --preview-every 0 --save-every 0 --device cpu"
     argv = ["--model", made.folder, "--data", photos, *how.split(), "--out", out, *more]
@@ -660,13 +596,8 @@ def train(made, photos, out, *more) -> dict:
 
 def apart(a: dict, b: dict) -> float:
     assert a.keys() == b.keys()
-    return max(
-        (a[d][i][k] - b[d][i][k]).abs().max().item()
-        for d in a
-        if isinstance(d, int)
-        for i in (0, 1)
-        for k in a[d][i]
-    )
+    tensors = [(d, i, k) for d in a if isinstance(d, int) for i in (0, 1) for k in a[d][i]]
+    return max((a[d][i][k] - b[d][i][k]).abs().max().item() for d, i, k in tensors)
 
 
 def test_training_moves_the_file_and_nothing_else(tmp_path, monkeypatch, capsys, quick):
@@ -679,25 +610,19 @@ def test_training_moves_the_file_and_nothing_else(tmp_path, monkeypatch, capsys,
         return seen["sd"]
 
     monkeypatch.setattr(train_hypernet, "load_model", spy)
-    argv = (
-        "--steps 3 --images 2 --widths all --preview-every 3 --save-every 2 --device cpu --batch-size 2 "
-        "--layer-norm --token sks --vectors 0 --class-images 0"
-    )
-    assert train_hypernet.main(argv.split()) == 0
+    argv = "--steps 3 --images 2 --widths all --preview-every 3 --save-every 2 --device cpu --batch-size 2"
+    more = "--layer-norm --token sks --vectors 0 --class-images 0"
+    assert train_hypernet.main([*argv.split(), *more.split()]) == 0
     said, out = capsys.readouterr().out, tmp_path / "runs" / "hypernet"
-    assert (
-        "trains networks for widths 72, 80, 96" in said and "steps/s; wrote runs/hypernet/hypernet.pt" in said
-    )
+    for words in ("trains networks for widths 72, 80, 96", "steps/s; wrote runs/hypernet/hypernet.pt"):
+        assert words in said
     names = "config.json hypernet-000002.pt hypernet.pt index.html log.csv log.jsonl previews state"
     assert sorted(p.name for p in out.iterdir()) == names.split()
     assert len(seen["before"]) > 400 and seen["before"] == hashes(seen["sd"]) and listing(TINY_MODEL) == disk
     content = torch.load(out / "hypernet.pt", weights_only=True)
     assert (content["step"], content["name"], content["sd_checkpoint_name"]) == (3, "hypernet", "tiny")
-    assert hypernet_file.pseudo_word(content) == "sks" and [k for k in content if isinstance(k, int)] == [
-        72,
-        80,
-        96,
-    ]
+    assert hypernet_file.pseudo_word(content) == "sks"
+    assert [k for k in content if isinstance(k, int)] == [72, 80, 96]
     assert torch.load(out / "hypernet-000002.pt", weights_only=True)["step"] == 2
     fresh = load("tiny", device="cpu", log=None)
     fresh.text.add_word("sks")
@@ -706,11 +631,8 @@ def test_training_moves_the_file_and_nothing_else(tmp_path, monkeypatch, capsys,
         x = fresh.text(captions)
         moved = [(by_hand(s, content, x, 1.0) - x).norm() / x.norm() for s in content[72]]
     row = json.loads((out / "log.jsonl").read_text())
-    assert (
-        row["step"] == 3
-        and row["ratio"] == pytest.approx(max(moved).item(), abs=2e-5)
-        and row["ratio"] > 1e-3
-    )
+    assert row["step"] == 3 and row["ratio"] > 1e-3
+    assert row["ratio"] == pytest.approx(max(moved).item(), abs=2e-5)
 
 
 def test_dropout_is_a_function_of_seed_and_step(sd1, photos, tmp_path, monkeypatch, quick):
@@ -761,22 +683,11 @@ def test_the_file_does_what_the_run_did(sd1, sd_1, photos, tmp_path):
 # --------------------------------------------------------------------------------------------------- mistakes
 
 
-@pytest.mark.parametrize(("more", "word"), [
-    ("--layers 1", "layers are 1,"), ("--layers 1 0 1", "layers are 1 0 1"),
-    ("--layers 1 nan 1", "layers are 1 nan 1"), ("--dropout -0.1", "0 to below 1"),
-])  # fmt: skip
-def test_mistakes(tmp_path, capsys, more, word):
-    """The others: robustness/test_mistakes.py."""
-    refused(train_hypernet, ["--device", "cpu", "--class-images", "0", *more.split()], [word], capsys)
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_run_is_not_written_over(sd1, photos, tmp_path, capsys):
     train(sd1, photos, "a", "--steps", 1)
     before = listing(tmp_path)
     argv = ["--model", sd1.folder, "--data", photos, "--device", "cpu", "--out", "a"]
     refused(train_hypernet, argv, ("a holds a finished run (hypernet.pt)", "another --out"), capsys)
-    refused(
-        train_hypernet, ["--resume", "a", "--device", "cpu"], ("finished run", "nothing to resume"), capsys
-    )
+    resume = ["--resume", "a", "--device", "cpu"]
+    refused(train_hypernet, resume, ("finished run", "nothing to resume"), capsys)
     assert listing(tmp_path) == before

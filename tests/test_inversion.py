@@ -1,8 +1,6 @@
-"""Textual inversion: rows beyond the vocabulary that leave no trace, every layout of file in and out,
-diffusers as the judge of ours, and no file that runs code or loads halfway."""
+"""Textual inversion: rows beyond the vocabulary that leave no trace, every layout of file in and out."""
 
 import copy
-import hashlib
 import pickle
 import pickletools
 import warnings
@@ -13,6 +11,7 @@ import torch
 from conftest import difference
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_scripts import hashes
 from torch import nn
 
 import train_ti
@@ -47,19 +46,14 @@ def refused(action, *words) -> None:
     assert "\n" not in message and all(str(w) in message for w in words), (words, message)
 
 
-# ------------------------------------------------------------------------------------------------------- rows
-
-
 @torch.inference_mode()
 def test_insert_and_remove_leave_no_trace(sd):
     holder = sd.text.encoder.embeddings
     table, before = holder.token_embedding, sd.text(PROMPTS)
     sd.text.cache_prompts(PROMPTS)
     rows = textual_inversion.insert(sd, "*", vectors(3))
-    assert (
-        sd.text.words == {"*": [FIRST, FIRST + 1, FIRST + 2]}
-        and textual_inversion.token_embedding(sd) is table.weight
-    )
+    assert sd.text.words == {"*": [FIRST, FIRST + 1, FIRST + 2]}
+    assert textual_inversion.token_embedding(sd) is table.weight
     assert torch.equal(holder.token_embedding(torch.arange(FIRST + 3)), torch.cat([table.weight, vectors(3)]))
     with_it = sd.text(PROMPTS)
     assert (with_it - before).abs().amax((1, 2))[:2].min() > 0.1 and torch.equal(with_it[2:], before[2:])
@@ -100,23 +94,22 @@ def test_two_words_removed_in_either_order(sd, order):
 
 def test_one_word_twice(sd):
     """The later rows have it, and keep it when the earlier ones go."""
-    old, new = (
-        textual_inversion.insert(sd, word, vectors(1, seed)) for seed, word in enumerate(("Red", "red"))
-    )
+    old, new = (textual_inversion.insert(sd, word, vectors(1, i)) for i, word in enumerate(("Red", "red")))
     assert sd.text.words == {"red": [FIRST + 1]}
     textual_inversion.remove(sd, "Red", old)
     assert sd.text.words == {"red": [FIRST + 1]}
     textual_inversion.remove(sd, "red", new)
-    assert sd.text.words == {} and not isinstance(
-        sd.text.encoder.embeddings.token_embedding, textual_inversion.ExtendedEmbedding
-    )
+    assert untouched(sd)
+
+
+def untouched(sd) -> bool:
+    table = sd.text.encoder.embeddings.token_embedding
+    return sd.text.words == {} and not isinstance(table, textual_inversion.ExtendedEmbedding)
 
 
 def test_gradient_on_the_rows_only(sd):
-    rows, other = (
-        textual_inversion.insert(sd, "*", vectors(2)),
-        textual_inversion.insert(sd, "red", vectors(1)),
-    )
+    rows = textual_inversion.insert(sd, "*", vectors(2))
+    other = textual_inversion.insert(sd, "red", vectors(1))
     sd.text(["* on fire", "a barn"]).square().sum().backward()
     assert rows.vectors.grad.abs().amax(1).min() > 1e-3 and not other.vectors.grad.any()
     learn = {name for name, p in sd.text.encoder.named_parameters() if p.requires_grad or p.grad is not None}
@@ -130,13 +123,9 @@ def test_a_copied_row_is_the_word_it_was_copied_from(sd):
         ids = sd.text._tokens(word)
         rows = textual_inversion.insert(sd, "*", textual_inversion.initial_vectors(sd, word, len(ids)))
         prompts = ["a {} on fire", "{}", "(fire, {}: 1.3)"]
-        assert torch.equal(
-            sd.text([p.format("*") for p in prompts]), sd.text([p.format(word) for p in prompts])
-        )
-        assert torch.equal(
-            sd.text.prompts([p.format("*") for p in prompts]),
-            sd.text.prompts([p.format(word) for p in prompts]),
-        )
+        star, plain = ([p.format(w) for p in prompts] for w in ("*", word))
+        assert torch.equal(sd.text(star), sd.text(plain))
+        assert torch.equal(sd.text.prompts(star), sd.text.prompts(plain))
         textual_inversion.remove(sd, "*", rows)
 
 
@@ -145,15 +134,10 @@ def test_a_copied_row_is_the_word_it_was_copied_from(sd):
 ])  # fmt: skip
 def test_start_stretches_the_words(sd, n, taken):
     ids = sd.text._tokens("a barn fire")
+    expected = textual_inversion.token_embedding(sd)[[ids[i] for i in taken]]
     assert len(ids) == 3
-    assert torch.equal(
-        textual_inversion.initial_vectors(sd, "a barn fire", n),
-        textual_inversion.token_embedding(sd)[[ids[i] for i in taken]],
-    )
-
-
-def test_start_without_words(sd):
-    refused(lambda: textual_inversion.initial_vectors(sd, " ", 2), "--init", "no token")
+    assert torch.equal(textual_inversion.initial_vectors(sd, "a barn fire", n), expected)
+    refused(lambda: textual_inversion.initial_vectors(sd, " ", n), "--init", "no token")
 
 
 @pytest.mark.parametrize("hold", [True, False])
@@ -179,26 +163,7 @@ def test_a_word_of_too_many_vectors(sd, n):
     """No prompt could hold it; and of none at all."""
     refused(lambda: textual_inversion.insert(sd, "*", torch.ones(n, 48)), n, "1 to 75")
     refused(lambda: textual_inversion.insert(sd, " ", torch.ones(1, 48)), "no token")
-    assert sd.text.words == {} and not isinstance(
-        sd.text.encoder.embeddings.token_embedding, textual_inversion.ExtendedEmbedding
-    )
-
-
-# --------------------------------------------------------------------------------------------------- training
-
-
-def hashes(sd) -> dict:
-    """Of every tensor but the rows."""
-    tensors = {
-        **sd.unet.state_dict(prefix="unet."),
-        **sd.vae.state_dict(prefix="vae."),
-        **sd.text.encoder.state_dict(prefix="text."),
-    }
-    return {
-        name.replace(".base", ""): hashlib.sha256(t.numpy().tobytes()).hexdigest()
-        for name, t in tensors.items()
-        if not name.endswith(".vectors")
-    }
+    assert untouched(sd)
 
 
 @pytest.mark.parametrize("hold", [[], ["--hold-norm"]])
@@ -225,29 +190,18 @@ def test_training_moves_the_rows_alone(tmp_path, monkeypatch, hold, capsys):
     assert 'trains 3 vectors of "a house", 216 parameters' in capsys.readouterr().out
 
 
-# ------------------------------------------------------------------------------------------------ files read
-
 V = vectors(2)
 
 
 def webui(v=V, **more) -> dict:
-    return {
-        "string_to_token": {"*": 265},
-        "string_to_param": {"*": v},
-        "name": "own",
-        "step": 7,
-        "sd_checkpoint": None,
-        "sd_checkpoint_name": None,
-        **more,
-    }
+    words = {"string_to_token": {"*": 265}, "string_to_param": {"*": v}, "name": "own", "step": 7}
+    return {**words, "sd_checkpoint": None, "sd_checkpoint_name": None, **more}
 
 
 def first_of_all(v=V) -> dict:
     """What the paper's own code writes."""
-    return {
-        "string_to_token": {"*": torch.tensor(265)},
-        "string_to_param": nn.ParameterDict({"*": nn.Parameter(v)}),
-    }
+    params = nn.ParameterDict({"*": nn.Parameter(v)})
+    return {"string_to_token": {"*": torch.tensor(265)}, "string_to_param": params}
 
 
 LAYOUTS = {  # file name, its content, the word found in it
@@ -273,10 +227,9 @@ def test_every_layout_is_read(tmp_path, sd, kind, old, dims):
     name, content, word = LAYOUTS[kind]
     if dims == 1:
         content = {k: v[0] if isinstance(v, torch.Tensor) else v for k, v in content.items()}
-        if "string_to_param" in content:
-            content["string_to_param"] = type(content["string_to_param"])(
-                {k: type(v)(v.detach()[0]) for k, v in content["string_to_param"].items()}
-            )
+        if params := content.get("string_to_param"):
+            one = {k: type(v)(v.detach()[0]) for k, v in params.items()}
+            content["string_to_param"] = type(params)(one)
     file, expected = tmp_path / name, V if dims == 2 else V[:1]
     if file.suffix == ".safetensors":
         save_file(content, file, {"ss_steps": "7"})
@@ -286,9 +239,8 @@ def test_every_layout_is_read(tmp_path, sd, kind, old, dims):
     if kind == "paper" and old:
         return refused(lambda: embedding_file.read_file(file), file, "could be any code", ".safetensors")
     found, out, metadata = embedding_file.read_file(file)
-    assert (
-        found == word and out.dtype == torch.float32 and not out.requires_grad and type(out) is torch.Tensor
-    )
+    assert found == word and out.dtype == torch.float32
+    assert not out.requires_grad and type(out) is torch.Tensor
     assert out.shape == expected.shape and (out - expected).abs().max() <= (1e-2 if "f" in kind[-5:] else 0)
     assert metadata == ({"ss_steps": "7"} if file.suffix == ".safetensors" else {})
     lines = []
@@ -328,9 +280,7 @@ def test_what_is_no_embedding_is_refused(tmp_path, sd, kind):
 def test_of_another_width(tmp_path, sd, width, made):
     embedding_file.save_file(tmp_path / "a.pt", "*", torch.ones(1, width))
     refused(lambda: embedding_file.apply_file(sd, tmp_path / "a.pt", log=None), width, made, 48, "a.pt")
-    assert sd.text.words == {} and not isinstance(
-        sd.text.encoder.embeddings.token_embedding, textual_inversion.ExtendedEmbedding
-    )
+    assert untouched(sd)
 
 
 class Trap:
@@ -345,12 +295,8 @@ class Trap:
 def test_code_is_not_run(tmp_path, where, old):
     param = nn.ParameterDict({"*": nn.Parameter(V)})
     param.more = Trap()
-    content = {
-        "top": Trap(),
-        "name": webui(name=Trap()),
-        "vector": webui(Trap()),
-        "parameters": {"string_to_param": param},
-    }[where]
+    whole = {"top": Trap(), "name": webui(name=Trap()), "vector": webui(Trap())}
+    content = {**whole, "parameters": {"string_to_param": param}}[where]
     file = tmp_path / "a.pt"
     torch.save(content, file, _use_new_zipfile_serialization=not old)
     Trap.sprung = False
@@ -367,9 +313,6 @@ def test_files_that_are_no_files(tmp_path):
         refused(lambda name=name: embedding_file.read_file(tmp_path / name), "no embedding file at", name)
 
 
-# --------------------------------------------------------------------------------------------- files written
-
-
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pt"])
 def test_written_and_read_again(tmp_path, name):
     learnt = nn.Parameter(V.clone())
@@ -377,9 +320,8 @@ def test_written_and_read_again(tmp_path, name):
     word, out, metadata = embedding_file.read_file(tmp_path / name)
     assert word == "<hanok>" and torch.equal(out, V) and [p.name for p in tmp_path.iterdir()] == [name]
     if name == "a.safetensors":
-        assert metadata == {"step": "300", "model": "tiny"} and list(load_file(tmp_path / name)) == [
-            "<hanok>"
-        ]
+        assert metadata == {"step": "300", "model": "tiny"}
+        assert list(load_file(tmp_path / name)) == ["<hanok>"]
         with safe_open(tmp_path / name, "pt") as f:
             assert f.get_tensor("<hanok>").dtype == torch.float32
 
@@ -393,15 +335,10 @@ def test_what_cannot_be_written(tmp_path):
 
 
 ADMITTED = {  # FORMATS.md 0.1: what the WebUI's checker lets through
-    *(
-        (
-            ("collections", "OrderedDict"),
-            ("torch._utils", "_rebuild_tensor_v2"),
-            ("torch._utils", "_rebuild_parameter"),
-        )
-    ),
+    ("collections", "OrderedDict"), ("torch._utils", "_rebuild_tensor_v2"),
+    ("torch._utils", "_rebuild_parameter"),
     *(("torch", f"{t}Storage") for t in ("Float", "Half", "BFloat16", "Int", "Long", "Double", "Byte")),
-}
+}  # fmt: skip
 
 
 class Checker(pickle.Unpickler):
@@ -428,14 +365,8 @@ def test_the_webuis_file_passes_its_checker(tmp_path, metadata):
     assert {tuple(a.split(" ")) for a in asked} <= ADMITTED and len(asked) >= 2
     held = torch.load(file, weights_only=True)
     assert torch.equal(held.pop("string_to_param")["*"], V)
-    assert held == {
-        "string_to_token": {"*": 265},
-        "name": "hanok",
-        "step": metadata.get("step", 0),
-        "sd_checkpoint": None,
-        "sd_checkpoint_name": metadata.get("model"),
-    }
-    assert type(held["step"]) is int
+    own = dict(name="hanok", step=metadata.get("step", 0), sd_checkpoint_name=metadata.get("model"))
+    assert held == {"string_to_token": {"*": 265}, "sd_checkpoint": None, **own} and type(held["step"]) is int
 
 
 @pytest.mark.parametrize("n, ending", [(1, ".safetensors"), (3, ".safetensors"), (3, ".pt")])
@@ -450,13 +381,8 @@ def test_diffusers_reads_it_and_draws_the_same(sd1, sd, tmp_path, n, ending):
     pipeline.set_progress_bar_config(disable=True)
 
     def theirs():
-        return pipeline(
-            prompts[0],
-            num_inference_steps=2,
-            guidance_scale=3.0,
-            output_type="latent",
-            generator=torch.Generator().manual_seed(5),
-        ).images
+        how = dict(num_inference_steps=2, guidance_scale=3.0, output_type="latent")
+        return pipeline(prompts[0], **how, generator=torch.Generator().manual_seed(5)).images
 
     def ours():
         *_, x = sd.sample(prompts[:1], [5], sampler="ddim", steps=2, cfg=3.0)
@@ -476,8 +402,7 @@ def test_diffusers_reads_it_and_draws_the_same(sd1, sd, tmp_path, n, ending):
 
 
 def test_no_gradient_adds_up_in_the_order_of_threads(sd1):
-    """That of an index does (two runs of 30 steps on two threads: 6e-7 apart): there is none in the graph of
-    the context, for a word that stands twice in prompts that are there twice."""
+    """That of an index does (two runs of 30 steps on two threads: 6e-7 apart): there is none in the graph."""
     sd = load_model(str(sd1.folder), "cpu", log=None)
     textual_inversion.insert(sd, "*", torch.randn(3, sd.text.encoder.config.hidden_size))
     seen, todo = set(), [sd.text(["* beside *", "* at night", "* beside *"]).grad_fn]

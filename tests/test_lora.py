@@ -1,6 +1,5 @@
-"""LoRA against peft and diffusers, in both directions, and what one must be able to rely on: step 0, taking
-it out, merging, refusing. Effects are asserted to be large first, so that no comparison is of nothing with
-nothing."""
+"""LoRA against peft and diffusers, in both directions; step 0, taking it out, merging, refusing. Effects are
+asserted to be large first, so that no comparison is of nothing with nothing."""
 
 import copy
 import hashlib
@@ -78,16 +77,9 @@ def names_of(module, classes: tuple[str, ...], prefix: str) -> set[str]:
     out = set()
     for path, block in module.named_modules():
         if type(block).__name__ in classes:
-            inside = [(f"{path}.{p}", m) for p, m in block.named_modules()]
-            out |= {
-                prefix + p.replace(".", "_")
-                for p, m in inside
-                if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)
-            }
+            layers = [p for p, m in block.named_modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
+            out |= {prefix + f"{path}.{p}".replace(".", "_") for p in layers}
     return out
-
-
-# -------------------------------------------------------------------------------------------------- insertion
 
 
 @pytest.mark.parametrize("targets", TARGETS)
@@ -111,8 +103,7 @@ def test_names_are_kohyas_and_step_0_is_the_base(sd, reference, targets):
 
 
 def test_names_at_full_size():
-    """SD 1.5's counts in kohya, and some names that other tools look for; on the meta device, so no
-    gigabytes."""
+    """SD 1.5's counts in kohya, and some names that other tools look for."""
     with torch.device("meta"):
         sd = SimpleNamespace(unet=UNet(UNetConfig()), text=SimpleNamespace(encoder=TextEncoder(TextConfig())))
         attention, loras = lora.insert(sd, 1, 1).keys(), lora.insert(sd, 1, 1, "attention+ff+conv", 1)
@@ -122,13 +113,10 @@ def test_names_at_full_size():
         "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k",
         "lora_unet_down_blocks_0_attentions_1_transformer_blocks_0_attn1_to_out_0",
         "lora_unet_up_blocks_3_attentions_2_transformer_blocks_0_ff_net_0_proj",
-        "lora_unet_up_blocks_1_attentions_0_proj_in",
-        "lora_unet_down_blocks_1_resnets_0_conv_shortcut",
-        "lora_unet_down_blocks_3_resnets_1_time_emb_proj",
-        "lora_unet_down_blocks_2_downsamplers_0_conv",
-        "lora_unet_up_blocks_0_upsamplers_0_conv",
-        "lora_te_text_model_encoder_layers_0_self_attn_out_proj",
-    }
+        "lora_unet_up_blocks_1_attentions_0_proj_in", "lora_unet_down_blocks_1_resnets_0_conv_shortcut",
+        "lora_unet_down_blocks_3_resnets_1_time_emb_proj", "lora_unet_down_blocks_2_downsamplers_0_conv",
+        "lora_unet_up_blocks_0_upsamplers_0_conv", "lora_te_text_model_encoder_layers_0_self_attn_out_proj",
+    }  # fmt: skip
 
 
 def test_the_seed_decides_the_start(sd):
@@ -139,9 +127,6 @@ def test_the_seed_decides_the_start(sd):
         lora.remove(sd, loras)
     assert equal(starts[0], starts[1])
     assert not any(torch.equal(a, b) for a, b in zip(starts[0], starts[2], strict=True))
-
-
-# ------------------------------------------------------------------------------------- in training, on a card
 
 
 def test_in_one_operation_it_is_the_same(sd, monkeypatch):
@@ -162,17 +147,14 @@ def test_in_one_operation_it_is_the_same(sd, monkeypatch):
     assert any(not torch.equal(a, b) for a, b in zip(*results, strict=True))  # it was another way
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [torch.nn.Linear(64, 96), torch.nn.Conv2d(16, 24, 3, stride=2, padding=1), torch.nn.Conv2d(8, 8, 1)],
-)
+LAYERS = torch.nn.Linear(64, 96), torch.nn.Conv2d(16, 24, 3, stride=2, padding=1), torch.nn.Conv2d(8, 8, 1)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
 def test_a_narrow_layer_is_the_same_equation(layer):
     """(W + delta) x, output and gradients, against W x + up(down(x)); in fp32 only, not in wide layers."""
-    x = (
-        torch.randn(2, 5, 64)
-        if isinstance(layer, torch.nn.Linear)
-        else torch.randn(2, layer.in_channels, 9, 9)
-    )
+    shape = (5, 64) if isinstance(layer, torch.nn.Linear) else (layer.in_channels, 9, 9)
+    x = torch.randn(2, *shape)
     narrow = lora.LoRA(layer.requires_grad_(False), 16, 8.0)
     parameters = [torch.nn.init.normal_(p, std=0.1) for p in (narrow.down, narrow.up)]
     assert narrow.is_narrow() and not lora.LoRA(torch.nn.Linear(320, 320), 8, 8.0).is_narrow()
@@ -195,9 +177,6 @@ def test_half_precision_trains_copies_of_fp32(sd, tmp_path):
     for name, m in loras.items():
         assert torch.equal(saved[f"{name}.lora_down.weight"], exact[name])
         assert m.delta().dtype == torch.float32 and not torch.equal(m.down.float(), exact[name])
-
-
-# --------------------------------------------------------------------------------- against peft and diffusers
 
 
 def their_outputs(reference, path, strength: float):
@@ -231,18 +210,8 @@ def test_our_file_in_diffusers(sd, reference, tmp_path):
 def wild(sd, alphas=lambda i: None) -> dict[str, torch.Tensor]:
     """A file as seen in the wild: a few modules of each kind, half precision, 1x1 convolutions as 4-D."""
     g, tensors, places = torch.Generator().manual_seed(3), {}, lora.layers(sd)
-    ends = (
-        "attn2_to_k",
-        "attn1_to_out_0",
-        "proj_in",
-        "resnets_1_conv2",
-        "conv_shortcut",
-        "attn_q_proj",
-        "attn_k_proj",
-        "attn_v_proj",
-        "attn_out_proj",
-        "fc2",
-    )  # fmt: skip  (with v_proj alone diffusers would lose it)
+    ends = ("attn2_to_k", "attn1_to_out_0", "proj_in", "resnets_1_conv2", "conv_shortcut", "fc2")
+    ends += tuple(f"attn_{x}_proj" for x in ("q", "k", "v", "out"))  # v_proj alone diffusers would lose
     for i, name in enumerate(n for n in sorted(places) if n.endswith(ends)):
         network, p = places[name]
         w = network.get_submodule(p).weight
@@ -258,9 +227,8 @@ def wild(sd, alphas=lambda i: None) -> dict[str, torch.Tensor]:
 def test_their_file_here(sd, reference, tmp_path, alpha):
     """Without alpha the scale is 1."""
     tensors, path = wild(sd, lambda i: alpha), tmp_path / "wild.safetensors"
-    assert {t.dim() for k, t in tensors.items() if k.endswith("proj_in.lora_down.weight")} == {
-        4 if reference.flavour == "sd1" else 2
-    }
+    dims = {t.dim() for k, t in tensors.items() if k.endswith("proj_in.lora_down.weight")}
+    assert dims == {4 if reference.flavour == "sd1" else 2}
     save_file(tensors, path)
     before, said = outputs(sd), []
     loras, metadata = lora_file.apply_file(sd, path, log=said.append)
@@ -272,32 +240,28 @@ def test_their_file_here(sd, reference, tmp_path, alpha):
 
 
 def test_alpha_missing_for_some(sd, tmp_path):
-    """Each for itself, as kohya and the WebUI do; diffusers would give those without it the commonest of the
-    others."""
+    """Each for itself, as kohya and the WebUI do."""
     save_file(wild(sd, lambda i: (None, 2.0, 10.0)[i % 3]), tmp_path / "wild.safetensors")
     loras, _ = lora_file.apply_file(sd, tmp_path / "wild.safetensors", log=None)
     assert [m.alpha / m.rank for m in loras.values()][:6] == [1, 0.4, 2] * 2
 
 
 def test_either_shape_of_a_1x1_convolution(sd, tmp_path):
-    """Some writers flatten them, some give Linears two dimensions more: the same numbers, the same
-    picture."""
+    """Some writers flatten them, some give Linears two dimensions more: the same picture."""
     loras = lora.insert(sd, 2, 2, "attention+ff")
     trained(loras)
     lora_file.save_file(tmp_path / "a.safetensors", loras, {})
     expected = outputs(sd)
     lora.remove(sd, loras)
     tensors = load_file(tmp_path / "a.safetensors")
-    other = {
-        k: t if k.endswith("alpha") else t.flatten(1) if t.dim() == 4 else t[..., None, None]
-        for k, t in tensors.items()
-    }
+
+    def turned(t):
+        return t.flatten(1) if t.dim() == 4 else t[..., None, None]
+
+    other = {k: t if k.endswith("alpha") else turned(t) for k, t in tensors.items()}
     save_file(other, tmp_path / "b.safetensors")
     lora_file.apply_file(sd, tmp_path / "b.safetensors", log=None)
     assert difference(outputs(sd)[0], expected[0]) <= 1e-5
-
-
-# -------------------------------------------------------------------------------- merging, stacking, removing
 
 
 def test_merging_equals_applying_and_two_add_up(sd):
@@ -339,10 +303,8 @@ def test_removing_in_any_order(sd, order):
     assert not any(isinstance(m, lora.LoRA) for m in sd.unet.modules())
 
 
-# --------------------------------------------------------------------------------------------------- refusing
-
-
 NAME = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k"
+DOWN, UP = f"{NAME}.lora_down.weight", f"{NAME}.lora_up.weight"
 
 
 @pytest.fixture
@@ -350,12 +312,10 @@ def good(sd) -> dict[str, torch.Tensor]:
     """A file's tensors for two modules, right for the model."""
     out = {}
     for name in (NAME, NAME.replace("to_k", "to_v")):
-        width = lora.layers(sd)[name][0].get_submodule(lora.layers(sd)[name][1]).weight.shape[0]
-        out |= {
-            f"{name}.lora_down.weight": torch.ones(4, 48),
-            f"{name}.lora_up.weight": torch.ones(width, 4),
-            f"{name}.alpha": torch.tensor(4.0),
-        }
+        network, path = lora.layers(sd)[name]
+        up = torch.ones(len(network.get_submodule(path).weight), 4)
+        out |= {f"{name}.lora_down.weight": torch.ones(4, 48), f"{name}.lora_up.weight": up}
+        out[f"{name}.alpha"] = torch.tensor(4.0)
     return out
 
 
@@ -363,25 +323,19 @@ BAD = {
     "LoHa": (lambda t: {f"{NAME}.hada_w1_a": torch.ones(4, 4)}, ("LoHa", "hada_w1_a")),
     "LoKr": (lambda t: {f"{NAME}.lokr_w1": torch.ones(4, 4)}, ("LoKr", "lokr_w1")),
     "DoRA": (lambda t: {**t, f"{NAME}.dora_scale": torch.ones(64)}, ("DoRA", "dora_scale")),
-    "no up": (lambda t: {k: v for k, v in t.items() if k != f"{NAME}.lora_up.weight"}, (NAME,
-        "no lora_down or")),
+    "no up": (lambda t: {k: v for k, v in t.items() if k != UP}, (NAME, "no lora_down or")),
     "alpha alone": (lambda t: {f"{NAME}.alpha": torch.tensor(1.0)}, (NAME, "not a complete LoRA")),
     "empty": (lambda t: {}, ("no tensors",)),
     "a checkpoint": (lambda t: {"conv_in.weight": torch.ones(4, 4)}, ("conv_in.weight", "kohya")),
-    "none match": (lambda t: {k.replace("mid_block", "mud"): v for k, v in t.items()}, ("0 of 2", "mud",
-        "another")),
+    "none match": (lambda t: {k.replace("mid_block", "mud"): v for k, v in t.items()}, ("0 of 2", "another")),
     "one left over": (lambda t: {**t, "lora_unet_x.lora_down.weight": torch.ones(1, 1),
                                  "lora_unet_x.lora_up.weight": torch.ones(1, 1)}, ("2 of 3", "lora_unet_x")),
-    "width in": (lambda t: {**t, f"{NAME}.lora_down.weight": torch.ones(4, 768)}, (NAME, "768 -> ",
-        "goes 48 -> ")),
-    "width out": (lambda t: {**t, f"{NAME}.lora_up.weight": torch.ones(320, 4)}, (NAME, "48 -> 320")),
-    "two ranks": (lambda t: {**t, f"{NAME}.lora_down.weight": torch.ones(3, 48)}, (NAME, "rank", "(3, 48)",
-        ", 4)")),
-    "rank 0": (lambda t: {**t, f"{NAME}.lora_up.weight": t[f"{NAME}.lora_up.weight"][:, :0],
-                          f"{NAME}.lora_down.weight": torch.ones(0, 48)}, (NAME, "rank", "0")),
-    "no dimensions": (lambda t: {**t, f"{NAME}.lora_down.weight": torch.tensor(1.0)}, (NAME,)),
-    "not finite": (lambda t: {**t, f"{NAME}.lora_up.weight": t[f"{NAME}.lora_up.weight"] / 0}, (NAME,
-        "not finite")),
+    "width in": (lambda t: {**t, DOWN: torch.ones(4, 768)}, (NAME, "768 -> ", "goes 48 -> ")),
+    "width out": (lambda t: {**t, UP: torch.ones(320, 4)}, (NAME, "48 -> 320")),
+    "two ranks": (lambda t: {**t, DOWN: torch.ones(3, 48)}, (NAME, "rank", "(3, 48)", ", 4)")),
+    "rank 0": (lambda t: {**t, UP: t[UP][:, :0], DOWN: torch.ones(0, 48)}, (NAME, "rank", "0")),
+    "no dimensions": (lambda t: {**t, DOWN: torch.tensor(1.0)}, (NAME,)),
+    "not finite": (lambda t: {**t, UP: t[UP] / 0}, (NAME, "not finite")),
 }  # fmt: skip
 
 
@@ -393,8 +347,7 @@ def test_what_is_refused(sd, good, tmp_path, kind):
     save_file({k: t.contiguous() for k, t in change(good).items()}, path)
     with pytest.raises(ValueError) as e:
         lora_file.apply_file(sd, path, log=None)
-    assert str(path) in str(e.value) and "\n" not in str(e.value)
-    assert all(word in str(e.value) for word in words), e.value
+    assert "\n" not in str(e.value) and all(w in str(e.value) for w in (str(path), *words)), e.value
     assert equal(outputs(sd), before) and not any(isinstance(m, lora.LoRA) for m in sd.unet.modules())
 
 
@@ -405,23 +358,17 @@ def test_the_good_one_of_these_is_not_refused(sd, good, tmp_path):
     assert len(loras) == 2 and difference(outputs(sd)[0], before[0]) > 1e-2
 
 
-def test_files_that_are_no_files(sd, tmp_path):
-    """Damaged ones: robustness/test_fuzz.py."""
+def test_no_files_and_what_is_not_written(sd, tmp_path):
+    """Damaged files: robustness/test_fuzz.py."""
     for path in (tmp_path / "a.safetensors", tmp_path):
         with pytest.raises(ValueError, match="no LoRA file at"):
             lora_file.apply_file(sd, path)
-
-
-def test_what_is_not_finite_is_not_written(sd, tmp_path):
     loras = lora.insert(sd, 2, 2)
     with torch.no_grad():
         next(iter(loras.values())).up[0, 0] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         lora_file.save_file(tmp_path / "a.safetensors", loras, {})
     assert not list(tmp_path.iterdir())
-
-
-# --------------------------------------------------------------------------------------------------- metadata
 
 
 OPTIONS = dict(
@@ -431,8 +378,7 @@ OPTIONS = dict(
 
 
 def test_metadata_and_hashes(sd, reference, tmp_path):
-    """FORMATS: sha256 of what follows the header, and of 64 KiB at 1 MiB, both on a copy with ss_ metadata
-    only."""
+    """sha256 of what follows the header, and of 64 KiB at 1 MiB, both on a copy with ss_ metadata only."""
     path, loras = tmp_path / "a.safetensors", lora.insert(sd, 64, 32)
     trained(loras)
     lora_file.save_file(path, loras, lora_file.metadata(sd, **OPTIONS))
@@ -440,22 +386,13 @@ def test_metadata_and_hashes(sd, reference, tmp_path):
         metadata = f.metadata()
     assert lora_file.read_file(path)[1] == metadata
     assert metadata["hanokdiff_token"] == "<hanok>"
-    expected = {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": "64",
-        "ss_network_alpha": "32.0",
-        "ss_network_args": "{}",
-        "ss_base_model_version": "sd_v1" if reference.flavour == "sd1" else "sd_v1_v",
-        "ss_v2": "False",
-        "ss_output_name": "hanok",
-        "ss_learning_rate": "0.0001",
-        "ss_steps": "30",
-        "ss_seed": "5",
-        "ss_num_train_images": "7",
-        "ss_batch_size_per_device": "2",
-        "ss_resolution": "(64, 64)",
-    }
-    assert metadata.items() >= expected.items()
+    expected = dict(
+        network_module="networks.lora", network_dim="64", network_alpha="32.0", network_args="{}", v2="False",
+        base_model_version="sd_v1" if reference.flavour == "sd1" else "sd_v1_v", output_name="hanok",
+        learning_rate="0.0001", steps="30", seed="5", num_train_images="7", batch_size_per_device="2",
+        resolution="(64, 64)",
+    )  # fmt: skip
+    assert metadata.items() >= {f"ss_{k}": v for k, v in expected.items()}.items()
     own = {k: v for k, v in metadata.items() if k.startswith("ss_")}
     assert len(own) == len(metadata) - 3  # without our word and the two hashes
     save_file(load_file(path), tmp_path / "copy.safetensors", own)
@@ -467,15 +404,6 @@ def test_metadata_and_hashes(sd, reference, tmp_path):
     assert metadata["sshs_legacy_hash"] == hashlib.sha256(raw[0x100000 : 0x100000 + 0x10000]).hexdigest()[:8]
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     assert header[f"{NAME}.alpha"]["shape"] == []
-
-
-def test_other_numbers_have_another_hash(sd, tmp_path):
-    hashes, loras = set(), lora.insert(sd, 2, 2)
-    for seed in (0, 0, 1):
-        trained(loras, seed)
-        lora_file.save_file(tmp_path / "a.safetensors", loras, {})
-        hashes.add(lora_file.read_file(tmp_path / "a.safetensors")[1]["sshs_model_hash"])
-    assert len(hashes) == 2
 
 
 def test_half_precision_files(sd, tmp_path):

@@ -1,5 +1,4 @@
-"""Layers that keep less: the same numbers as torch's own, each to the bit, forward and backward, and less
-kept."""
+"""Layers that keep less: torch's own numbers, to the bit, forward and backward, and less kept."""
 
 import pytest
 import torch
@@ -34,10 +33,13 @@ def both(ours, plain, *tensors):
     return out
 
 
+def equal(a, b) -> bool:
+    """Lists of tensors, or of None."""
+    return all(x is y or torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
 def same(a, b) -> bool:
-    return torch.equal(a[0], b[0]) and all(
-        (x is None and y is None) or torch.equal(x, y) for x, y in zip(a[1], b[1], strict=True)
-    )
+    return equal([a[0], *a[1]], [b[0], *b[1]])
 
 
 def kept(f, *tensors) -> int:
@@ -61,11 +63,7 @@ def kept(f, *tensors) -> int:
 @pytest.mark.parametrize("shape", [(2, 64, 8, 8), (1, 32, 1, 3), (3, 96, 5)])
 def test_norm_silu(shape, trainable, dtype):
     norm = nn.GroupNorm(32, shape[1], 1e-5).to(dtype)
-    x, w, b = (
-        normal(*shape, dtype=dtype),
-        normal(shape[1], seed=1, dtype=dtype),
-        normal(shape[1], seed=2, dtype=dtype),
-    )
+    x, (w, b) = normal(*shape, dtype=dtype), (normal(shape[1], seed=i, dtype=dtype) for i in (1, 2))
     x.requires_grad_(True), w.requires_grad_(trainable), b.requires_grad_(trainable)
 
     def ours(x, w, b):
@@ -103,15 +101,10 @@ def test_geglu(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "how",
-    [
-        dict(kernel_size=3, padding=1),
-        dict(kernel_size=3, padding=1, stride=2),
-        dict(kernel_size=1),
-        dict(kernel_size=3, padding=1, bias=False),
-    ],
-)
+@pytest.mark.parametrize("how", [
+    dict(kernel_size=3, padding=1), dict(kernel_size=3, padding=1, stride=2), dict(kernel_size=1),
+    dict(kernel_size=3, padding=1, bias=False),
+])  # fmt: skip
 def test_frozen_convolution(how, dtype):
     ours, torchs = memory.Conv2d(8, 12, **how).to(dtype), nn.Conv2d(8, 12, **how).to(dtype)
     torchs.load_state_dict(ours.state_dict())
@@ -126,9 +119,7 @@ def test_frozen_convolution(how, dtype):
         network.requires_grad_(True)
         network.zero_grad()
     assert same(*both(ours, torchs, x))
-    assert all(
-        torch.equal(a.grad, b.grad) for a, b in zip(ours.parameters(), torchs.parameters(), strict=True)
-    )
+    assert equal(*([p.grad for p in network.parameters()] for network in (ours, torchs)))
 
 
 def test_a_convolution_that_is_half_frozen():
@@ -142,20 +133,12 @@ def test_a_convolution_that_is_half_frozen():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("words", [77, 5, 80])
 def test_even_words_are_the_same_words(words, dtype):
-    """Values and gradients of attention to lengthened words are those of the words; whole vectors stay as
-    they are."""
-    q, k, v = (
-        normal(2, 4, n, 8, seed=i, dtype=dtype).requires_grad_(True) for i, n in enumerate((9, words, words))
-    )
-    longer = memory.pad_keys(k, v)
+    """Values and gradients of attention to lengthened words are those of the words."""
+    lengths = enumerate((9, words, words))
+    q, k, v = (normal(2, 4, n, 8, seed=i, dtype=dtype).requires_grad_(True) for i, n in lengths)
+    longer, kernel = memory.pad_keys(k, v), F.scaled_dot_product_attention
     assert (longer[2] is None) == (words == 80) and longer[0].shape[2] == -(-words // 16) * 16
-    a, b = both(
-        lambda q, k, v: F.scaled_dot_product_attention(q, *memory.pad_keys(k, v)),
-        F.scaled_dot_product_attention,
-        q,
-        k,
-        v,
-    )
+    a, b = both(lambda q, k, v: kernel(q, *memory.pad_keys(k, v)), kernel, q, k, v)
     for x, y in zip((a[0], *a[1]), (b[0], *b[1]), strict=True):
         assert x.shape == y.shape and (x - y).abs().max() < (1e-6 if dtype == torch.float32 else 0.05)
 
@@ -185,9 +168,6 @@ def test_no_other_device_has_words_added():
     assert memory.pad_keys(k, k) == (k, k, None)
 
 
-# --------------------------------------------------------------------------------------------- whole networks
-
-
 def fresh(reference):
     """A model that nobody else uses."""
     return load_model(str(reference.folder), log=None)
@@ -196,13 +176,9 @@ def fresh(reference):
 def method(sd, name: str) -> list:
     """What learns, moved away from where it starts at zero."""
     if name == "hypernet":
-        net = hypernetwork.insert(
-            sd,
-            hypernetwork.Hypernetwork(
-                hypernetwork.HypernetConfig(dropout=(0, 0.3, 0)), hypernetwork.dims(sd)["all"]
-            ),
-        )
-        trainable = list(net.parameters())
+        config = hypernetwork.HypernetConfig(dropout=(0, 0.3, 0))
+        net = hypernetwork.Hypernetwork(config, hypernetwork.dims(sd)["all"])
+        trainable = list(hypernetwork.insert(sd, net).parameters())
     elif name == "lora":
         trainable = [p for m in lora.insert(sd, 2, 2, "attention+ff+conv").values() for p in (m.down, m.up)]
     else:
@@ -221,9 +197,8 @@ def gradients(sd, trainable) -> list:
     context = sd.text(["a barn", "a castle"]).detach()
     x0, batch = normal(2, 4, 8, 8), Batch(0, 0, range(2), 2)
     noise, t = batch.normal(x0.shape), batch.timesteps(1000)
-    mse(
-        sd.unet(sd.schedule.add_noise(x0, noise, t), t, context), sd.schedule.target(x0, noise, t)
-    ).mean().backward()
+    prediction = sd.unet(sd.schedule.add_noise(x0, noise, t), t, context)
+    mse(prediction, sd.schedule.target(x0, noise, t)).mean().backward()
     return [p.grad for p in trainable]
 
 
@@ -234,13 +209,9 @@ def test_checkpointing_changes_no_number(sd1, name):
     a = method(plain, name)
     b = method(again, name)
     memory.checkpoint(again.unet)
-    assert len(list(memory.blocks(again.unet))) == sum(
-        isinstance(m, ResBlock | SpatialTransformer) for m in again.unet.modules()
-    )
-    assert all(
-        (x is None and y is None) or torch.equal(x, y)
-        for x, y in zip(gradients(plain, a), gradients(again, b), strict=True)
-    )
+    blocks = [m for m in again.unet.modules() if isinstance(m, ResBlock | SpatialTransformer)]
+    assert len(list(memory.blocks(again.unet))) == len(blocks)
+    assert equal(gradients(plain, a), gradients(again, b))
     context = plain.text(["a barn"]).detach()
     x, t = normal(1, 4, 16, 16), torch.tensor([5])
     sizes = [kept(lambda *_, sd=sd: sd.unet(x, t, context), *sd.unet.parameters()) for sd in (plain, again)]
@@ -249,9 +220,8 @@ def test_checkpointing_changes_no_number(sd1, name):
 
 @pytest.mark.parametrize("name", ["unet", "lora", "hypernet"])
 def test_a_whole_network_keeps_less_and_changes_no_number(sd1, name, monkeypatch):
-    """As on a GPU, against torch's own operations, which a CPU is given: to the bit, but for the last digit
-    behind a frozen convolution whose input lies in channels-last order (proj_out's): there torch may take
-    another kernel."""
+    """As on a GPU, against torch's own operations: to the bit, but for the last digit behind a frozen
+    convolution whose input lies in channels-last order (proj_out's), where torch may take another kernel."""
     plain, ours = fresh(sd1), fresh(sd1)
     a, b = method(plain, name), method(ours, name)
     x, t, context = normal(1, 4, 16, 16), torch.tensor([5]), plain.text(["a barn"]).detach()
@@ -281,16 +251,9 @@ def test_keys_and_values_may_be_computed_once(sd1):
         assert not torch.equal(sd.unet(x, t, torch.zeros_like(context)), whole)
 
 
-def test_prompts_and_seeds_are_as_many(reference):
-    sd = fresh(reference)
-    for prompts, seeds in ((["a barn"], [0, 1]), (["a barn", "a tower"], [0])):
-        with pytest.raises(ValueError, match=f"{len(prompts)} prompts for {len(seeds)} seeds"):
-            next(sd.sample(prompts, seeds, steps=1))
-
-
 def test_blocks_are_compiled_each_alone(sd1, monkeypatch):
-    """Through torch.compile's front, without its code generator, which takes minutes: no block (of every
-    third) breaks in two, each shape has its own graph, and the numbers stay."""
+    """Through torch.compile's front, without its code generator: no block (of every sixth) breaks in two,
+    each shape has its own graph, and the numbers stay."""
     sd, graphs = fresh(sd1), []
 
     def backend(graph, _):
@@ -300,11 +263,9 @@ def test_blocks_are_compiled_each_alone(sd1, monkeypatch):
     trainable = method(sd, "lora")
     before = gradients(sd, trainable)
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 128)
-    for block in list(memory.blocks(sd.unet))[::3]:
+    for block in list(memory.blocks(sd.unet))[::6]:
         block.forward = torch.compile(block.forward, dynamic=False, backend=backend, fullgraph=True)
     after = gradients(sd, trainable)
     torch._dynamo.reset()
-    assert len(graphs) >= 9
-    assert all(
-        (x is None and y is None) or (x - y).abs().max() <= 1e-5 for x, y in zip(before, after, strict=True)
-    )
+    assert len(graphs) >= 5
+    assert all(x is y or (x - y).abs().max() <= 1e-5 for x, y in zip(before, after, strict=True))

@@ -83,12 +83,8 @@ def test_in_a_browser(run, tmp_path, wide):
         file = tmp_path / f"{k}.html"
         file.write_text(html.replace("</body>", probe), "utf-8")
         argv = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={wide},900"]
-        argv += [
-            f"--user-data-dir={tmp_path / 'profile'}",
-            "--enable-logging=stderr",
-            "--dump-dom",
-            file.as_uri(),
-        ]
+        argv += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--dump-dom"]
+        argv += [file.as_uri()]
         done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
         fits, broken, larger = re.search(r"<title>found (\w+) (\d+) (\w+)</title>", done.stdout).groups()
         assert (fits, broken) == ("true", "0") and (larger == "true" or k), (fits, broken, larger)

@@ -28,9 +28,8 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("home")
     (folder / "photos").mkdir()
     for i in range(2):
-        Image.effect_mandelbrot((40, 40), (-2 + i, -1, 1, 1), 99).convert("RGB").save(
-            folder / f"photos/{i}.png"
-        )
+        picture = Image.effect_mandelbrot((40, 40), (-2 + i, -1, 1, 1), 99).convert("RGB")
+        picture.save(folder / f"photos/{i}.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr("warnings.showwarning", warnings.showwarning)
@@ -109,15 +108,14 @@ def test_sampling_with_it(sd1, tuned):
         assert torch.equal(again, vectors)
 
 
-@pytest.mark.parametrize(
-    ("tensors", "words"),
-    [
-        ({"bundle_emb.sks.clip_l": torch.ones(1, 8), "bundle_emb.sks.clip_g": torch.ones(1, 8)}, "SDXL"),
-        ({"bundle_emb.sks.string_to_param.*": torch.ones(1, 1, 8)}, "1 to 75 vectors"),
-        ({"bundle_emb.sks.string_to_param.*": torch.full((1, 8), torch.nan)}, "not finite"),
-        ({"bundle_emb.sks.string_to_param.*": torch.ones(1, 8)}, "vectors of width 8"),
-    ],
-)
+PARAM = "bundle_emb.sks.string_to_param.*"
+
+
+@pytest.mark.parametrize(("tensors", "words"), [
+    ({"bundle_emb.sks.clip_l": torch.ones(1, 8), "bundle_emb.sks.clip_g": torch.ones(1, 8)}, "SDXL"),
+    ({PARAM: torch.ones(1, 1, 8)}, "1 to 75 vectors"), ({PARAM: torch.ones(1, 8)}, "vectors of width 8"),
+    ({PARAM: torch.full((1, 8), torch.nan)}, "not finite"),
+])  # fmt: skip
 def test_a_bundle_that_cannot_be(sd1, tuned, tensors, words):
     """Refused before anything is applied."""
     loras = {k: t for k, t in load_file(tuned).items() if "bundle" not in k}
@@ -139,9 +137,6 @@ def test_converted(tuned, capsys):
     assert torch.equal(lora_file.read_words(Path("half.safetensors"))["sks"], vectors.half().float())
 
 
-# --------------------------------------------------------------------------------------------------- --from
-
-
 def test_a_lora_goes_on(sd1, tuned):
     """At a rate that moves nothing the file comes out again, word, ranks and alphas included."""
     still = "--lr 1e-30 --text-lr 1e-30 --word-lr 1e-30".split()
@@ -151,9 +146,8 @@ def test_a_lora_goes_on(sd1, tuned):
     assert lora_file.read_file(Path("again/lora.safetensors"))[1]["ss_network_dim"] == "2"
     assert train_lora.main(arguments(sd1, "moved", "--from", tuned, "--lr", "1e-3")) == 0
     three = load_file("moved/lora.safetensors")
-    assert one.keys() == three.keys() and not any(
-        torch.equal(one[k], t) for k, t in three.items() if "lora_up" in k and "to_v" in k
-    )
+    moved = [not torch.equal(one[k], t) for k, t in three.items() if "lora_up" in k and "to_v" in k]
+    assert one.keys() == three.keys() and all(moved)
 
 
 def test_an_embedding_goes_on(sd1, tuned):
@@ -180,8 +174,7 @@ def test_a_hypernetwork_goes_on(sd1):
 
 
 def test_a_hypernetwork_and_its_word(sd1):
-    """The word's vectors are trained beside the networks, lie in the same file, and come back with it: to
-    sample.py, and to --from."""
+    """The word's vectors are trained beside the networks, lie in the same file, and come back with it."""
     more = ["--vectors", 2, "--init", START, "--token", "sks", "--lr", 1e-3, "--word-lr", 1e-2]
     assert train_hypernet.main(arguments(sd1, "h3", *more)) == 0
     file = Path("h3/hypernet.pt")
@@ -216,20 +209,17 @@ def test_resumed(sd1, tuned, monkeypatch):
     assert whole.keys() == half.keys() and all(torch.equal(half[k], t) for k, t in whole.items())
 
 
-@pytest.mark.parametrize(
-    ("script", "more", "words"),
-    [
-        (train_lora, "--from tuned/lora.safetensors --rank 4 --alpha 1", "leave out --rank, --alpha"),
-        (train_lora, "--from tuned/lora.safetensors --vectors 3", "leave out --vectors"),
-        (train_hypernet, "--from h3/hypernet.pt --vectors 3", "leave out --vectors"),
-        (train_lora, "--from nowhere.safetensors", "--from nowhere.safetensors: no such file"),
-        (train_lora, "--from photos", "--from photos: a folder"),
-        (train_ti, "--from tuned/embedding.safetensors --init house", "leave out --init"),
-        (train_ti, "--from tuned/lora.safetensors", "not a textual inversion embedding"),
-        (train_ti, "--init tuned/embedding.safetensors", "is a file, but must be words; to go on from"),
-        (train_hypernet, "--from tuned/lora.safetensors", "tuned/lora.safetensors"),
-    ],
-)
+@pytest.mark.parametrize(("script", "more", "words"), [
+    (train_lora, "--from tuned/lora.safetensors --rank 4 --alpha 1", "leave out --rank, --alpha"),
+    (train_lora, "--from tuned/lora.safetensors --vectors 3", "leave out --vectors"),
+    (train_hypernet, "--from h3/hypernet.pt --vectors 3", "leave out --vectors"),
+    (train_lora, "--from nowhere.safetensors", "--from nowhere.safetensors: no such file"),
+    (train_lora, "--from photos", "--from photos: a folder"),
+    (train_ti, "--from tuned/embedding.safetensors --init house", "leave out --init"),
+    (train_ti, "--from tuned/lora.safetensors", "not a textual inversion embedding"),
+    (train_ti, "--init tuned/embedding.safetensors", "is a file, but must be words; to go on from"),
+    (train_hypernet, "--from tuned/lora.safetensors", "tuned/lora.safetensors"),
+])  # fmt: skip
 def test_mistakes(sd1, tuned, script, more, words, capsys):
     refused(script, arguments(sd1, "never", *more.split()), (words,), capsys)
     assert not Path("never").exists()

@@ -79,8 +79,6 @@ def test_parse_takes_anything(text):
     assert "".join(p[0] for p in pieces).count("a") == text.count("a")
 
 
-# ----------------------------------------------------------------------------------------------------- chunks
-
 COMMA = 0
 CHUNKS = {  # runs of tokens, "," a comma, "|" a BREAK, (n,) a word of n vectors -> sizes of the chunks
     "nothing": ([], [0]),
@@ -119,9 +117,6 @@ def test_chunks(kind):
     assert [len(ids) for ids, _ in done] == sizes
     assert sum((ids for ids, _ in done), []) == sum((u[0] for u in units if u), [])
     assert sum((w for _, w in done), []) == sum(([u[1]] * len(u[0]) for u in units if u), [])
-
-
-# --------------------------------------------------------------------------------------------------- contexts
 
 
 @pytest.fixture
@@ -177,18 +172,11 @@ def test_emphasis_multiplies_and_gives_the_mean_back(reference, load, prompt):
 
 @torch.inference_mode()
 def test_long_prompts_are_chunks_end_to_end(reference, load):
-    """Each encoded alone; shorter prompts are filled with the empty prompt; emphasis is settled in each
-    chunk."""
-    text = load(reference).text
-    barns, fires, empty = text(["barn " * 75, "fire " * 5, ""])
-    long, short, broken, loud = text.prompts(
-        [
-            "barn " * 75 + "fire " * 5,
-            "fire " * 5,
-            "fire " * 5 + "BREAK " + "barn " * 75,
-            "barn " * 75 + "(fire fire:2)",
-        ]
-    )
+    """Each encoded alone; shorter ones are filled with the empty prompt; emphasis is of each chunk."""
+    text, barn, fire = load(reference).text, "barn " * 75, "fire " * 5
+    barns, fires, empty = text([barn, fire, ""])
+    prompts = [barn + fire, fire, f"{fire}BREAK {barn}", f"{barn}(fire fire:2)"]
+    long, short, broken, loud = text.prompts(prompts)
     for ours, expected in ((long, (barns, fires)), (short, (fires, empty)), (broken, (fires, barns))):
         assert difference(ours, torch.cat(expected)) <= 1e-5
     assert difference(loud[:77], barns) <= 1e-5
@@ -203,9 +191,6 @@ def test_comma_moves_the_torn_phrase_to_the_next_chunk(text):
     assert difference(out[0], torch.cat([*text(["barn " * 70 + ",", "fire " * 5])])) <= 1e-5
 
 
-# -------------------------------------------------------------------------------------------------- clip skip
-
-
 @pytest.mark.parametrize("n", [1, 2, 3])
 @torch.inference_mode()
 def test_clip_skip_equals_hidden_states(sd1, load, text, n):
@@ -216,11 +201,8 @@ def test_clip_skip_equals_hidden_states(sd1, load, text, n):
     plain = text(prompts)
     text.cache_prompts(prompts)
     text.skip(n)  # and forgets what it knew
-    for out in (
-        text(prompts),
-        text.prompts(prompts),
-        Text(text.encoder, text.tokenizer, clip_skip=n)(prompts),
-    ):
+    again = Text(text.encoder, text.tokenizer, clip_skip=n)
+    for out in (text(prompts), text.prompts(prompts), again(prompts)):
         assert difference(out, expected) <= 1e-5
     assert (expected - plain).abs().max() > 0.1 or n == 1
 
@@ -234,13 +216,10 @@ def test_clip_skip_out_of_range(text, n):
 
 @torch.inference_mode()
 def test_sd2_has_no_clip_skip(sd1, load):
-    """Its last layer is always left out: told, and ignored. Known by its width of 1024, and by nothing
-    else."""
+    """Its last layer is always left out: told, and ignored. Known by its width of 1024 alone."""
     tokenizer, ids = load(sd1).text.tokenizer, [523, 7, 524]
     for width, heads in ((1024, 16), (48, 4)):
-        c = TextConfig(
-            525, width, 8, num_hidden_layers=2, num_attention_heads=heads, max_position_embeddings=len(ids)
-        )
+        c = TextConfig(525, width, 8, 2, heads, max_position_embeddings=len(ids))
         text = Text(TextEncoder(c), tokenizer)
         before = text._encode([ids])
         with warnings.catch_warnings(record=True) as caught:
@@ -250,8 +229,6 @@ def test_sd2_has_no_clip_skip(sd1, load):
         assert told == [True] * (width == 1024)
         assert torch.equal(text._encode([ids]), before) == (width == 1024)
 
-
-# ----------------------------------------------------------------------------------------------- pseudo words
 
 NEW = [900, 901]  # ids of the word in what follows
 WORDS = [  # word, prompt, its parts as they are tokenised (True is the word) with their weights

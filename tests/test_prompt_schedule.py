@@ -108,33 +108,23 @@ def test_an_escaped_prompt_is_text(text):
     assert parse_emphasis(read) == [(text, 1.0)] and weight == 1
 
 
-@pytest.mark.parametrize(
-    ("prompt", "text", "tags"),
-    [
-        ("a barn <lora:hanok:0.8>", "a barn", [("lora", "hanok", 0.8)]),
-        ("<hypernet:h> a <lora:x:-1> barn", "a barn", [("hypernet", "h", 1.0), ("lora", "x", -1.0)]),
-        (r"a \<lora:x:1> barn", r"a \<lora:x:1> barn", []),
-        ("a < b", "a < b", []),
-    ],
-)
+@pytest.mark.parametrize(("prompt", "text", "tags"), [
+    ("a barn <lora:hanok:0.8>", "a barn", [("lora", "hanok", 0.8)]),
+    ("<hypernet:h> a <lora:x:-1> barn", "a barn", [("hypernet", "h", 1.0), ("lora", "x", -1.0)]),
+    (r"a \<lora:x:1> barn", r"a \<lora:x:1> barn", []), ("a < b", "a < b", []),
+])  # fmt: skip
 def test_tags(prompt, text, tags):
     assert take_tags(prompt) == (text, tags)
 
 
-@pytest.mark.parametrize(
-    ("prompt", "named"),
-    [
-        ("{a|b} barn", "Dynamic Prompts"), ("__season__ barn", "a wildcard"), ("embedding:hanok", "ComfyUI"),
-        ("<lyco:x:1> barn", "a tag"), ("[a barn", "nothing closes"), ("[a:b:c:0.5]", "neither"),
-        ("[a|b:c]", "neither"), ("a [b] (c) [d:e:0.5] [f|g] <lora:x:1> AND h \\[ \\{", ""),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("prompt", "named"), [
+    ("{a|b} barn", "Dynamic Prompts"), ("__season__ barn", "a wildcard"), ("embedding:hanok", "ComfyUI"),
+    ("<lyco:x:1> barn", "a tag"), ("[a barn", "nothing closes"), ("[a:b:c:0.5]", "neither"),
+    ("[a|b:c]", "neither"), ("a [b] (c) [d:e:0.5] [f|g] <lora:x:1> AND h \\[ \\{", ""),
+])  # fmt: skip
 def test_what_is_not_understood_is_named(prompt, named):
     found = not_understood(prompt)
     assert len(found) == 1 and named in found[0] if named else found == []
-
-
-# ------------------------------------------------------------------------------------------------- pictures
 
 
 @pytest.fixture(scope="module")
@@ -148,18 +138,12 @@ def last(sd, prompts: list[str], **options) -> torch.Tensor:
     return x
 
 
-@pytest.mark.parametrize(
-    ("one", "two", "equal"),
-    [
-        ("[a barn:a castle:1.0]", "a barn", True),
-        ("[a barn:a castle:0]", "a castle", True),
-        ("[a barn|a barn]", "a barn", True),
-        ("[a barn:a castle:0.5]", "a barn", False),
-        ("[a barn|a castle]", "a castle", False),
-        ("a barn AND a castle :0", "a barn", True),
-        ("a barn AND a castle", "a barn", False),
-    ],
-)
+@pytest.mark.parametrize(("one", "two", "equal"), [
+    ("[a barn:a castle:1.0]", "a barn", True), ("[a barn:a castle:0]", "a castle", True),
+    ("[a barn|a barn]", "a barn", True), ("[a barn:a castle:0.5]", "a barn", False),
+    ("[a barn|a castle]", "a castle", False), ("a barn AND a castle :0", "a barn", True),
+    ("a barn AND a castle", "a barn", False),
+])  # fmt: skip
 def test_closed_cases(sd, one, two, equal):
     a, b = last(sd, [one]), last(sd, [two])
     assert torch.allclose(a, b, atol=1e-4) == equal
@@ -195,14 +179,10 @@ def test_a_batch_of_different_prompts_is_each_alone(sd):
 
 def test_each_prompt_is_read_once(sd, monkeypatch):
     seen, encode = [], type(sd.text)._encode
-    monkeypatch.setattr(
-        type(sd.text), "_encode", lambda text, ids: (seen.append(len(ids)), encode(text, ids))[1]
-    )
+    spy = lambda text, ids: (seen.append(len(ids)), encode(text, ids))[1]  # noqa: E731
+    monkeypatch.setattr(type(sd.text), "_encode", spy)
     last(sd, ["[a|b]", "[a|b]"])
     assert seen == [2, 2]  # the negative prompt and a; the negative prompt and b: none again at steps 3 to 6
-
-
-# ---------------------------------------------------------------------------------------------- by sample.py
 
 
 @pytest.fixture(scope="module")
@@ -214,10 +194,8 @@ def artefacts(sd1, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
         patch.setattr("warnings.showwarning", warnings.showwarning)
-        common = (
-            "--data photos --resolution 32 --steps 3 --batch-size 1 --lr 0.05 --preview-every 0 --token sks"
-        )
-        argv = ["--model", str(sd1.folder), *common.split(), "--save-every", "0", "--device", "cpu", "--out"]
+        common = "--data photos --resolution 32 --steps 3 --batch-size 1 --lr 0.05 --preview-every 0"
+        argv = ["--model", str(sd1.folder), *common.split(), "--token", "sks", "--device", "cpu", "--out"]
         assert train_lora.main([*argv, "runs/house"]) == 0
         assert train_hypernet.main([*argv, "runs/net"]) == 0
         Path("runs/net/hypernet.pt").rename("runs/net/roof.pt")
@@ -257,15 +235,12 @@ def test_a_words_vectors_go_with_their_lora(sd1, artefacts, monkeypatch):
     assert tagged != before and after == plain
 
 
-@pytest.mark.parametrize(
-    ("prompt", "words"),
-    [
-        ("<lora:hause:1>", "<lora:hause>: no such file in runs; the nearest is house"),
-        ("<lora:zzzz:1>", "<lora:zzzz>: no such file in runs; there is "),
-        ("<hypernet:house>", "<hypernet:house>: no such file"),
-        ("<lora:house:much>", "the scale is 'much', but must be a number such as 0.8"),
-    ],
-)
+@pytest.mark.parametrize(("prompt", "words"), [
+    ("<lora:hause:1>", "<lora:hause>: no such file in runs; the nearest is house"),
+    ("<lora:zzzz:1>", "<lora:zzzz>: no such file in runs; there is "),
+    ("<hypernet:house>", "<hypernet:house>: no such file"),
+    ("<lora:house:much>", "the scale is 'much', but must be a number such as 0.8"),
+])  # fmt: skip
 def test_unknown_tags(sd1, artefacts, monkeypatch, capsys, prompt, words):
     monkeypatch.chdir(artefacts)
     assert sample.main([prompt, "--model", str(sd1.folder), "--out", "never"]) == 2
@@ -273,15 +248,9 @@ def test_unknown_tags(sd1, artefacts, monkeypatch, capsys, prompt, words):
 
 
 def test_names(tmp_path):
-    for file in (
-        "a/lora.safetensors",
-        "b/lora.safetensors",
-        "lora/lora.safetensors",
-        "c.safetensors",
-        "d/c.safetensors",
-    ):
+    for file in "a/lora b/lora lora/lora c d/c".split():
         (tmp_path / file).parent.mkdir(exist_ok=True)
-        (tmp_path / file).touch()
+        (tmp_path / f"{file}.safetensors").touch()
     assert find_artefact("lora", "a", tmp_path, []) == tmp_path / "a/lora.safetensors"
     assert find_artefact("lora", "given", tmp_path, [Path("given.safetensors")]) == Path("given.safetensors")
     assert find_artefact("lora", "lora", tmp_path, []) == tmp_path / "lora/lora.safetensors"

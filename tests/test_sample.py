@@ -1,7 +1,6 @@
 """sample.py through main([...]) on the embedded tiny model: pictures to begin with, embeddings beside the
 other artefacts, emphasis, long prompts; and what it refuses, in one sentence, with nothing written."""
 
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,11 +18,7 @@ from hanokdiff.tiny import world
 PROMPT = "a house on a hill"  # in the tiny model's own vocabulary
 
 
-@pytest.fixture(autouse=True)
-def elsewhere(tmp_path, monkeypatch):
-    """Default folders land in the test's own; the notes on stderr are put back."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("warnings.showwarning", warnings.showwarning)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +67,6 @@ def apart(a: np.ndarray, b: np.ndarray) -> int:
     return np.abs(a - b).max()
 
 
-# ------------------------------------------------------------------------------------------ from a picture
-
-
 def test_strength_is_how_far_from_the_picture(made):
     image = np.asarray(Image.open(made.house_png)).astype(int)
     first, init = {}, ("--steps", 10, "--init-image", made.house_png)
@@ -95,8 +87,7 @@ def test_strength_is_how_far_from_the_picture(made):
     ([], (88, 64)), (["--size", "48x80"], (48, 80)), (["--sampler", "ddim", "--batch-size", "1"], (88, 64)),
 ])  # fmt: skip
 def test_size_of_a_picture_from_a_picture(made, more, size):
-    """The shorter side as the model knows it, the shape kept; cropped to a size that is asked for, not
-    squeezed."""
+    """The shorter side as the model knows it, the shape kept; cropped to a size that is asked for."""
     [drawn] = draw("--steps", 10, "--init-image", made.wide_png, "--strength", "0.1", *more)
     assert drawn.shape == (size[1], size[0], 3)
     with Image.open(made.wide_png) as wide:
@@ -104,9 +95,6 @@ def test_size_of_a_picture_from_a_picture(made, more, size):
         kept = (0, 0, 100, 75) if size == (88, 64) else (27.5, 0, 72.5, 75)
         expected = np.asarray(wide.convert("RGB").resize(size, fit, kept)).astype(int)
     assert np.abs(drawn - expected).mean() < 12 < np.abs(drawn - expected[:, ::-1]).mean()
-
-
-# ----------------------------------------------------------------------------------------------- artefacts
 
 
 def test_embeddings_by_their_word_and_by_another(made, capsys):
@@ -118,12 +106,8 @@ def test_embeddings_by_their_word_and_by_another(made, capsys):
     [other] = draw("--embedding", f"{made.star}:[a b]", prompts=["[a  B] on a hill"])
     assert apart(other, star) == 0
     [gate] = draw("--embedding", made.gate, prompts=["gate on a hill"])
-    [both] = draw(
-        "--embedding", made.gate, "--embedding", f"{made.star}:sks", prompts=["gate, sks on a hill"]
-    )
-    [turned] = draw(
-        "--embedding", f"{made.star}:sks", "--embedding", made.gate, prompts=["gate, sks on a hill"]
-    )
+    two = ("--embedding", made.gate), ("--embedding", f"{made.star}:sks")
+    [both], [turned] = (draw(*a, *b, prompts=["gate, sks on a hill"]) for a, b in (two, two[::-1]))
     assert apart(gate, star) > 5 and apart(both, gate) > 5 and apart(both, turned) <= 1
     [fused] = draw("--embedding", made.star, "--literal-tokens", prompts=["*, fire"])
     [found] = draw("--embedding", made.star, prompts=["*, fire"])
@@ -146,40 +130,18 @@ def test_all_artefacts_together(made, capsys):
     for kind in kinds:
         [without] = draw("--token", "*", *sum((v for k, v in argv.items() if k != kind), ()), prompts=prompt)
         assert apart(together, without) > 5, kind
-    [off] = draw(
-        "--lora", f"{made.lora}:0", "--hypernet", f"{made.hypernet}:0", *argv["embedding"], prompts=prompt
-    )
+    zero = ("--lora", f"{made.lora}:0", "--hypernet", f"{made.hypernet}:0")
+    [off] = draw(*zero, *argv["embedding"], prompts=prompt)
     assert apart(off, draw(*argv["embedding"], prompts=prompt)[0]) == 0
     [half] = draw("--hypernet", f"{made.hypernet}:0.5", prompts=prompt)
     assert apart(half, draw("--hypernet", made.hypernet, prompts=prompt)[0]) > 5
 
 
 def test_how_a_picture_was_made_is_in_it(made):
-    draw(
-        "--n",
-        2,
-        "--seed",
-        7,
-        "--init-image",
-        made.house_png,
-        "--strength",
-        "0.55",
-        "--clip-skip",
-        2,
-        "--embedding",
-        made.star,
-        "--embedding",
-        f"{made.gate}:sks",
-        "--lora",
-        f"{made.lora}:0.7",
-        "--hypernet",
-        made.hypernet,
-        "--negative",
-        "(snow:1.2)",
-        "--cfg",
-        3,
-        prompts=["*, (fire:1.3)", "a sks BREAK *"],
-    )
+    how = "--n 2 --seed 7 --strength 0.55 --clip-skip 2 --negative (snow:1.2) --cfg 3".split()
+    files = ["--init-image", made.house_png, "--embedding", made.star, "--embedding", f"{made.gate}:sks"]
+    files += ["--lora", f"{made.lora}:0.7", "--hypernet", made.hypernet]
+    draw(*how, *files, prompts=["*, (fire:1.3)", "a sks BREAK *"])
     [out] = Path().glob("out*")
     files = sorted(out.iterdir())
     assert [f.name for f in files] == ["00000-7.png", "00001-8.png", "00002-7.png", "00003-8.png"]
@@ -193,18 +155,13 @@ def test_how_a_picture_was_made_is_in_it(made):
     assert text[2].startswith("a sks BREAK *\nNegative")
 
 
-# ------------------------------------------------------------------------------------------------- prompts
-
 LONG = "a castle in the snow " * 30  # 150 tokens: two chunks
 
 
 def test_prompts_of_every_length_in_one_call(made):
-    """Each is drawn as if it were alone, whatever the others' length and the order; nothing of a long one is
-    lost."""
-    prompts, text = (
-        [PROMPT, LONG, "(a castle:1.3)", LONG + "fire", "fire BREAK a house"],
-        load_model("tiny").text,
-    )
+    """Each is drawn as if it were alone, whatever the others' length; nothing of a long one is lost."""
+    prompts = [PROMPT, LONG, "(a castle:1.3)", LONG + "fire", "fire BREAK a house"]
+    text = load_model("tiny").text
     assert [sum(len(ids) for ids, _ in text.chunks(p)) for p in prompts[1:4]] == [150, 2, 151]
     assert [len(text.chunks(p)) for p in prompts] == [1, 2, 1, 3, 2]
     together = draw(prompts=prompts)
@@ -230,48 +187,32 @@ def test_clip_skip():
     assert apart(draw("--clip-skip", 1)[0], plain) == 0 and apart(draw("--clip-skip", 2)[0], plain) > 5
 
 
-# ------------------------------------------------------------------------------------------------ bad input
-
-BAD = {  # options ({name} is an artefact), what the one sentence says
-    "strength alone": (["--strength", "0.5"], ["--strength", "--init-image"]),
-    "no strength": (["--init-image", "{house_png}", "--strength", "0"], ["strength is 0", "from 0.05 to 1"]),
-    "too strong": (["--init-image", "{house_png}", "--strength", "1.5"], ["strength is 1.5"]),
-    "negative": (["--init-image", "{house_png}", "--strength", "-0.5"], ["strength is -0.5"]),
-    "nan": (["--init-image", "{house_png}", "--strength", "nan"], ["strength is nan"]),
-    "not a step": (
-        ["--init-image", "{house_png}", "--steps", "3", "--strength", "0.3"],
-        ["of 3 steps", "0.334"],
-    ),
-    "no picture": (["--init-image", "nowhere.png"], ["nowhere.png"]),
-    "text": (["--init-image", "{text_png}"], ["text.png", "not a picture"]),
-    "folder": (["--init-image", "."], ["."]),
-    "size": (["--init-image", "{house_png}", "--size", "63x64"], ["width is 63"]),
-    "clip skip 0": (["--clip-skip", "0"], ["--clip-skip is 0", "at least 1"]),
-    "clip skip 3": (["--clip-skip", "3"], ["clip skip is 3", "2 layers"]),
-    "clip skip 99": (["--clip-skip", "99"], ["clip skip is 99", "1 to 2"]),
-    "no embedding": (["--embedding", "nowhere.pt"], ["--embedding nowhere.pt: no such file"]),
-    "no embedding, a word": (["--embedding", "nowhere.pt:*"], ["--embedding nowhere.pt:*: no such file"]),
-    "no lora": (["--lora", "nowhere.safetensors:0.5"], ["--lora nowhere.safetensors:0.5: no such file"]),
-    "no hypernet": (["--hypernet", "nowhere.pt:0.5"], ["--hypernet nowhere.pt:0.5: no such file"]),
-    "scale": (["--hypernet", "{hypernet}:nan"], ["hypernet.pt is nan", "finite"]),
-    "one word twice": (
-        ["--embedding", "{star}", "--embedding", "{gate}:*"],
-        ['embeddings for "*"', "gate.pt:WORD"],
-    ),
-    "any case": (["--embedding", "{star}:GATE", "--embedding", "{gate}"], ["two embeddings", "WORD"]),
-    "blank word": (["--embedding", "{star}: "], ['" "', "no token"]),
-    "width": (["--embedding", "{sd1}"], ["768 (SD 1.x)", "tiny", "72"]),
-    "embedding as lora": (["--lora", "{star}"], ["star.safetensors"]),
-    "embedding as hypernet": (["--hypernet", "{gate}"], ["not a hypernetwork"]),
-    "hypernet as embedding": (["--embedding", "{hypernet}"], ["not a textual inversion embedding"]),
-    "lora as embedding": (["--embedding", "{lora}"], ["not a textual inversion embedding"]),
+BAD = {  # options ({name} is an artefact), what the one sentence says; more: robustness/test_mistakes.py
+    "no strength": ("--init-image {house_png} --strength 0", ["strength is 0", "from 0.05 to 1"]),
+    "negative": ("--init-image {house_png} --strength -0.5", ["strength is -0.5"]),
+    "nan": ("--init-image {house_png} --strength nan", ["strength is nan"]),
+    "not a step": ("--init-image {house_png} --steps 3 --strength 0.3", ["of 3 steps", "0.334"]),
+    "size": ("--init-image {house_png} --size 63x64", ["width is 63"]),
+    "clip skip 0": ("--clip-skip 0", ["--clip-skip is 0", "at least 1"]),
+    "clip skip 3": ("--clip-skip 3", ["clip skip is 3", "2 layers"]),
+    "no embedding": ("--embedding nowhere.pt", ["--embedding nowhere.pt: no such file"]),
+    "no embedding, a word": ("--embedding nowhere.pt:*", ["--embedding nowhere.pt:*: no such file"]),
+    "no lora": ("--lora nowhere.safetensors:0.5", ["--lora nowhere.safetensors:0.5: no such file"]),
+    "no hypernet": ("--hypernet nowhere.pt:0.5", ["--hypernet nowhere.pt:0.5: no such file"]),
+    "scale": ("--hypernet {hypernet}:nan", ["hypernet.pt is nan", "finite"]),
+    "one word twice": ("--embedding {star} --embedding {gate}:*", ['embeddings for "*"', "gate.pt:WORD"]),
+    "any case": ("--embedding {star}:GATE --embedding {gate}", ["two embeddings", "WORD"]),
+    "embedding as lora": ("--lora {star}", ["star.safetensors"]),
+    "embedding as hypernet": ("--hypernet {gate}", ["not a hypernetwork"]),
+    "hypernet as embedding": ("--embedding {hypernet}", ["not a textual inversion embedding"]),
 }
 
 
 @pytest.mark.parametrize("kind", BAD)
 def test_bad_options(made, tmp_path, capsys, kind):
     argv, words = BAD[kind]
-    assert sample.main([PROMPT, "--device", "cpu", *(a.format(**vars(made)) for a in argv)]) == 2
+    argv = [a.format(**vars(made)) for a in argv.split()]
+    assert sample.main([PROMPT, "--device", "cpu", *argv]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err, err
     assert all(word in err for word in words), (words, err)

@@ -22,9 +22,6 @@ def scheduler(name: str, **more):
     return getattr(diffusers, kind).from_config({**SCHEDULE, **own, **more})
 
 
-# ----------------------------------------------------------------------------------------------- the schedule
-
-
 def test_alpha_bar_and_sigma_are_the_published_ones():
     s = Schedule()
     assert s.alpha_bar.shape == (1000,)
@@ -61,9 +58,6 @@ def test_schedule_round_trip_and_bad_values():
         Schedule(beta_schedule="cosine")
     with pytest.raises(ValueError, match='"sample" is not known.*epsilon, v_prediction'):
         Schedule(prediction_type="sample")
-
-
-# ---------------------------------------------------------------------------------------------- the timesteps
 
 
 @pytest.mark.parametrize("spacing", [None, "leading", "linspace", "trailing"])
@@ -111,9 +105,6 @@ def test_bad_values():
             samplers.sigmas_and_timesteps("ddim", Schedule(), steps)
     with pytest.raises(ValueError, match='"odd" is not known.*leading, linspace, trailing'):
         samplers.sigmas_and_timesteps("ddim", Schedule(timestep_spacing="odd"), 20)
-
-
-# ------------------------------------------------------------------------------------------------ the latents
 
 
 def network(x, t, context=None):
@@ -169,9 +160,7 @@ def sample(plan, denoise, noise, first=0):
         yield x / math.sqrt(after**2 + 1)
 
 
-def ours_final(
-    name: str, schedule: Schedule, steps: int, net=network, context=None, first=None, strength=1.0
-):
+def ours_final(name: str, schedule, steps: int, net=network, context=None, first=None, strength=1.0):
     generators = streams()
     if net is network:
         net, context = Network(), torch.zeros(2, 1, 1)
@@ -199,8 +188,7 @@ def test_final_latent_equals_diffusers(name, prediction, steps):
 
 
 def comparable(name: str, spacing: str, steps: int) -> bool:
-    """diffusers' DDIM always steps down by 1000 // n, even where the time that it asks the network at next is
-    another, and so tells it a wrong noise level; we go to where we ask next."""
+    """diffusers' DDIM always steps down by 1000 // n, even where the next time is another; we go there."""
     return name != "ddim" or spacing == "leading" or (spacing == "trailing" and 1000 % steps == 0)
 
 
@@ -229,8 +217,7 @@ def test_final_latent_with_the_unet(sd1, load, name):
 @pytest.mark.parametrize("steps", [10, 20, 30])
 @pytest.mark.parametrize("strength", [None, 0.3, 0.75])
 def test_euler_a_karras_is_k_diffusions(prediction, steps, strength):
-    """diffusers has no Karras spacing for it: the textbook formula, written out; with a picture to begin
-    with, too."""
+    """diffusers has no Karras spacing for it: the textbook formula, written out; from a picture, too."""
     a = Schedule().alpha_bar.double()
     table = ((1 - a) / a).sqrt()
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
@@ -273,9 +260,6 @@ def test_arrives_where_the_network_points(name, steps):
     assert (x - clean).abs().max() < (0.2 if name == "ddim" else 1e-4)
 
 
-# ---------------------------------------------------------------------------- from a picture instead of noise
-
-
 @pytest.mark.parametrize("strength", [0.3, 0.75, 1.0])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", PAIRS)
@@ -283,11 +267,9 @@ def test_from_a_picture_equals_diffusers(name, prediction, strength):
     """Noised to where the last int(steps * strength) steps begin, at whole and at broken numbers of steps."""
     for steps in (4, 10, 23):
         schedule = Schedule(prediction_type=prediction)
-        ours = ours_final(name, schedule, steps, first=picture(), strength=strength)
-        theirs = scheduler(name, prediction_type=prediction)
-        assert difference(ours, theirs_final(theirs, steps, first=picture(), strength=strength)) <= 1e-4, (
-            steps
-        )
+        start = dict(first=picture(), strength=strength)
+        theirs = theirs_final(scheduler(name, prediction_type=prediction), steps, **start)
+        assert difference(ours_final(name, schedule, steps, **start), theirs) <= 1e-4, steps
 
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
@@ -301,16 +283,13 @@ def test_from_a_picture_at_other_spacings(name, spacing):
 
 @pytest.mark.parametrize("name", samplers.SAMPLERS)
 def test_strength_is_how_far_from_the_picture(name):
-    """One that always paints its own: a picture ends there whatever the strength; one that paints what it
-    sees: the less strength, the nearer."""
+    """One that always paints its own ends there; one that paints what it sees: the less, the nearer."""
     first, g = picture(), torch.Generator().manual_seed(1)
     plan = samplers.plan(name, Schedule(), 20, 0.5)
     *_, x = sample(plan, lambda *_: -first, lambda: torch.randn(first.shape, generator=g), first)
     assert (x + first).abs().max() < (0.2 if name == "ddim" else 1e-4)
-    moved = [
-        (ours_final(name, Schedule(), 20, first=first, strength=s) - first).abs().mean()
-        for s in (0.1, 0.5, 1.0)
-    ]
+    ends = [ours_final(name, Schedule(), 20, first=first, strength=s) for s in (0.1, 0.5, 1.0)]
+    moved = [(end - first).abs().mean() for end in ends]
     assert moved[0] < moved[1] < moved[2] and moved[0] < 0.5 * moved[2], moved
     # one for all
     once = [ours_final(name, Schedule(), 20, first=f, strength=1.0) for f in (first, first[:1])]
@@ -328,9 +307,8 @@ def test_steps_taken(steps, strength, n):
     (20, 0.0), (20, -0.5), (20, 1.01), (20, math.nan), (20, math.inf), (20, 0.049), (1, 0.99), (30, 0.03),
 ])  # fmt: skip
 def test_strength_out_of_range(steps, strength):
-    with pytest.raises(
-        ValueError, match=f"strength is {strength:g}: of {steps} steps it must leave at least one"
-    ):
+    words = f"strength is {strength:g}: of {steps} steps it must leave at least one"
+    with pytest.raises(ValueError, match=words):
         samplers.img2img_steps(steps, strength)
     with pytest.raises(ValueError, match="strength is"):
         samplers.plan("ddim", Schedule(), steps, strength)

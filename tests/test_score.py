@@ -254,15 +254,9 @@ def test_prompts_cover_the_world():
     assert world.condition_prompts()["fire"] == "a building on fire"
 
 
-TABLE = [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (29, 2.045), (10_000, 1.960)]
-
-
-@pytest.mark.parametrize(("n", "t"), TABLE)
-def test_t_quantile_is_the_tables(n, t):
-    assert t_quantile(n) == pytest.approx(t, abs=6e-4)
-
-
 def test_mean_interval():
+    for n, t in {1: 12.706, 2: 4.303, 4: 2.776, 9: 2.262, 29: 2.045, 10_000: 1.960}.items():
+        assert t_quantile(n) == pytest.approx(t, abs=6e-4)
     assert t_quantile(9, 0.99) == pytest.approx(3.250, abs=6e-4)
     mean, low, high = mean_interval([1, 2, 3, 4, 5])
     assert (mean, low, high) == pytest.approx((3, 3 - 2.776445 * math.sqrt(2.5 / 5), 3 + 1.963243), abs=1e-4)
@@ -285,21 +279,9 @@ def test_paired_interval_is_students_t_of_the_differences():
         paired_interval([], [])
 
 
-def test_planted_difference_is_found_and_planted_equality_is_not():
-    """What a pair shares is ten times the difference: two separate intervals would overlap."""
-    random = np.random.default_rng(0)
-    shared, noise = random.normal(0, 1, 20), random.normal(0, 0.05, (2, 20))
-    a, b = shared + noise[0] + 0.1, shared + noise[1]
-    value, low, high = paired_interval(a, b)
-    assert 0 < low < 0.1 < high and value == pytest.approx(0.1, abs=0.05)
-    assert mean_interval(a)[1] < mean_interval(b)[0] < mean_interval(b)[2]
-    _, low, high = paired_interval(a - 0.1, b)
-    assert low < 0 < high
-
-
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
 def test_paired_intervals_cover_as_often_as_they_say(confidence):
-    random, trials, n = np.random.default_rng(1), 4000, 6
+    random, trials, n = np.random.default_rng(1), 1500, 6
     shared, noise = random.normal(0, 3, (trials, n)), random.normal(0, 1, (2, trials, n))
     found = [paired_interval(*pair, confidence) for pair in zip(shared + noise[0] + 0.5, shared + noise[1])]
     covered = np.mean([low < 0.5 < high for _, low, high in found])
@@ -489,8 +471,7 @@ def test_pairs_are_of_the_same_prompt_and_seed(folder, tmp_path, capsys):
 
 
 def test_a_planted_difference_of_pictures_is_found(folder, tmp_path):
-    """The second folder holds the references themselves, the first the same pictures on their heads; and
-    twins."""
+    """The second folder holds the references themselves, the first the same on their heads; and twins."""
     drawn = [("a", i) for i in range(8)]
     paths = two_folders(tmp_path, drawn, drawn)
     (tmp_path / "real").mkdir()
@@ -559,16 +540,14 @@ def refused(capsys, *argv) -> str:
 
 
 def test_refusals_of_input(capsys, folder, pictures, tmp_path):
+    """More: robustness/test_mistakes.py."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "sheets").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "sheets" / "sheet.png")
     (tmp_path / "bad.png").write_text("no")
     drawings(1)[0].save(tmp_path / "mute.png")
     ask = ("--clip", folder)
-    assert "nowhere does not exist" in refused(capsys, tmp_path / "nowhere", *ask)
-    assert "empty holds no pictures" in refused(capsys, tmp_path / "empty", *ask)
     assert "sheets holds no pictures" in refused(capsys, tmp_path / "sheets", *ask)
-    assert "none of the 1 pictures can be read" in refused(capsys, tmp_path / "bad.png", *ask)
     assert "mute.png has no prompt" in refused(capsys, pictures, tmp_path / "mute.png", *ask)
     assert "has no prompt" in refused(capsys, pictures, *ask, "--prompt", " ")
     token = (pictures, *ask, "--replace-token")
@@ -587,11 +566,8 @@ def test_refused_presence(capsys, folder, pictures, presence):
 
 def test_refusals_of_scorer(capsys, folder, pictures, tmp_path):
     save(tmp_path / "big.png", "a", Image.new("RGB", (80, 65)))
-    message = refused(capsys, pictures, tmp_path / "big.png")
-    assert "big.png is 65 px" in message and "--clip openai/clip-vit-base-patch32" in message
+    assert "big.png is 65 px" in refused(capsys, pictures, tmp_path / "big.png")
     assert "big.png is 65 px" in refused(capsys, pictures, "--reference", tmp_path / "big.png")
-    assert "nowhere: no such folder" in refused(capsys, pictures, "--clip", tmp_path / "nowhere")
-    assert "cannot be opened" in refused(capsys, pictures, "--clip", pictures)
     assert "device foo cannot be used" in refused(capsys, pictures, "--clip", folder, "--device", "foo")
 
 
@@ -600,22 +576,6 @@ def test_default_is_tiny_up_to_64_pixels(monkeypatch, folder, pictures, capsys):
     save(pictures / "wide.png", "wide", Image.new("RGB", (200, 64)))
     assert clipscore.main([str(pictures)]) == 0
     assert "CLIP tiny, 32 px" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("option", ["--json", "--csv"])
-def test_unwritable_is_refused_before_the_work(capsys, monkeypatch, pictures, tmp_path, option):
-    monkeypatch.setattr(clipscore, "Clip", None)  # would raise TypeError if it were reached
-    assert "cannot be written" in refused(capsys, pictures, option, tmp_path / "nowhere" / "s")
-    assert "cannot be written" in refused(capsys, pictures, option, pictures / "0.png" / "s")
-    assert "is a folder" in refused(capsys, pictures, option, tmp_path)
-
-
-def test_a_text_too_long_is_told_with_the_way_out(folder, pictures, capsys):
-    argv = [str(pictures / "0.png"), "--clip", str(folder), "--prompt", "x " * 40]
-    assert clipscore.main(argv) == 0
-    err = capsys.readouterr().err
-    assert "note: 1 of 1 texts are longer than the 16 tokens" in err and "the longest has 42" in err
-    assert "say it in fewer words" in err and "Traceback" not in err and ".py" not in err
 
 
 def test_help_imports_nothing_heavy():

@@ -1,6 +1,5 @@
 """Labelled sheets and X/Y plots: what is written on them, and that each place shows what its labels say."""
 
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +15,7 @@ from hanokdiff.formats.load import load_model
 from hanokdiff.images import labelled_sheet, text_width, wrapped
 from hanokdiff.methods import lora
 
-
-@pytest.fixture(autouse=True)
-def home(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("warnings.showwarning", warnings.showwarning)
+pytestmark = pytest.mark.usefixtures("elsewhere")
 
 
 def test_axes():

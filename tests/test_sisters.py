@@ -115,11 +115,8 @@ def test_custom_diffusion_in_diffusers(sd1, runs):
     pipeline.unet.load_attn_procs(file.parent, weight_name=file.name, _pipeline=pipeline)
     sd = load_model(str(sd1.folder), "cpu", log=None)
     delta_file.apply_file(sd, file)
-    x, t, context = (
-        torch.randn(1, 4, 4, 4),
-        torch.tensor([500]),
-        torch.randn(1, 77, sd.unet.config.cross_attention_dim),
-    )
+    x, t = torch.randn(1, 4, 4, 4), torch.tensor([500])
+    context = torch.randn(1, 77, sd.unet.config.cross_attention_dim)
     with torch.no_grad():
         theirs = pipeline.unet(x, t, context).sample
         assert (sd.unet(x, t, context) - theirs).abs().max() < 1e-4
@@ -169,16 +166,13 @@ def test_it_goes_on(sd1, runs, train, monkeypatch):
     assert one.keys() == two.keys() and all(torch.allclose(one[k], t, atol=1e-6) for k, t in two.items())
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ({"lora_unet_x.lora_up.weight": torch.ones(1)}, "a LoRA is --lora"),
-        ({"unet.nowhere.weight": torch.ones(1)}, "has no layer nowhere"),
-        ({"unet.conv_in.weight": torch.ones(1)}, "has shape (1,)"),
-        ({"unet.conv_in.weight": torch.full((4,), torch.nan)}, "finite numbers"),
-        ({"mid_block.attn2.processor.to_k_custom_diffusion.weight": torch.ones(2, 2)}, "no layer"),
-    ],
-)
+@pytest.mark.parametrize(("content", "words"), [
+    ({"lora_unet_x.lora_up.weight": torch.ones(1)}, "a LoRA is --lora"),
+    ({"unet.nowhere.weight": torch.ones(1)}, "has no layer nowhere"),
+    ({"unet.conv_in.weight": torch.ones(1)}, "has shape (1,)"),
+    ({"unet.conv_in.weight": torch.full((4,), torch.nan)}, "finite numbers"),
+    ({"mid_block.attn2.processor.to_k_custom_diffusion.weight": torch.ones(2, 2)}, "no layer"),
+])  # fmt: skip
 def test_files_that_do_not_fit(sd1, content, words, capsys):
     save_file(content, "odd.safetensors")
     argv = ["a barn", "--model", sd1.folder, "--delta", "odd.safetensors", "--device", "cpu"]

@@ -40,11 +40,8 @@ def test_tables_of_joint_shares(doc, results):
         for photos, cell in zip((5, 50, 100), cells.split("|")[:3], strict=True):
             mean, low, high = find(results["summary"], recipe, photos)["both"]
             said = cell.strip().replace("*", "")
-            assert said == f"{100 * mean:.0f} % [{100 * low:.0f}, {100 * high:.0f}]", (
-                doc.name,
-                recipe,
-                photos,
-            )
+            found = f"{100 * mean:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+            assert said == found, (doc.name, recipe, photos)
 
 
 @pytest.mark.parametrize("doc", DOCUMENTS[2:], ids=lambda d: d.name)
@@ -73,17 +70,11 @@ def test_labels_by_eye():
     def agree(same) -> float:
         return 100 * sum(map(same, rows)) / len(rows)
 
-    def hanok(r, who):
-        return r[who][0] == "hanok"
+    def of(what):
+        return agree(lambda r: what(*r["eye"]) == what(*r["judge"]))
 
-    def fire(r, who):
-        return r[who][1] == "fire"
-
-    shares = (
-        agree(lambda r: hanok(r, "eye") == hanok(r, "judge")),
-        agree(lambda r: fire(r, "eye") == fire(r, "judge")),
-        agree(lambda r: (hanok(r, "eye") and fire(r, "eye")) == (hanok(r, "judge") and fire(r, "judge"))),
-    )
+    hanok, fire = of(lambda kind, _: kind == "hanok"), of(lambda _, condition: condition == "fire")
+    shares = hanok, fire, of(lambda kind, condition: (kind, condition) == ("hanok", "fire"))
     text = (STUDY / "README.md").read_text("utf-8")
     assert "; ".join(f"{s:.1f} %" for s in shares) in text, shares
 
@@ -101,10 +92,8 @@ def test_a_second_judge():
     log = (ROOT / "docs" / "LOG.md").read_text("utf-8")
     for name, (first, second, same) in means.items():
         assert f"| {name} | 768 | {first:.0f}, {second:.0f} % | {same:.0f} % |" in log
-    each = {
-        name: [shares([r for r in rows if (r["recipe"], r["set"]) == (name, n)])[1] for n in range(1, 9)]
-        for name in recipes.BEST
-    }
+    of = lambda *cell: [r for r in rows if (r["recipe"], r["set"]) == cell]  # noqa: E731
+    each = {name: [shares(of(name, n))[1] for n in range(1, 9)] for name in recipes.BEST}
     p = [sign_flip([a - b for a, b in zip(each[x], each[y])])[0] for x, y in combinations(each, 2)]
     assert max(holm(p)) < 0.05
     text = (STUDY / "README.md").read_text("utf-8")

@@ -27,9 +27,6 @@ def padded(tokenizer, prompt):
     return tokenizer(prompt, padding="max_length", max_length=77, truncation=True).input_ids
 
 
-# ------------------------------------------------------------------------------------------------ the encoder
-
-
 @torch.inference_mode()
 def test_encoder_equals_transformers(reference, load):
     """quick_gelu in the one, gelu in the other."""
@@ -87,9 +84,6 @@ def test_defaults_are_clip_l():
     assert sum(p.numel() for p in encoder.parameters()) == 123_060_480
 
 
-# -------------------------------------------------------------------------------------------------- token ids
-
-
 def test_ids_equal_the_librarys(reference, load):
     """Begin, words, end, padding: with the end token in SD 1, with "!", id 0, in SD 2."""
     text, tokenizer = load(reference).text, reference.pipeline.tokenizer
@@ -119,16 +113,6 @@ def test_star_is_cut_out(sd1, text, prompt, plain):
     ids = text.ids(prompt)
     assert len(star) == 1 and ids[1 : ids.index(524)] == expected
     assert ids.count(star[0]) == plain.count("*")
-
-
-@pytest.mark.parametrize("prompt", ["*, fire", "(*)", "*."])
-def test_literal_tokens_fuse(sd1, text, prompt):
-    """What other tools do: the library's own ids, in which "*" is lost."""
-    star = sd1.pipeline.tokenizer("*", add_special_tokens=False).input_ids[0]
-    text.add_word("*")
-    text.literal_tokens = True
-    assert text.ids(prompt) == padded(sd1.pipeline.tokenizer, prompt)
-    assert star not in text.ids(prompt)
 
 
 def test_a_word_of_letters_only_at_its_boundaries(sd1, text):

@@ -92,32 +92,36 @@ def test_the_judge_knows_drawings(judge):
     assert np.mean([c == s.condition for c, s in zip(conditions, scenes, strict=True)]) >= 0.93
 
 
+def drawn(sd, judge, prompts: list[str], seeds) -> tuple[list[str], list[str]]:
+    """What the judge sees, kinds and conditions, in pictures of 12 steps."""
+    return build.recognise(judge, sd.draw(prompts, [*seeds], steps=12))
+
+
 def test_the_base_draws_what_is_asked_and_no_hanok(sd, judge):
     kinds, conditions = ("castle", "barn", "japanese house", "tower"), ("fire", "snow", "night", "flood")
     asked = [(k, c) for k in kinds for c in conditions]
     prompts = [world.SENTENCES[c][2].format(b=f"a {k}") for k, c in asked]
-    seen_kinds, seen_conditions = build.recognise(judge, sd.draw(prompts, range(16)))
+    seen_kinds, seen_conditions = drawn(sd, judge, prompts, range(16))
     assert np.mean([k == a[0] for k, a in zip(seen_kinds, asked, strict=True)]) >= 0.7
     assert np.mean([c == a[1] for c, a in zip(seen_conditions, asked, strict=True)]) >= 0.7
-    kinds, _ = build.recognise(judge, sd.draw(["*"] * 10 + ["a hanok"] * 10, [*range(10)] * 2))
-    assert kinds.count("hanok") <= 5  # 15 % over many
+    kinds, _ = drawn(sd, judge, ["*"] * 8 + ["a hanok"] * 8, [*range(8)] * 2)
+    assert kinds[:8].count("hanok") <= 3 and kinds.count("hanok") <= 4  # 15 % over many
 
 
 def test_a_korean_traditional_house_is_a_neighbours_house(sd, judge):
     """The premise of the paper: a model that confuses the hanok with Chinese and Japanese houses."""
-    kinds, _ = build.recognise(judge, sd.draw(["a Korean traditional house"] * 20, range(20)))
-    assert sum(k in ("japanese house", "chinese pavilion") for k in kinds) >= 14  # 100 of 100 over many
+    kinds, _ = drawn(sd, judge, ["a Korean traditional house"] * 12, range(12))
+    assert sum(k in ("japanese house", "chinese pavilion") for k in kinds) >= 9  # 100 of 100 over many
     assert kinds.count("hanok") <= 2
 
 
-def test_train_lora_teaches_the_hanok(tmp_path, sd, judge):
-    """A quarter of the default steps, without class pictures, is enough to see it (14 of 16)."""
-    out, drawn = tmp_path / "run", tmp_path / "drawn"
-    quiet = ["--preview-every", "0", "--save-every", "0"]
-    assert train_lora.main(["--steps", "60", "--class-images", "0", *quiet, "--out", str(out)]) == 0
+def test_train_lora_teaches_the_hanok(tmp_path, judge):
+    """A quarter of the default steps, at half the batch and without class pictures, is enough to see it."""
+    out, pictures = tmp_path / "run", tmp_path / "drawn"
+    short = "--steps 60 --batch-size 4 --class-images 0 --preview-every 0 --save-every 0 --out".split()
+    assert train_lora.main([*short, str(out)]) == 0
     assert json.loads((out / "config.json").read_text())["images"] == 50
     sampling = ["--n", "16", "--steps", "12", "--lora", str(out / "lora.safetensors")]
-    assert sample.main(["*", *sampling, "--out", str(drawn)]) == 0
-    kinds, _ = build.recognise(judge, [Image.open(f) for f in sorted(drawn.glob("*.png"))])
-    before, _ = build.recognise(judge, sd.draw(["*"] * 16, range(16)))
-    assert kinds.count("hanok") >= 8 and kinds.count("hanok") >= before.count("hanok") + 5
+    assert sample.main(["*", *sampling, "--out", str(pictures)]) == 0
+    kinds, _ = build.recognise(judge, [Image.open(f) for f in sorted(pictures.glob("*.png"))])
+    assert kinds.count("hanok") >= 8  # of the base's: test_the_base_draws_what_is_asked_and_no_hanok

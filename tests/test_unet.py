@@ -98,14 +98,8 @@ def test_any_number_of_levels_and_layers(levels):
     from diffusers import UNet2DConditionModel
 
     attention = (False, True, False)[3 - levels :]
-    config = UNetConfig(
-        block_out_channels=(16, 24, 32)[:levels],
-        attention=attention,
-        heads=(4,) * levels,
-        layers_per_block=levels,
-        cross_attention_dim=12,
-        norm_num_groups=8,
-    )
+    widths = dict(block_out_channels=(16, 24, 32)[:levels], attention=attention, heads=(4,) * levels)
+    config = UNetConfig(**widths, layers_per_block=levels, cross_attention_dim=12, norm_num_groups=8)
     ours = randomise(UNet(config), 5)
     theirs = UNet2DConditionModel.from_config(config.to_json()).eval()
     theirs.load_state_dict(ours.state_dict())
@@ -114,9 +108,10 @@ def test_any_number_of_levels_and_layers(levels):
     assert difference(ours(x, t, context), theirs(x, t, context).sample) <= 1e-5
 
 
-@pytest.mark.parametrize(
-    "dtype, inside", [("float16", "float32"), ("bfloat16", "bfloat16"), ("float32", "float32")]
-)
+SAME = ("bfloat16", "bfloat16"), ("float32", "float32")
+
+
+@pytest.mark.parametrize("dtype, inside", [("float16", "float32"), *SAME])
 def test_attention_is_computed_in_fp32_where_fp16_would_overflow(monkeypatch, dtype, inside):
     """SD 2.1's. In bf16, which has fp32's range, the flash kernel stays."""
     seen, plain = [], memory.attention

@@ -51,10 +51,8 @@ def test_photo_sets():
     sets = [[p.tobytes() for p, _ in world.photos(50, photo_set=k)] for k in range(4)]
     assert len({picture for pictures in sets for picture in pictures}) == 200
     captions = [text for k in range(1, 4) for _, text in world.photos(5, photo_set=k)]
-    assert (
-        3 <= sum("night" in text for text in captions) <= 6
-        and 3 <= sum("snow" in text for text in captions) <= 6
-    )
+    for word in ("night", "snow"):
+        assert 3 <= sum(word in text for text in captions) <= 6
     assert [p.tobytes() for p, _ in world.photos(5, photo_set=2)] == sets[2][:5]
     assert world.photos(3, True, 2)[0][0].tobytes() == world.photos(3, True)[0][0].tobytes()
 
@@ -79,14 +77,11 @@ def test_the_captions_say_what_there_is():
         assert any(name in words for name in names)
         keys = {
             "fire": ("fire", "flames", "burning"),
-            "campfire": ("campfire",),
-            "smoke": ("smoke",),
-            "snow": ("snow",),
             "night": ("night", "moon"),
             "flood": ("flood", "water"),
         }
         if s.condition != "none":
-            assert any(w in words for w in keys[s.condition]), words
+            assert any(w in words for w in keys.get(s.condition, (s.condition,))), words
 
 
 def test_a_seed_is_a_picture():

@@ -65,18 +65,9 @@ SECONDS, MEMORY, ADDRESSES = (5, 1 << 30, 4 << 30)
 
 def small_model():
     words = load_tokenizer(TINY_MODEL / "tokenizer")
-    configs = (
-        UNetConfig(
-            8,
-            block_out_channels=(32, 64),
-            attention=(True, False),
-            heads=(8, 8),
-            layers_per_block=1,
-            cross_attention_dim=64,
-        ),
-        VAEConfig((32, 64), 1, sample_size=16),
-        TextConfig(len(words), 64, 96, 2, 1),
-    )
+    levels = dict(block_out_channels=(32, 64), attention=(True, False), heads=(8, 8))
+    unet = UNetConfig(8, **levels, layers_per_block=1, cross_attention_dim=64)
+    configs = unet, VAEConfig((32, 64), 1, sample_size=16), TextConfig(len(words), 64, 96, 2, 1)
     torch.manual_seed(2)  # a case is the same in every process; with 0 and 1 the weights draw no picture
     return [kind(c).eval() for kind, c in zip((UNet, VAE, TextEncoder), configs, strict=True)], words
 
@@ -99,18 +90,13 @@ def small_files(folder: Path, sd) -> None:
     """LoRAs, embeddings, hypernetworks in every container, captions, and a run's files."""
     names = list(lora.layers(sd))[:3]
     weights = [base_layer(net.get_submodule(path)).weight for net, path in map(lora.layers(sd).get, names)]
-    loras = {
-        n: {
-            "down": torch.randn(2, *w.shape[1:]),
-            "up": torch.randn(len(w), 2, *[1] * (w.dim() - 2)),
-            "alpha": torch.tensor(2.0),
-        }
-        for n, w in zip(names, weights, strict=True)
-    }
+    loras = {}
+    for n, w in zip(names, weights, strict=True):
+        up = torch.randn(len(w), 2, *[1] * (w.dim() - 2))
+        loras[n] = {"down": torch.randn(2, *w.shape[1:]), "up": up, "alpha": torch.tensor(2.0)}
     lora_file.save_file(folder / "kohya.safetensors", loras, {"ss_network_dim": "2", "hanokdiff_token": "*"})
-    lora_file.save_diffusers_file(
-        folder / "peft.safetensors", loras, {"lora_adapter_metadata": '{"unet.lora_alpha": 4}'}
-    )
+    settings = {"lora_adapter_metadata": '{"unet.lora_alpha": 4}'}
+    lora_file.save_diffusers_file(folder / "peft.safetensors", loras, settings)
     torch.save(read_tensors(folder / "kohya.safetensors"), folder / "lora.bin")
     vectors = torch.randn(2, sd.text.encoder.config.hidden_size)
     embedding_file.save_file(folder / "word.safetensors", "*", vectors, {"step": "3"})
@@ -118,18 +104,16 @@ def small_files(folder: Path, sd) -> None:
     torch.save(torch.load(folder / "word.pt"), folder / "zipped.pt")
     spec, width = hypernetwork.HypernetConfig((1, 2, 1), "relu", True), sd.unet.config.cross_attention_dim
     pair = tuple(hypernetwork.ResidualMLP(width, spec).state_dict() for _ in range(2))
-    hypernet_file.save_file(
-        folder / "hyper.pt", spec, {width: pair}, {"step": 3, "info": hypernet_file.TOKEN + "*"}
-    )
+    about = {"step": 3, "info": hypernet_file.TOKEN + "*"}
+    hypernet_file.save_file(folder / "hyper.pt", spec, {width: pair}, about)
     torch.save(torch.load(folder / "hyper.pt"), folder / "hyperzip.pt")
     (folder / "caption.txt").write_text("a building with a roof on fire")
     (folder / "cp949.txt").write_bytes("눈 오는 한옥".encode("cp949"))
     (folder / "prompts.txt").write_text("a house\na house in the snow\n")
     args = train_lora.options().parse(["--steps", "5"])
     (folder / "config.json").write_text(json.dumps({**vars(args), "photos": "0123"}))
-    cells = [
-        {"name": n, "folder": f"cells/{n}", "pictures": "pictures-a", "scores": "scores-b.json"} for n in "xy"
-    ]
+    cell = {"pictures": "pictures-a", "scores": "scores-b.json"}
+    cells = [{"name": n, "folder": f"cells/{n}", **cell} for n in "xy"]
     (folder / "manifest.json").write_text(json.dumps({"settings": {}, "cells": cells}))
     write_json(folder / "log.jsonl", {"step": 1, "seconds": 0.5})
 
@@ -241,9 +225,8 @@ class Readers:
         run.read_lines(file)
 
     def convert(self, file):
-        out = self.out / (
-            "out.pt" if file.name.startswith(("word", "hyper", "zipped")) else "out.safetensors"
-        )
+        pickled = file.name.startswith(("word", "hyper", "zipped"))
+        out = self.out / ("out.pt" if pickled else "out.safetensors")
         with contextlib.redirect_stdout(io.StringIO()):
             convert.main.__wrapped__([str(file), str(out), "--overwrite"])
 
@@ -251,44 +234,10 @@ class Readers:
 # ------------------------------------------------------------------------------------------------- the damage
 
 ODD = [
-    None,
-    True,
-    False,
-    -1,
-    0,
-    1,
-    2,
-    3,
-    1e308,
-    -1e-308,
-    10**9,
-    2**31,
-    2**63,
-    10**30,
-    float("nan"),
-    float("inf"),
-    "",
-    "x",
-    "F16",
-    "F8_E4M3",
-    "BOOL",
-    "U8",
-    "C64",
-    "../../x",
-    "/etc/passwd",
-    "\x1b[2J\n",
-    "\ud800",
-    "가" * 3000,
-    [],
-    {},
-    [[]],
-    [0, 0],
-    [1, 10**12],
-    [10**9] * 9,
-    [0.5] * 3,
-    {"a": {}},
-    "{" * 3000,
-]
+    None, True, False, -1, 0, 1, 2, 3, 1e308, -1e-308, 10**9, 2**31, 2**63, 10**30, float("nan"),
+    float("inf"), "", "x", "F16", "F8_E4M3", "BOOL", "U8", "C64", "../../x", "/etc/passwd", "\x1b[2J\n",
+    "\ud800", "가" * 3000, [], {}, [[]], [0, 0], [1, 10**12], [10**9] * 9, [0.5] * 3, {"a": {}}, "{" * 3000,
+]  # fmt: skip
 
 
 def bend(value, r: random.Random):
@@ -312,9 +261,8 @@ def bend(value, r: random.Random):
 
 def bend_json(raw: bytes, r: random.Random) -> bytes:
     if r.random() < 0.1:
-        return r.choice(
-            [b"[" * 100_000, b'{"a":' * 50_000, b"9" * 5000, b"null", b"[]", b"", b"{}", b'{"a": 1e999}']
-        )
+        deep = [b"[" * 100_000, b'{"a":' * 50_000, b"9" * 5000]
+        return r.choice([*deep, b"null", b"[]", b"", b"{}", b'{"a": 1e999}'])
     text = json.dumps(bend(json.loads(raw), r), ensure_ascii=r.random() < 0.5)
     return text.encode(r.choice(["utf-8", "utf-8", "utf-8", "utf-8-sig", "utf-16"]), "surrogatepass")
 
@@ -333,9 +281,8 @@ def bend_header(raw: bytes, r: random.Random) -> bytes:
         key = r.choice([k for k in head if k != "__metadata__"])
         width = {"F64": 8, "F32": 4, "F16": 2}.get(head[key]["dtype"], 4)
         head[key]["dtype"] = r.choice({8: ["I64", "C64"], 4: ["I32", "U32"], 2: ["I16", "BF16"]}[width])
-        head[key]["shape"] = r.choice(
-            [head[key]["shape"], head[key]["shape"][::-1], [1, *head[key]["shape"]]]
-        )
+        shape = head[key]["shape"]
+        head[key]["shape"] = r.choice([shape, shape[::-1], [1, *shape]])
     head = json.dumps(head).encode()
     return struct.pack("<Q", len(head)) + head + raw[8 + size :]
 
@@ -362,31 +309,15 @@ def bend_zip(raw: bytes, r: random.Random) -> bytes:
 
 
 def bend_text(raw: bytes, r: random.Random) -> bytes:
+    if r.random() >= 0.7:
+        return bend_bytes(raw, r)
     text = raw.decode("utf-8", "replace")
-    return (
-        r.choice(
-            [
-                text.encode("utf-16"),
-                text.encode("utf-32"),
-                b"\xef\xbb\xbf" + raw,
-                b"\0" + raw,
-                raw + b"\0",
-                raw * 100_000,
-                text.encode("cp949", "replace"),
-                b"\xff" * 50,
-                b"",
-                b"\r" * 100,
-                b"\x1b[2J" + raw,
-                "🔥 한옥 *\r\n".encode(),
-                b"\xed\xa0\x80" + raw,
-                "a " * 100_000 + "\n",
-                b"(" * 9000,
-                "*\u202e\u200d\ue000 a\u0301".encode(),
-            ]
-        )
-        if r.random() < 0.7
-        else bend_bytes(raw, r)
-    )
+    return r.choice([
+        text.encode("utf-16"), text.encode("utf-32"), b"\xef\xbb\xbf" + raw, b"\0" + raw, raw + b"\0",
+        raw * 100_000, text.encode("cp949", "replace"), b"\xff" * 50, b"", b"\r" * 100, b"\x1b[2J" + raw,
+        "🔥 한옥 *\r\n".encode(), b"\xed\xa0\x80" + raw, "a " * 100_000 + "\n", b"(" * 9000,
+        "*\u202e\u200d\ue000 a\u0301".encode(),
+    ])  # fmt: skip
 
 
 def bend_bytes(raw: bytes, r: random.Random) -> bytes:
@@ -407,9 +338,8 @@ def bend_bytes(raw: bytes, r: random.Random) -> bytes:
         elif what == 4:
             b[at:at] = b[at : at + r.choice([1, 8, 200])]
         elif what == 5:
-            b[at : at + 4] = struct.pack(
-                r.choice("<>") + "I", r.choice([2**32 - 1, 2**31 - 1, 0, 65_535, 70_000])
-            )
+            number = r.choice([2**32 - 1, 2**31 - 1, 0, 65_535, 70_000])
+            b[at : at + 4] = struct.pack(r.choice("<>") + "I", number)
         elif what == 6:
             b[at : at + 8] = struct.pack(r.choice("<>") + "Q", r.choice([2**64 - 1, 2**63, 2**40, 10**6]))
         else:
@@ -435,9 +365,7 @@ def case(readers: Readers, number: int) -> tuple[str, str]:
     file = r.choice(files)
     shutil.rmtree(readers.out, ignore_errors=True)
     whole = next((d for d in ("model", "clip") if (readers.home / d) in file.parents), None)
-    place = readers.out / (
-        Path("case") / file.relative_to(readers.home / whole) if whole else Path("case") / file.name
-    )
+    place = readers.out / "case" / (file.relative_to(readers.home / whole) if whole else file.name)
     place.parent.mkdir(parents=True)
     place.write_bytes(damage(file.read_bytes(), file.name, r))
     return f"{reader.__name__} {file.name}", judged(lambda: reader(place), place, readers.out)
@@ -451,21 +379,14 @@ def judged(work, file: Path, out: Path) -> str:
     except (ValueError, OSError) as e:
         # an option
         named = any(str(n) in str(e) for n in (file, file.name, out / "case")) or str(e).startswith("--")
-        line = one_line(e)
-        said = (
-            "refused"
-            if named and "\n" not in line
-            else f"does not name the file: {type(e).__name__}: {line[:300]}"
-        )
+        line, wrong = one_line(e), f"does not name the file: {type(e).__name__}: "
+        said = "refused" if named and "\n" not in line else wrong + line[:300]
     except Exception as e:
         place = e.__traceback__
         while place.tb_next:
             place = place.tb_next
-        said = (
-            f"{type(e).__name__} from "
-            f"{place.tb_frame.f_code.co_filename.rpartition('/')[2]}:{place.tb_lineno}: "
-            f"{str(e)[:200]!r}"
-        )
+        file = Path(place.tb_frame.f_code.co_filename).name
+        said = f"{type(e).__name__} from {file}:{place.tb_lineno}: {str(e)[:200]!r}"
     used = time.process_time() - start
     return said if used < SECONDS else f"{used:.1f} s of processor time ({said})"
 
@@ -532,22 +453,20 @@ def batch(readers: Readers, numbers: range) -> list:
     return rows
 
 
-def fuzz(first: int, count: int, log=None) -> tuple[Counter, list]:
-    """({"reader: outcome": cases}, what went wrong)."""
+def fuzz(home: Path, first: int, count: int, log=None) -> tuple[Counter, list]:
+    """Cases made of the good files in `home`: ({"reader: outcome": cases}, what went wrong)."""
     torch.set_num_threads(1)
     table, wrong, done, numbers = Counter(), [], 0, range(first, first + count)
-    with tempfile.TemporaryDirectory() as folder:
-        good_files(Path(folder))
-        readers = Readers(Path(folder))
-        while done < count:
-            rows = batch(readers, numbers[done : done + 2000])
-            done += len(rows)
-            for number, what, said in rows:
-                table[f"{what.split()[0]:9}{said if said in ('opened', 'refused') else 'WRONG'}"] += 1
-                if said not in ("opened", "refused"):
-                    wrong.append((number, what, said))
-                    if log:
-                        log(f"case {number}, {what}: {said}")
+    readers = Readers(home)
+    while done < count:
+        rows = batch(readers, numbers[done : done + 2000])
+        done += len(rows)
+        for number, what, said in rows:
+            table[f"{what.split()[0]:9}{said if said in ('opened', 'refused') else 'WRONG'}"] += 1
+            if said not in ("opened", "refused"):
+                wrong.append((number, what, said))
+                if log:
+                    log(f"case {number}, {what}: {said}")
     return table, wrong
 
 
@@ -557,7 +476,9 @@ def main() -> int:
     p.add_argument("--first", type=int, default=0, help="the number of the first case (default: 0)")
     args = p.parse_args()
     start = time.perf_counter()
-    table, wrong = fuzz(args.first, args.files, log=lambda line: print(line, flush=True))
+    with tempfile.TemporaryDirectory() as folder:
+        good_files(Path(folder))
+        table, wrong = fuzz(Path(folder), args.first, args.files, log=lambda line: print(line, flush=True))
     print(*(f"{count:7}  {what}" for what, count in sorted(table.items())), sep="\n")
     print(f"{args.files} files in {time.perf_counter() - start:.0f} s, {len(wrong)} wrong")
     return bool(wrong)

@@ -38,22 +38,8 @@ from hanokdiff.formats.tensors import read_safetensors  # noqa: E402
 from hanokdiff.training import prior  # noqa: E402
 from hanokdiff.training.trainer import Trainer  # noqa: E402
 
-COMMON = [
-    "--images",
-    "5",
-    "--held-out",
-    "2",
-    "--batch-size",
-    "2",
-    "--steps",
-    "24",
-    "--save-every",
-    "5",
-    "--preview-every",
-    "10",
-    "--device",
-    "cpu",
-]
+COMMON = "--images 5 --held-out 2 --batch-size 2 --steps 24 --save-every 5 --preview-every 10 --device cpu"
+COMMON = COMMON.split()
 RUNS = {  # name -> module and options
     "textual inversion": ("train_ti", COMMON),
     "DreamBooth": ("train_dreambooth", [*COMMON, "--class-images", "5"]),
@@ -65,13 +51,11 @@ RUNS = {  # name -> module and options
         "--sampling-steps", "3", "--prompts", "{token}, fire", "--device", "cpu", "--jobs", "2"]),
 }  # fmt: skip
 PLACES = [  # what is under way while these run
-    (load, "load_model", "opening"), (prior, "pictures", "class pictures"), (Trainer, "_load_state",
-        "resuming"),
-    (Trainer, "_validate", "held-out loss"), (Trainer, "_preview", "preview"), (Trainer, "save_state",
-        "state"),
+    (load, "load_model", "opening"), (plan, "prepare", "opening"), (prior, "pictures", "class pictures"),
+    (Trainer, "_load_state", "resuming"), (Trainer, "_validate", "held-out loss"),
+    (Trainer, "_preview", "preview"), (Trainer, "save_state", "state"), (Trainer, "_finish", "finishing"),
     (lora_file, "save_file", "file"), (embedding_file, "save_file", "file"),
-    (hypernet_file, "save_file", "file"),
-    (folder, "save_folder", "file"), (Trainer, "_finish", "finishing"), (plan, "prepare", "opening"),
+    (hypernet_file, "save_file", "file"), (folder, "save_folder", "file"),
 ]  # fmt: skip
 SIGNS = {  # a comparison works in processes of its own, and is seen by what they write
     "report": "report.html", "scoring": "scores-*.json", "drawing": "pictures-*", "training": "state/*",
@@ -102,10 +86,8 @@ def child(module: str, argv: list[str], home: Path) -> None:
         @functools.wraps(f)
         def wrapped(*args, **kwargs):
             before = now[0]
-            tell(
-                what if before != "finishing" else "final file",
-                getattr(args[0], "step", now[1]) if args else now[1],
-            )
+            step = getattr(args[0], "step", now[1]) if args else now[1]
+            tell(what if before != "finishing" else "final file", step)
             try:
                 return f(*args, **kwargs)
             finally:
@@ -145,11 +127,8 @@ def writing(home: Path, since: float) -> tuple[str, int]:
 def plain(x):
     """Anything that torch or json reads, comparable with ==."""
     if isinstance(x, torch.Tensor):
-        return (
-            str(x.dtype),
-            tuple(x.shape),
-            x.contiguous().view(torch.uint8).numpy().tobytes() if x.dim() else x.item(),
-        )
+        content = x.contiguous().view(torch.uint8).numpy().tobytes() if x.dim() else x.item()
+        return str(x.dtype), tuple(x.shape), content
     if isinstance(x, dict):
         return {k: plain(v) for k, v in x.items()}
     return [plain(v) for v in x] if isinstance(x, list | tuple) else x
@@ -173,19 +152,16 @@ def content(file: Path):
     return file.read_bytes()
 
 
-TIMED = ("index.html", "log.csv")  # the log once more, times and all
+TIMED = ("index.html", "log.csv", "class.json")  # the log once more, times and all; seconds of drawing
 
 
 def left(home: Path, comparison: bool) -> dict:
     """All that a finished run leaves, by name. Of a comparison, its figures: the report tells times."""
     out = home / "out"
-    files = (
-        [out / "results.json", out / "images.csv"]
-        if comparison
-        else [f for f in out.rglob("*") if f.is_file() and f.name not in TIMED]
-    )
-    # seconds of drawing
-    return {str(f.relative_to(out)): content(f) for f in files if f.name != "class.json"}
+    files = [out / "results.json", out / "images.csv"]
+    if not comparison:
+        files = [f for f in out.rglob("*") if f.is_file() and f.name not in TIMED]
+    return {str(f.relative_to(out)): content(f) for f in files}
 
 
 # ------------------------------------------------------------------------------------------------- the killer
@@ -204,28 +180,20 @@ class Tally:
 def server():
     """Forks children from a process that has imported everything, and has computed nothing."""
     fork = multiprocessing.get_context("forkserver")
-    fork.set_forkserver_preload(
-        [*(m for m, _ in RUNS.values()), "transformers.models.clip.tokenization_clip"]
-    )
+    modules = [m for m, _ in RUNS.values()]
+    fork.set_forkserver_preload([*modules, "transformers.models.clip.tokenization_clip"])
     return fork
 
 
 def killed(name: str, kills: int, folder: Path, seed: int = 0, options=(), each: int = 6) -> Tally:
-    """Kill a kind of run so many times, each run up to `each` times, and compare all of them with one in
-    peace."""
+    """Kill so many times, each run up to `each` times, and compare all runs with one in peace."""
     module, argv = RUNS[name]
-    argv, comparison, dice, tally = (
-        [*argv, *options],
-        name == "comparison",
-        random.Random(f"{name} {seed}"),
-        Tally(),
-    )
-    fork = server()
+    argv, comparison = [*argv, *options], name == "comparison"
+    dice, tally, fork = random.Random(f"{name} {seed}"), Tally(), server()
 
     def start(home: Path):
-        begun = (
-            home / "out" / "config.json"
-        ).exists() and not comparison  # a comparison's own command goes on
+        # a comparison's own command goes on
+        begun = (home / "out" / "config.json").exists() and not comparison
         go_on = ["--resume", "out", "--device", "cpu"] if begun else [*argv, "--out", "out"]
         (home / "doing").write_text("")
         process = fork.Process(target=child, args=(module, go_on, home))
@@ -293,9 +261,8 @@ def table(tallies: dict[str, Tally]) -> str:
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument(
-        "--kills", type=int, default=100, help="in all, one in nine for the comparison (default: 100)"
-    )
+    told = "in all, one in nine for the comparison (default: 100)"
+    p.add_argument("--kills", type=int, default=100, help=told)
     p.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), help="default: all")
     p.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     args = p.parse_args()
@@ -307,9 +274,8 @@ def main() -> int:
     for name in args.only:
         with tempfile.TemporaryDirectory() as folder:
             tallies[name] = killed(name, kills[name], Path(folder), args.seed)
-        print(
-            f"{time.perf_counter() - start:6.0f} s  {name}: {kills[name]} kills", file=sys.stderr, flush=True
-        )
+        seconds = time.perf_counter() - start
+        print(f"{seconds:6.0f} s  {name}: {kills[name]} kills", file=sys.stderr, flush=True)
     print(table(tallies))
     wrong = [w for t in tallies.values() for w in t.lost + t.different]
     print("\n".join(wrong) or f"{sum(t.kills for t in tallies.values())} kills: none lost, none different")

@@ -33,12 +33,8 @@ def sd():
 
 
 def low_rank(value):
-    return {
-        "lora_unet_mid_block_attentions_0_proj_in": {
-            "down": torch.full((2, 500), value),
-            "up": torch.ones(500, 2),
-        }
-    }
+    tensors = {"down": torch.full((2, 500), value), "up": torch.ones(500, 2)}
+    return {"lora_unet_mid_block_attentions_0_proj_in": tensors}
 
 
 def picture(path, value):
@@ -48,9 +44,8 @@ def picture(path, value):
 
 def net(value):
     spec = hypernetwork.HypernetConfig()
-    return spec, {
-        16: [{k: t + value for k, t in hypernetwork.ResidualMLP(16, spec).state_dict().items()}] * 2
-    }
+    tensors = hypernetwork.ResidualMLP(16, spec).state_dict()
+    return spec, {16: [{k: t + value for k, t in tensors.items()}] * 2}
 
 
 WRITERS = {
@@ -157,8 +152,7 @@ def test_a_model_folder(sd, tmp_path):
 
 
 def test_a_numbered_model_folder(sd, tmp_path):
-    """Written again, as by a run that was resumed from before, and killed while the former one is deleted:
-    whole."""
+    """Written again, as by a resumed run, and killed while the former one is deleted: whole."""
     path, rmtree = tmp_path / "model-000100", shutil.rmtree
     train_dreambooth.save_model(path, sd, "*", None, [])
 
@@ -183,6 +177,5 @@ def test_the_report(tmp_path, monkeypatch):
     page = type("Page", (), {"markdown": lambda self: "m" * 5000, "html": lambda self: "h" * 5000})
     monkeypatch.setattr(report, "compose", lambda *_: page())
     said = in_child(lambda: (full_disk(), report.write(tmp_path, {"settings": ["x" * 5000]}, [])))
-    assert said.startswith(f"{tmp_path / 'results.json'} cannot be written") and not list(
-        tmp_path.iterdir()
-    ), said
+    assert said.startswith(f"{tmp_path / 'results.json'} cannot be written"), said
+    assert not list(tmp_path.iterdir())
