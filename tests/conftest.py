@@ -109,6 +109,11 @@ def make(folder: Path, flavour: str) -> SimpleNamespace:
     return SimpleNamespace(folder=folder, pipeline=pipeline, flavour=flavour)
 
 
+def pytest_configure(config):
+    """-n 2: files in their order. xdist would begin with those of many tests; the long ones here have few."""
+    config.option.loadscopereorder = False
+
+
 @pytest.fixture(scope="session")
 def sd1(tmp_path_factory):
     """A folder with a tiny SD 1.x (epsilon, quick_gelu), and the pipeline that wrote it."""

@@ -437,7 +437,7 @@ BAD = {  # what is wrong with the file, what the sentence must say
     "activation": (lambda c: {**c, "activation_func": "magic"}, ("magic", "relu")),
     "layers": (lambda c: {**c, "layer_structure": ["1", "2", "1"]}, ("known here",)),
     "open end": (lambda c: {**c, "layer_structure": [1, 2]}, ("1 2", "begin and end with 1")),
-    "nan layers": (lambda c: {**c, "layer_structure": [1, float("nan"), 1]}, ("begin and end with 1",)),
+    "nan layers": (lambda c: {**c, "layer_structure": [1, float("nan"), 1]}, ("from 1/64 to 64",)),
     "huge": (lambda c: {**c, "layer_structure": [1, 1e9, 1]}, ("64",)),
     "dropout": (lambda c: {**c, "dropout_structure": [0, 1.5, 0]}, ("dropout", "below 1")),
     "code": (lambda c: {**c, "optional_info": Evil()}, ("not run", "mkdir")),

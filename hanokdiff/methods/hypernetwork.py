@@ -43,10 +43,10 @@ class HypernetConfig:
 
     def __post_init__(self):
         layers, shown = self.layers, " ".join(f"{x:g}" for x in self.layers[:40])
-        if len(layers) < 2 or layers[0] != 1 or layers[-1] != 1 or not all(x > 0 for x in layers):
+        if len(layers) < 2 or layers[0] != 1 or layers[-1] != 1:
             must = "must begin and end with 1, such as 1 2 1: each is a multiple of the width"
             raise ValueError(f"layers are {shown}, but {must}")
-        if max(layers) > 64 or min(layers) < 1 / 64 or len(layers) > 32:
+        if not all(1 / 64 <= x <= 64 for x in layers) or len(layers) > 32:
             must = "each must be from 1/64 to 64, and there are at most 32 of them"
             raise ValueError(f"layers are {shown}, but {must}")
         if self.activation not in ACTIVATIONS:
