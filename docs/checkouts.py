@@ -33,6 +33,7 @@ TRAININGS = [
     "train_hypernet.py --widths context --activation relu --out hyper2",
     "train_dreambooth.py --class-images 5 --out db",
     "train_dreambooth.py --class-images 0 --freeze-text --dtype bf16 --out db2",
+    "train_dreambooth.py --class-images 0 --train cross-attention --out db3",
 ]
 SAMPLING = "--device cpu --seed 5 --steps 9"
 SAMPLERS = ("ddim", "euler", "euler_karras", "euler_a", "euler_a_karras", "dpmpp_2m", "dpmpp_2m_karras")
@@ -94,7 +95,8 @@ def difference(a: dict, b: dict) -> str:
         return f"only in one: {sorted(a.keys() ^ b.keys())[:3]}"
     numbers = [k for k in a if isinstance(a[k], torch.Tensor)]
     other = [k for k in a if k not in numbers and a[k] != b[k]]
-    largest = max(((a[k].double() - b[k].double()).abs().max().item() for k in numbers), default=0.0)
+    changes = [(a[k].double() - b[k].double()).abs() for k in numbers if a[k].numel()]
+    largest = max((change.max().item() for change in changes), default=0.0)
     return f"{largest:.2g}" * (largest > 0) + " " * bool(other) + ", ".join(other[:3])
 
 
