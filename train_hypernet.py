@@ -113,10 +113,10 @@ def main(argv=None):
         about = {"step": trainer.step, "name": path.stem, "model": sd.name}
         about["info"] = hypernet_file.TOKEN + args.token
         words = {args.token: embedding.vectors} if embedding else {}
-        hypernet_file.save_file(path, config, hypernet_file.state(hypernet), about, words)
-        for word, vectors in words.items():  # once more on its own, for other tools
+        for word, vectors in words.items():  # on its own, for other tools; first, as the artefact ends a run
             beside = path.with_name(path.stem.replace("hypernet", "embedding", 1) + ".safetensors")
             embedding_file.save_file(beside, word, vectors, about)
+        hypernet_file.save_file(path, config, hypernet_file.state(hypernet), about, words)
 
     how = command_line.trainer_options(args, sd, dataset, held_out, class_dataset)
     how["lr"] = {"pairs": args.lr, "word": args.word_lr}

@@ -112,11 +112,11 @@ def main(argv=None):
     # 4. The run
     def save(path):
         words = {args.token: embedding.vectors} if embedding else {}
-        metadata = lora_file.metadata(sd, name=path.stem, reg_images=len(class_dataset or ()), **vars(args))
-        lora_file.save_file(path, loras, metadata, words=words)
-        for word, vectors in words.items():  # once more on its own, for tools that do not look into a LoRA
+        for word, vectors in words.items():  # for tools that do not look into a LoRA; the artefact ends a run
             beside = path.with_name(path.name.replace("lora", "embedding", 1))
             embedding_file.save_file(beside, word, vectors, {"step": trainer.step, "model": sd.name})
+        metadata = lora_file.metadata(sd, name=path.stem, reg_images=len(class_dataset or ()), **vars(args))
+        lora_file.save_file(path, loras, metadata, words=words)
 
     how = command_line.trainer_options(args, sd, dataset, held_out, class_dataset) | {"lr": rates}
     trainer = Trainer(out, trainable, artefact="lora.safetensors", save=save, **how)

@@ -196,6 +196,26 @@ def test_a_hypernetwork_and_its_word(sd1):
     assert torch.allclose(again, vectors, atol=1e-20)
 
 
+@pytest.mark.parametrize("script, name", [(train_lora, "lora.safetensors"), (train_hypernet, "hypernet.pt")])
+def test_the_artefact_is_written_last(sd1, script, name, tmp_path, monkeypatch):
+    """It tells that a run is whole: killed between its two files, the run goes on and writes both."""
+    run, save = tmp_path / "run", embedding_file.save_file
+
+    def killed(file, *rest):
+        if file.name == "embedding.safetensors":
+            raise KeyboardInterrupt
+        save(file, *rest)
+
+    more = ["--rank", 2] if script is train_lora else []
+    more = arguments(sd1, run, *more, "--vectors", 2, "--init", START, "--token", "sks")
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding_file, "save_file", killed)
+        assert script.main(more) == 130
+    assert not (run / name).exists()
+    assert script.main(["--resume", str(run), "--device", "cpu"]) == 0
+    assert (run / name).exists() and (run / "embedding.safetensors").exists()
+
+
 def test_resumed(sd1, tuned, monkeypatch):
     """A run that began from a file, under another word, and was killed goes on to the same end."""
     tuned = [tuned, "--token", "zwx", "--vectors", 1]

@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -242,7 +243,10 @@ def test_stopped_and_resumed(sd1, photos, plain, tmp_path, capsys, monkeypatch):
     assert train_lora.main(["--resume", "a", "--device", "cpu"]) == 0
     assert same_file(plain[0] / "runs/lora", Path("a"))
     monkeypatch.setattr(train_lora, "load_model", None)  # that is said before the model is loaded
+    killed = {"pid": 2**30, "machine": socket.gethostname()}  # when all was written
+    Path("a/lock.json").write_text(json.dumps(killed))
     refused(train_lora, ["--resume", "a", "--device", "cpu"], ("finished run", "nothing to resume"), capsys)
+    assert not Path("a/lock.json").exists()
 
 
 def test_what_may_change_on_resume_and_whose_run_it_is(sd1, photos, plain, capsys, monkeypatch):

@@ -242,7 +242,10 @@ def run_folder(args: argparse.Namespace, method: str, artefact: str) -> Path:
         if before != method:
             raise ValueError(f"{out} is a run of train_{before}.py; go on with that")
         if (out / artefact).exists():  # it is written last, and takes its name when it is whole
-            state.delete_states(out)  # a kill right after that has left them
+            if distributed.RANK == 0:  # a kill right after that has left these
+                lock.take(out)
+                state.delete_states(out)
+                lock.release(out)
             raise ValueError(f"{out} holds a finished run ({artefact}): there is nothing to resume")
         if distributed.RANK == 0:
             lock.take(out)
