@@ -1,8 +1,8 @@
 """Two checkouts side by side: what has a change changed that should change nothing? (docs/LOG.md, section 14)
 
 python docs/checkouts.py same OLD NEW       the same commands in both; every file that differs
-python docs/checkouts.py speed OLD NEW      hanokdiff.bench in turns; the new one's time over the old one's
-python docs/checkouts.py speed OLD NEW --works sample --sizes tiny --rounds 12 --batch-size 4
+python docs/checkouts.py speed OLD NEW      steps of training and sampling in turns; the new time over the old
+python docs/checkouts.py speed OLD NEW --works sample --sizes small --rounds 24
 
 One thread each, as a second core's help varies. `git worktree add ../old COMMIT` makes a checkout.
 """
@@ -118,35 +118,68 @@ def same(old: Path, new: Path) -> None:
         print(f"{len(commands)} commands, {len(names[0])} files compared")
 
 
-def speed(old: Path, new: Path, works: list[str], sizes: list[str], rounds: int, batch_size) -> None:
-    print("work, size: new / old of the fastest step; median of the pairs (and of them the quartiles)")
+def speed(old: Path, new: Path, works: list[str], sizes: list[str], rounds: int) -> None:
+    """Both in turns, each in a process of its own that has made everything ready."""
+    print("work, size: new / old of the fastest step, and the median of the pairs; processor time")
     for work, size in ((w, s) for s in sizes for w in works):
+        sides = {}
+        for checkout in (old, new):
+            command = [sys.executable, "-c", STEPS, str(checkout), work, size]
+            pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=checkout)
+            sides[checkout] = subprocess.Popen(command, **pipes, env={**os.environ, "OMP_NUM_THREADS": "1"})
         seconds: dict[Path, list[float]] = {old: [], new: []}
         for turn in range(rounds):
             for checkout in (old, new) if turn % 2 else (new, old):
-                with tempfile.TemporaryDirectory() as folder:
-                    command = f"-m hanokdiff.bench {work} --size {size} --device cpu --json b.json"
-                    command += " --rounds 1 --turn 8" + (f" --batch-size {batch_size}" if batch_size else "")
-                    run(checkout, command.split(), Path(folder))
-                    (row,) = json.loads(Path(folder, "b.json").read_text())["rows"]
-                    seconds[checkout].append(row["seconds_min"])
-        pairs = sorted(b / a for a, b in zip(seconds[old], seconds[new], strict=True))
-        low, middle, high = statistics.quantiles(pairs, n=4)
+                print(file=sides[checkout].stdin, flush=True)
+                seconds[checkout].append(float(sides[checkout].stdout.readline()))
+        for process in sides.values():
+            process.stdin.close()
+            process.wait()
+        pairs = [b / a for a, b in zip(seconds[old], seconds[new], strict=True)]
         fastest = min(seconds[new]) / min(seconds[old])
-        middle = f"{middle:.3f} ({low:.3f} to {high:.3f}), {rounds} pairs"
-        print(f"{work}, {size}: {fastest:.3f}; {middle}", flush=True)
+        print(f"{work}, {size}: {fastest:.3f}; {statistics.median(pairs):.3f}, {rounds} pairs", flush=True)
+
+
+STEPS = """
+import sys, time
+checkout, work, size = sys.argv[1:]
+sys.path.insert(0, checkout)
+import torch
+from hanokdiff.bench import setup
+from hanokdiff.training.noise import Batch
+sd = setup.build(size, "cpu", torch.float32)
+if work == "sample":
+    def step(k):
+        for _ in sd.sample(["a barn on fire"] * 4, range(4), steps=4):
+            pass
+else:
+    trainable, losses = setup.prepare(sd, work, setup.side(size))
+    optimizer = torch.optim.AdamW(list(trainable.values()), fused=True)
+    def step(k):
+        losses(Batch(0, k, range(8), 8, device=sd.device)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+for k in range(3):
+    step(k)
+for _ in sys.stdin:  # a line: six steps, the fastest of which is told
+    seconds = []
+    for k in range(6):
+        start = time.process_time()
+        step(k)
+        seconds.append(time.process_time() - start)
+    print(min(seconds), flush=True)
+"""
 
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("what", choices=("same", "speed"))
     p.add_argument("checkouts", nargs=2, type=lambda text: Path(text).resolve(), metavar="CHECKOUT")
-    p.add_argument("--works", nargs="+", default=["lora", "ti", "dreambooth", "hypernet", "sample"])
-    p.add_argument("--sizes", nargs="+", default=["tiny", "small", "overhead"])
-    p.add_argument("--rounds", type=int, default=6)
-    p.add_argument("--batch-size", type=int)
+    p.add_argument("--works", nargs="+", default=["ti", "dreambooth", "lora", "sample"])
+    p.add_argument("--sizes", nargs="+", default=["tiny"])
+    p.add_argument("--rounds", type=int, default=12)
     args = p.parse_args()
     if args.what == "same":
         same(*args.checkouts)
     else:
-        speed(*args.checkouts, args.works, args.sizes, max(2, args.rounds), args.batch_size)
+        speed(*args.checkouts, args.works, args.sizes, max(2, args.rounds))
