@@ -6,7 +6,7 @@
     score    every picture by CLIP; then the page is written anew                   CELL/scores-*.json
 
     python -m hanokdiff.compare            each method's best, 5, 50, 100 photos; 15 minutes on 2 CPU cores
-    python -m hanokdiff.compare --quick    a first look in five minutes
+    python -m hanokdiff.compare --quick    a first look in three minutes
     python -m hanokdiff.compare --preset best switches --seeds 1 2 3 4 5 6 7 8 --n 32    the study
     python -m hanokdiff.compare --recipe LoRA --recipe "small=lora --rank 4"  your own question
     python -m hanokdiff.compare --model MODEL --data PHOTOS --clip openai/clip-vit-base-patch32
