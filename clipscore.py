@@ -230,8 +230,8 @@ def match(rows: list[dict], paths: list[str], prompt: str | None) -> dict:
     by = "prompt and seed" if by_seed else "file name"
     if not a.keys() & b.keys():
         first, second = (next(iter(folder), "nothing readable") for folder in (a, b))
-        first = f"the first ones: {first}; {second}"
-        none = f"no picture of {paths[0]} matches one of {paths[1]} by {by} ({first})"
+        none = f"no picture of {paths[0]} matches one of {paths[1]} by {by}"
+        none += f" (the first ones: {first}; {second})"
         raise ValueError(f"{none}; draw both from the same prompts and seeds")
     unmatched = [(a | b)[k]["file"] for k in a | b if (k in a) != (k in b)]
     return {"by": by, "pairs": [(a[k], b[k]) for k in a if k in b], "unmatched": unmatched}

@@ -19,6 +19,7 @@ import numpy as np
 import remedies
 
 METHODS = ("ti", "hypernet + word + class", "lora + text + word + class")  # the defaults
+RECIPES = {**remedies.RECIPES, "untouched": ("untouched", "", 1)}  # the base, to compare with
 PLAIN = "a building"
 
 
@@ -68,11 +69,11 @@ def cell(name: str, way: str, number: int, home: Path, test: bool) -> None:
     from hanokdiff.tiny import build
 
     change, strength, extra = WAYS[way]
-    method, options, _ = remedies.RECIPES[name]
+    method, options, _ = RECIPES[name]
     run = remedies.run_folder(home, method, options, number)
     remedies.train(method, options, number, run)
-    if method == "ti" and strength != 1:
-        return  # an embedding has none
+    if method in ("ti", "untouched") and strength != 1:
+        return  # which has none
     sd, judge, out = remedies.trained_model(method, run, strength), Clip(), {}
     for place, (prompt, condition) in enumerate((remedies.TEST if test else remedies.DEVELOPMENT).items()):
         word = condition if condition in prompt else "fire"
@@ -105,7 +106,7 @@ def table(names: list[str], ways: list[str], sets: list[int], home: Path, test: 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--recipes", nargs="+", default=list(METHODS), choices=remedies.RECIPES)
+    p.add_argument("--recipes", nargs="+", default=list(METHODS), choices=RECIPES)
     p.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     p.add_argument("--sets", nargs="+", type=int, default=[1, 2, 3, 4])
     p.add_argument("--test", action="store_true", help="draw A, B, C instead of the development prompts")

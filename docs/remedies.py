@@ -72,7 +72,7 @@ PICTURES = {False: 16, True: 32}  # per prompt, in development and in the test
 
 def train(method: str, options: str, number: int, run: Path) -> None:
     """One training, in its folder; what is there is not done again."""
-    if (run / ARTEFACT[method]).exists():
+    if method == "untouched" or (run / ARTEFACT[method]).exists():
         return
     shutil.rmtree(run, ignore_errors=True)  # half a minute: begun again, not resumed
     common = (
@@ -87,7 +87,7 @@ def trained_model(method: str, run: Path, strength: float):
     from hanokdiff.formats import embedding_file, hypernet_file, lora_file
     from hanokdiff.formats.load import load_model
 
-    file = run / ARTEFACT[method]
+    file = run / ARTEFACT.get(method, "")
     sd = load_model(str(file) if method == "dreambooth" else "tiny", "cpu", log=None)
     sd.text.add_word("*")
     if method == "lora":

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -498,3 +499,12 @@ def test_another_kind_of_model(tmp_path, run):
     photos = fill(tmp_path, ["a.png"])
     code, _, err = run(photos, blip=Path(caption.__file__).parent / "tiny" / "clip")
     assert code == 2 and "is not a whole BLIP model" in err and err.count("\n") == 1
+
+
+def test_hundreds_of_photos(tmp_path, run, blip):
+    fill(tmp_path, [f"{i:04}.bmp" for i in range(200)])
+    start = time.perf_counter()
+    code, out, _ = run(tmp_path, "--batch-size", 50, blip=blip)
+    assert code == 0 and len(texts(tmp_path)) == 200 and time.perf_counter() - start < 60
+    got = counts(out)
+    assert got.keys() == {"captioned", "looped and captioned again"} and sum(got.values()) == 200

@@ -173,6 +173,13 @@ def test_caption_in_no_known_encoding(tmp_path):
         read_caption(tmp_path / "a.txt")
 
 
+def test_order_is_the_same_on_every_machine(tmp_path):
+    """A constant: the order must not follow Python's hash seed, version or platform."""
+    fill(tmp_path, [f"{i}.png" for i in range(6)])
+    order = "".join(p.name[0] for p in load_photos(tmp_path, 8, None, log=quiet)[0])
+    assert order == "021435"
+
+
 def test_order_is_nested_and_independent_of_listing(tmp_path, monkeypatch):
     fill(tmp_path, [f"{i:02}.png" for i in range(20)])
     names = [p.name for p in load_photos(tmp_path, 8, None, log=quiet)[0]]

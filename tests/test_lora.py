@@ -406,6 +406,15 @@ def test_metadata_and_hashes(sd, reference, tmp_path):
     assert header[f"{NAME}.alpha"]["shape"] == []
 
 
+def test_other_numbers_have_another_hash(sd, tmp_path):
+    hashes, loras = set(), lora.insert(sd, 2, 2)
+    for seed in (0, 0, 1):
+        trained(loras, seed)
+        lora_file.save_file(tmp_path / "a.safetensors", loras, {})
+        hashes.add(lora_file.read_file(tmp_path / "a.safetensors")[1]["sshs_model_hash"])
+    assert len(hashes) == 2
+
+
 def test_half_precision_files(sd, tmp_path):
     loras = lora.insert(sd, 2, 1.0)
     trained(loras)

@@ -252,7 +252,7 @@ def test_keys_and_values_may_be_computed_once(sd1):
 
 
 def test_blocks_are_compiled_each_alone(sd1, monkeypatch):
-    """Through torch.compile's front, without its code generator: no block (of every sixth) breaks in two,
+    """Through torch.compile's front, without its code generator: no block (of every third) breaks in two,
     each shape has its own graph, and the numbers stay."""
     sd, graphs = fresh(sd1), []
 
@@ -263,9 +263,9 @@ def test_blocks_are_compiled_each_alone(sd1, monkeypatch):
     trainable = method(sd, "lora")
     before = gradients(sd, trainable)
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 128)
-    for block in list(memory.blocks(sd.unet))[::6]:
+    for block in list(memory.blocks(sd.unet))[::3]:
         block.forward = torch.compile(block.forward, dynamic=False, backend=backend, fullgraph=True)
     after = gradients(sd, trainable)
     torch._dynamo.reset()
-    assert len(graphs) >= 5
+    assert len(graphs) >= 9
     assert all(x is y or (x - y).abs().max() <= 1e-5 for x, y in zip(before, after, strict=True))

@@ -279,6 +279,18 @@ def test_paired_interval_is_students_t_of_the_differences():
         paired_interval([], [])
 
 
+def test_planted_difference_is_found_and_planted_equality_is_not():
+    """What a pair shares is ten times the difference: two separate intervals would overlap."""
+    random = np.random.default_rng(0)
+    shared, noise = random.normal(0, 1, 20), random.normal(0, 0.05, (2, 20))
+    a, b = shared + noise[0] + 0.1, shared + noise[1]
+    value, low, high = paired_interval(a, b)
+    assert 0 < low < 0.1 < high and value == pytest.approx(0.1, abs=0.05)
+    assert mean_interval(a)[1] < mean_interval(b)[0] < mean_interval(b)[2]
+    _, low, high = paired_interval(a - 0.1, b)
+    assert low < 0 < high
+
+
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
 def test_paired_intervals_cover_as_often_as_they_say(confidence):
     random, trials, n = np.random.default_rng(1), 1500, 6

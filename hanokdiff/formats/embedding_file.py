@@ -126,8 +126,8 @@ def apply(sd, path: Path, word: str, vectors: Tensor) -> textual_inversion.Exten
     width = textual_inversion.token_embedding(sd).shape[1]
     if vectors.shape[1] != width:
         made = {768: "SD 1.x", 1024: "SD 2.x"}.get(vectors.shape[1], "another architecture")
-        width = f"vectors of width {vectors.shape[1]} ({made}), but {sd.name}'s words have {width}"
-        raise ValueError(f"{path}: {width}")
+        given = f"vectors of width {vectors.shape[1]} ({made})"
+        raise ValueError(f"{path}: {given}, but {sd.name}'s words have {width}")
     try:
         return textual_inversion.insert(sd, word, vectors)
     except ValueError as e:  # a word that cannot be: no token, control characters

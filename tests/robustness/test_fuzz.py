@@ -59,7 +59,7 @@ def refused(work, *words) -> str:
 
 
 def test_some_random_ones(home):
-    table, wrong = fuzz.fuzz(home, first=1_000_000, count=int(os.environ.get("FUZZ", 72)))
+    table, wrong = fuzz.fuzz(home, first=1_000_000, count=int(os.environ.get("FUZZ", 240)))
     assert not wrong, wrong[:20]
     assert {line.split()[1] for line in table} == {"opened", "refused"}
 

@@ -4,12 +4,14 @@ import os
 import random
 
 import kills
+import pytest
 
-KILLS = int(os.environ.get("HANOKDIFF_KILLS", "2"))
+KILLS = int(os.environ.get("HANOKDIFF_KILLS", "1"))
 
 
-def test_killed_and_resumed_writes_the_very_tensors(tmp_path):
-    """DreamBooth, which writes most; kills.py itself: all four, and the comparison."""
-    options = "--steps 6 --images 2 --held-out 0 --save-every 2 --preview-every 0 --class-images 2".split()
-    tally = kills.killed("DreamBooth", KILLS, tmp_path, seed=random.randrange(10**6), options=options)
+@pytest.mark.parametrize("name", [n for n in kills.RUNS if n != "comparison"])
+def test_killed_and_resumed_writes_the_very_tensors(tmp_path, name):
+    options = "--steps 6 --images 2 --held-out 0 --save-every 2 --preview-every 0".split()
+    options += ["--class-images", "2"] * (name != "textual inversion")
+    tally = kills.killed(name, KILLS, tmp_path, seed=random.randrange(10**6), options=options)
     assert tally.kills == KILLS and not tally.lost + tally.different, tally

@@ -129,6 +129,7 @@ train_lora --device cuda:99 => device "cuda:99" cannot be used (REASON); try cpu
 train_hypernet --activation rellu => activation "rellu" is not known; ... torch's by their lower-case names
 train_hypernet --activation softmax => --activation softmax mixes the pictures of a ... another, such as relu
 train_hypernet --dropout 0.5 --layers 1 1 => --dropout needs an inner layer to leave ... as --layers 1 2 1
+train_dreambooth --freeze-text --text-steps 3 => --freeze-text leaves nothing ... and --text-steps; leave
 train_dreambooth --freeze-text --text-lr 1e-4 => --freeze-text leaves nothing to do for ... leave them out
 train_dreambooth --class-images 0 --class-prompts starred.txt => --class-images is 0; leave one of them out
 # where it goes, and what was there
