@@ -17,10 +17,10 @@ from hanokdiff.files import replacing
 # Operations that a step of each script hands to the card at the embedded model, views included, when this was
 # last changed: whoever needs fewer lowers them. At SD 1.5's size: test_budget.py.
 OPERATIONS = {
-    "train ti --micro-batch 1": 2723,
-    "train dreambooth --class-images class --held-out 2": 2439,
-    "train lora --targets attention --rank 4 --class-images 0": 2089,
-    "train hypernet --widths all --class-images 0": 1867,
+    "train ti --micro-batch 1": 2719,
+    "train dreambooth --class-images class --held-out 2": 2438,
+    "train lora --targets attention --rank 4 --class-images 0": 2087,
+    "train hypernet --widths all --class-images 0": 1865,
 }
 STEPS = 3  # of the sampler
 

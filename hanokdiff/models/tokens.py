@@ -8,6 +8,7 @@ Shapes:  B prompts;  T = 77 positions;  D the width (768 in SD 1.x, 1024 in SD 2
 """
 
 import functools
+import itertools
 import math
 import re
 import warnings
@@ -171,7 +172,10 @@ class Text:
         """Of each caption (77 k, D), k its own."""
         chunks = [self._caption(p) for p in texts]
         z = self._encode([ids for own in chunks for ids in own])
-        return [own.flatten(0, 1) for own in z.split(list(map(len, chunks)))]
+        places = itertools.accumulate(map(len, chunks), initial=0)
+        return [
+            z[i] if len(own) == 1 else z[i : i + len(own)].flatten(0, 1) for i, own in zip(places, chunks)
+        ]
 
     def _encode(self, ids: list[list[int]]) -> Tensor:
         device = self.encoder.final_layer_norm.weight.device
