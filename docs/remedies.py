@@ -62,6 +62,13 @@ RECIPES = {  # name -> (method, options of its script, strength of the artefact 
     "ti, 16 vectors, 900 steps": ("ti", "--vectors 16 --steps 900", 1),
     "ti, 4 vectors": ("ti", "--vectors 4", 1),
     "ti, hold norm": ("ti", "--hold-norm", 1),
+    # a half and a third of the steps (LOG, section 29)
+    "lora, 175 steps": ("lora", "--steps 175", 1),
+    "lora, 120 steps": ("lora", "--steps 120", 1),
+    "dreambooth, 150 steps": ("dreambooth", "--steps 150", 1),
+    "dreambooth, 100 steps": ("dreambooth", "--steps 100", 1),
+    "hypernet, 175 steps": ("hypernet", "--steps 175", 1),
+    "ti, 150 steps": ("ti", "--steps 150", 1),
 }
 ARTEFACT = {
     "lora": "lora.safetensors", "hypernet": "hypernet.pt", "ti": "embedding.safetensors",
