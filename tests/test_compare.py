@@ -209,6 +209,7 @@ def test_the_whole_matrix(context):
     assert all(c["steps"] == plan.script(c["method"]).DEFAULTS["tiny"]["steps"] for c in cells[3:])
     asked = {q["key"]: q for q in manifest["settings"]["questions"]}
     assert list(asked) == ["A", "A literal", "B", "C", "word"]
+    assert [q["n"] for q in asked.values()] == [16, 8, 16, 16, 8]
     assert asked["A"]["tokens"] == ["*", ",", "fire"] and asked["A literal"]["tokens"] == ["*,", "fire"]
     assert [*asked["C"]["texts"].values()] == ["A fire broke out in *", "A fire broke out in a hanok", "fire"]
     assert asked["A"]["noise"] == asked["A literal"]["noise"] != asked["B"]["noise"]
@@ -285,6 +286,15 @@ def test_points_of_one_training(context):
     asked = {q["key"]: q for q in manifest["settings"]["questions"]}
     assert asked["development 1"]["wanted"] == "snow" and asked["A"]["wanted"] == "fire"
     assert [len(g) for g in workers.trainings(cells)] == [4, 2]
+
+
+def test_the_longest_first(context):
+    """The last training runs alone on two cores: it must not be the longest. Sets stay together."""
+    manifest = plan.plan(arguments("--seeds", 1, 2, *recipe("ti", "hypernet", "lora")), context)
+    groups = workers.trainings(manifest["cells"])
+    names = [groups[i][0]["name"] for i in workers.longest_first(groups, range(1, len(groups)))]
+    assert names == [cell_name(m, seed=s) for s in (1, 2) for m in ("hypernet", "lora", "ti")]
+    assert workers.longest_first(groups, [4, 0]) == [0, 4]  # a page begins with the untouched model
 
 
 def test_the_key_of_earlier_versions():

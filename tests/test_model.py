@@ -351,6 +351,8 @@ def test_bad_requests(sd1, load):
     for prompts, seeds in ((PROMPTS[:1], SEEDS), (PROMPTS, SEEDS[:1])):
         with pytest.raises(ValueError, match=f"{len(prompts)} prompts for {len(seeds)} seeds"):
             next(sd.sample(prompts, seeds, steps=1))
+        with pytest.raises(ValueError, match=f"{len(prompts)} prompts for {len(seeds)} seeds"):
+            sd.draw(prompts, seeds, steps=1)
     with pytest.raises(ValueError, match='"fp8" is not known'):
         load_model(str(sd1.folder), dtype="fp8", log=None)
     with pytest.raises(ValueError, match='"toaster" cannot be used'):

@@ -144,6 +144,7 @@ def run_cells(args, context: plan.Context, manifest: dict, argv: list[str], shar
     out, groups, drawing = args.out, workers.trainings(manifest["cells"]), manifest["settings"]["drawing"]
     mine = range(shard - 1, len(groups), shards)
     todo = [i for i in mine if not all((out / c["folder"] / c["scores"]).exists() for c in groups[i])]
+    todo = workers.longest_first(groups, todo)
     jobs = args.jobs or workers.usual_jobs(context.sd, args.device)
     cells = sum(len(groups[i]) for i in mine)
     left = sum(len(groups[i]) for i in todo)

@@ -274,6 +274,7 @@ def cell(
         "ask": ask,
         "steps": about.get("steps", 0),
         "batch_size": about.get("batch_size", 0),
+        "class_images": about.get("class_images", 0),
         "prompts": prompts,
         "folder": f"cells/{method}-{photos}-{seed}-{trained}",
         "pictures": f"pictures-{drawn}",

@@ -6,7 +6,8 @@ from hanokdiff.scoring.clip import SCALES, Clip
 
 KINDS = "a hanok, a Korean traditional house|a Japanese house|a Chinese pavilion|a western house"
 CONDITIONS = "a building on fire|a building beside a campfire|a building"
-EXTRA = 16  # pictures at most of the questions beside the prompts, which are no part of the result
+EXTRA = 16  # pictures at most of the questions beside the prompts, which are no part of the result,
+LEAST_EXTRA = 8  # and of few pictures a prompt half as many, but these
 DEVELOPMENT = {
     "{token} in the snow": "snow",
     "smoke rising from {token}": "smoke",
@@ -32,6 +33,7 @@ def questions(args, sd: StableDiffusion, clip: Clip, conditions: dict[str, str])
     pseudo word alone; where the tokenizer fuses the word with what follows, the prompt as other tools would
     read it; and where several points of a training are drawn, development prompts to choose among them."""
     found, wanted = [], next(iter(conditions))
+    extra = min(args.n, EXTRA, max(LEAST_EXTRA, args.n // 2))
     for place, (name, prompt) in enumerate([*zip(LETTERS, args.prompts), ("word", args.token)]):
         subject = word_pattern(args.token).sub(lambda _: args.subject, prompt)
         check_length(clip, subject)
@@ -42,24 +44,21 @@ def questions(args, sd: StableDiffusion, clip: Clip, conditions: dict[str, str])
             "development": False,
             "wanted": wanted,
             "noise": 10_000 * place,
-            "n": args.n if name != "word" else min(args.n, EXTRA),
+            "n": args.n if name != "word" else extra,
             "texts": {"literal": prompt, "words": subject, "context": args.context},
             "tokens": tokens(sd, prompt, literal=False),
         }
         found.append(question)
         fused = tokens(sd, prompt, literal=True)
         if name != "word" and fused != question["tokens"]:
-            changed = {"key": f"{name} literal", "literal_tokens": True, "n": min(args.n, EXTRA)}
+            changed = {"key": f"{name} literal", "literal_tokens": True, "n": extra}
             found.append({**question, **changed, "tokens": fused})
     if len(args.at) * len(args.strengths) > 1 and set(DEVELOPMENT.values()) <= conditions.keys():
         for place, (text, condition) in enumerate(DEVELOPMENT.items()):
             prompt = text.replace("{token}", args.token)
             subject = word_pattern(args.token).sub(lambda _: args.subject, prompt)
             own = {"key": f"development {place + 1}", "prompt": prompt, "noise": 500_000 + 10_000 * place}
-            own |= {
-                "n": min(args.n, EXTRA),
-                "texts": {"literal": prompt, "words": subject, "context": condition},
-            }
+            own |= {"n": extra, "texts": {"literal": prompt, "words": subject, "context": condition}}
             own |= {"tokens": tokens(sd, prompt, literal=False), "wanted": condition, "development": True}
             found.append({**question, **own})
     return found

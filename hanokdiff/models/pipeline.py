@@ -106,9 +106,7 @@ class StableDiffusion:
         attend_scale: float = SCALE,
     ) -> Iterator[Tensor]:
         """Yield the latents (B, 4, h, w) after every step: sample.py's loop, for previews and compare."""
-        if len(prompts) != len(seeds):
-            both = f"{len(prompts)} prompts for {len(seeds)} seeds"
-            raise ValueError(f"{both}: give as many of one as of the other")
+        check_seeds(prompts, seeds)
         cfg = self.cfg if cfg is None else cfg
         noise = self.noise(seeds, size or (self.resolution, self.resolution))
         strength = None if init_latents is None else strength
@@ -135,6 +133,7 @@ class StableDiffusion:
 
     def draw(self, prompts: list[str], seeds, batch_size: int = 32, **options) -> list[Image.Image]:
         """One finished picture per prompt and seed; `options` are those of `sample`."""
+        check_seeds(prompts, seeds)
         out = {}
         for part in self.batches(prompts, batch_size, options.get("steps", 20)):
             for x in self.sample([prompts[i] for i in part], [seeds[i] for i in part], **options):
@@ -189,6 +188,12 @@ class StableDiffusion:
             none = f"the autoencoder of {self.name} makes no picture of this, in fp32 either"
             raise ValueError(f"{none}: take another one")
         return x
+
+
+def check_seeds(prompts: list[str], seeds) -> None:
+    if len(prompts) != len(seeds):
+        both = f"{len(prompts)} prompts for {len(seeds)} seeds"
+        raise ValueError(f"{both}: give as many of one as of the other")
 
 
 def latent_size(size: tuple[int, int], factor: int) -> tuple[int, int]:
