@@ -1,5 +1,6 @@
 """The chores on a toy that takes microseconds a step; then the trainers themselves: spoilt, run for long."""
 
+import copy
 import importlib
 import io
 import json
@@ -28,6 +29,7 @@ from hanokdiff.tiny import world
 from hanokdiff.training import dataset
 from hanokdiff.training.dataset import LatentDataset
 from hanokdiff.training.noise import Batch
+from hanokdiff.training.optimizer import AdamW
 from hanokdiff.training.trainer import Trainer
 from hanokdiff.training.validation import validation_loss
 
@@ -831,3 +833,30 @@ def test_a_long_run_keeps_its_size(tmp_path, work):
     print(f"{resident[0] / 1e6:.0f} to {max(resident) / 1e6:.0f} MB, {files[0]} to {max(files)} files")
     assert len(seen) >= 240 and max(resident) < 1.05 * resident[0] and set(files) == {files[0]}
     assert [r["step"] for r in rows(tmp_path / "run") if "loss" in r] == list(range(10, len(seen) + 1, 10))
+
+
+def test_the_optimiser_is_torchs():
+    """To the bit: with clipped and refused steps, tensors that stand still for a while, and a saved state."""
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(n)) for n in (3, 5, 7, 9)]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    groups = lambda params: [{"params": params[:3], "lr": 0.1}, {"params": params[3:], "lr": 0.01}]  # noqa: E731
+    a = AdamW(groups(ours), 0.1, 0.01)
+    b = torch.optim.AdamW(groups(theirs), 0.1, weight_decay=0.01, fused=True)
+    for step in range(12):
+        for k, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            stands_still = (k, step) in {(0, 0), (1, 4), (1, 5), (3, 7), (2, 10), (2, 11)}
+            p.grad = None if stands_still else torch.randn_like(p)
+            q.grad = None if stands_still else p.grad.clone()  # which a step scales in place
+        for optimizer in (a, b):
+            optimizer.grad_scale = torch.tensor(1.0 + step)
+            optimizer.found_inf = torch.tensor(float(step == 3))
+            optimizer.step()
+        if step == 8:  # as a run that is stopped and resumed
+            saved = copy.deepcopy(a.state_dict())
+            a = AdamW(groups(ours), 0.1, 0.01)
+            a.load_state_dict(saved)
+        for p, q in zip(ours, theirs, strict=True):
+            assert torch.equal(p, q) and a.state[p].keys() == b.state[q].keys()
+            assert all(torch.equal(a.state[p][name], b.state[q][name]) for name in a.state[p])
+    assert len({id(s["step"]) for s in a.state.values()}) == 4  # each has stood still at other steps

@@ -26,6 +26,7 @@ from hanokdiff.files import write_json
 from hanokdiff.images import write_png
 from hanokdiff.training import distributed, state
 from hanokdiff.training.noise import Batch
+from hanokdiff.training.optimizer import AdamW
 
 CLIP = 1.0  # gradient norm
 LOG_EVERY = 10  # steps
@@ -86,7 +87,7 @@ class Trainer:
             groups.append({"params": own, "share": value / self.lr})
         covered = sum(len(group["params"]) for group in groups)
         assert covered == len(trainable), f"{lrs} do not cover {list(trainable)[:9]}"
-        self.optimizer = torch.optim.AdamW(groups, self.lr, weight_decay=weight_decay, fused=True)
+        self.optimizer = AdamW(groups, self.lr, weight_decay)
 
         self.step, self.seconds, self.lr_scale = 0, 0.0, 1.0
         self.state_file: Path | None = None  # the newest state that was written or read
