@@ -5,7 +5,7 @@
         + w || eps' - eps_theta(x'_t', t', class prompt) ||^2
                                                              with --class-images: prior preservation
 
-    python train_hypernet.py                                          the embedded hanok, one to two minutes
+    python train_hypernet.py                                          the embedded hanok, one minute
     python train_hypernet.py --model MODEL --data PHOTOS --token sks  your photos on a real checkpoint
 
 Writes runs/hypernet/hypernet.pt (the WebUI reads it), log.jsonl (with |f(x)| / |x|) and previews/.
@@ -32,8 +32,8 @@ from hanokdiff.training.trainer import Trainer
 # the tiny UNet has cross-attention at one level only, so there self-attention is changed too
 # SD: rate and layers of the WebUI's training tab; it names no steps: as many as textual inversion's
 DEFAULTS = {
-    "tiny": dict(steps=350, batch_size=8, lr=4e-3, widths="all", layers=[1, 2, 1], activation="relu",
-                 vectors=4, word_lr=1e-2, class_images=64, min_snr=5.0, save_every=100, preview_every=175),
+    "tiny": dict(steps=175, batch_size=8, lr=4e-3, widths="all", layers=[1, 2, 1], activation="relu",
+                 vectors=4, word_lr=1e-2, class_images=64, min_snr=5.0, save_every=50, preview_every=88),
     "sd": dict(steps=3000, batch_size=4, lr=1e-5, widths="context", layers=[1, 2, 1], activation="relu",
                vectors=0, word_lr=5e-4, class_images=0, min_snr=0.0, save_every=500, preview_every=500),
 }  # fmt: skip

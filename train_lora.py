@@ -5,7 +5,7 @@
         + w || eps' - eps_theta(x'_t', t', class prompt) ||^2
                                                              with --class-images: prior preservation
 
-    python train_lora.py                                          the embedded hanok, two minutes
+    python train_lora.py                                          the embedded hanok, one minute
     python train_lora.py --model MODEL --data PHOTOS --token sks  your photos on a real checkpoint
 
 Writes runs/lora/lora.safetensors (kohya's format: the WebUI, ComfyUI and diffusers read it), log.jsonl and
@@ -33,9 +33,9 @@ from hanokdiff.training.trainer import Trainer
 # SD: rates, text encoder and no class pictures as in kohya's docs/train_network.md, rank between its 16 and
 # diffusers' 4; the word's rate as in diffusers' textual inversion
 DEFAULTS = {
-    "tiny": dict(steps=350, batch_size=8, lr=2e-3, rank=16, alpha=None, targets="attention+ff+conv",
+    "tiny": dict(steps=175, batch_size=8, lr=2e-3, rank=16, alpha=None, targets="attention+ff+conv",
                  text_lr=2e-3, text_steps=None, vectors=4, word_lr=1e-2,
-                 class_images=64, min_snr=5.0, save_every=100, preview_every=175),
+                 class_images=64, min_snr=5.0, save_every=50, preview_every=88),
     "sd": dict(steps=1500, batch_size=4, lr=1e-4, rank=8, alpha=None, targets="attention",
                text_lr=1e-5, text_steps=None, vectors=0, word_lr=5e-4,
                class_images=0, min_snr=0.0, save_every=500, preview_every=500),
