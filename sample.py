@@ -36,7 +36,7 @@ from hanokdiff.images import labelled_sheet, read_photo, webui_parameters, write
 from hanokdiff.methods import hypernetwork, lora
 from hanokdiff.models import memory, samplers
 from hanokdiff.models.attend import SCALE, Attend
-from hanokdiff.models.memory import given_kv, project_kv
+from hanokdiff.models.memory import given_kv, project_kv, shared_prefix
 from hanokdiff.models.pipeline import latent_size
 from hanokdiff.models.prompt_schedule import AND, not_understood, take_tags
 from hanokdiff.models.tokens import contains_word, same_word
@@ -66,7 +66,7 @@ def sample(sd, prompts: list[str], seeds: list[int], args, size, init_latents, b
             kv, last = project_kv(sd.unet, context), context  # keys and values of cross-attention
         x_t = x * (sigma**2 + 1) ** -0.5  # scaled as the UNet was trained
         t, rows = torch.full((1,), t, device=x.device), len(context) // len(x)
-        with given_kv(kv):
+        with given_kv(kv), shared_prefix(sd.unet, rows):  # what all steps, and all rows, have in common
             pred = sd.unet(x_t.repeat(rows, 1, 1, 1), t, context)
         if rows > 1:
             uncond, *conds = pred.chunk(rows)

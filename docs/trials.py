@@ -5,6 +5,7 @@ python docs/trials.py packed    a sampler's step with convolution weights packed
 python docs/trials.py inside    a sampler's step, over the network alone in it
 python docs/trials.py kv        a guided step that projects keys and values, over one that is given them
 python docs/trials.py pad_keys  a guided step that attends to 77 tokens, over one to 80, three of them masked
+python docs/trials.py prefix    a guided step, over one that computes what precedes the words once
 python docs/trials.py bf16      a guided pass of the UNet in fp32 and diffusers' in bf16, over ours in bf16
 python docs/trials.py bf16-step a LoRA step in fp32, over one in bf16
 python docs/trials.py narrow    the tiny world's LoRA step beside every W, over W + delta in narrow layers
@@ -43,9 +44,9 @@ def narrow(sd, merged: bool):
         yield
 
 
-def network(sd, side: int, batch: int, steps: int = 1, given: bool = True, padded: bool = True):
+def network(sd, side: int, batch: int, steps=1, given=True, padded=True, shared=False):
     """The UNet alone, guided: `batch` pictures with two prompts each; with keys and values `given` or
-    projected in every step, `padded` to 80 tokens or as they are."""
+    projected in every step, `padded` to 80 tokens or as they are; what precedes the words `shared`."""
     h = side // sd.vae.config.factor
     x = torch.randn(2 * batch, 4, h, h)
     context = torch.randn(2 * batch, 77, sd.unet.config.cross_attention_dim, dtype=sd.dtype)
@@ -55,7 +56,7 @@ def network(sd, side: int, batch: int, steps: int = 1, given: bool = True, padde
             none = torch.zeros(1, 1, 1, 77)  # a mask that masks nothing: no padding instead
             kv = [(attn, (k[:, :, :77], v[:, :, :77], none)) for attn, (k, v, _) in kv]
     while True:
-        with torch.inference_mode(), memory.given_kv(kv):
+        with torch.inference_mode(), memory.given_kv(kv), memory.shared_prefix(sd.unet, 1 + shared):
             for _ in range(steps):
                 sd.unet(x, torch.tensor([500.0]), context)
         yield
@@ -115,13 +116,15 @@ def sides(trial: str, size: str, folder: Path) -> dict:
     if trial == "inside":
         alone = network(build(), side, 1, steps=setup.STEPS)
         return {"the network": alone, "the sampler": measure.sample(build(), side, 1)}
+    if trial == "prefix":
+        return {"shared": network(build(), side, 4, shared=True), "all rows": network(build(), side, 4)}
     if trial == "pad_keys":
         return {"80": network(build(), side, 1), "77": network(build(), side, 1, padded=False)}
     return {"given": network(build(), side, 1), "projected": network(build(), side, 1, given=False)}
 
 
 if __name__ == "__main__":
-    trials = ("lean", "packed", "inside", "kv", "pad_keys", "bf16", "bf16-step", "narrow")
+    trials = ("lean", "packed", "inside", "kv", "pad_keys", "prefix", "bf16", "bf16-step", "narrow")
     if sys.argv[1:] not in ([name] for name in trials):
         sys.exit(__doc__)
     keep_freed_memory()

@@ -251,6 +251,32 @@ def test_keys_and_values_may_be_computed_once(sd1):
         assert not torch.equal(sd.unet(x, t, torch.zeros_like(context)), whole)
 
 
+@pytest.mark.parametrize("model", ["sd1", "tiny"])  # words come in at the first level, and at the second
+def test_guidance_shares_what_comes_before_the_words(sd1, model):
+    """Rows that differ in their words alone: the same numbers, from each module's fewer rows."""
+    sd = fresh(sd1) if model == "sd1" else load_model("tiny", "cpu", log=None)
+    width, seen = sd.unet.config.cross_attention_dim, {}
+    x, t, context = normal(2, 4, 16, 16), torch.tensor([500.0]), normal(6, 77, width, seed=3)
+    memory.checkpoint(sd.unet)  # its forwards are put back
+    before = {m: m.forward for m in memory.blocks(sd.unet)}
+    for name, module in sd.unet.named_modules():
+        module.register_forward_hook(lambda m, args, y, name=name: seen.setdefault(name, []).append(len(y)))
+    with torch.no_grad():
+        whole = sd.unet(x.repeat(3, 1, 1, 1), t, context)
+        with memory.shared_prefix(sd.unet, 3):
+            shared = sd.unet(x.repeat(3, 1, 1, 1), t, context)
+        with memory.shared_prefix(sd.unet, 1):
+            alone = sd.unet(x, t, context[:2])
+    assert (shared - whole).abs().max() < 1e-5 < (whole[:2] - whole[2:4]).abs().max()
+    assert (alone - whole[:2]).abs().max() < 1e-5
+    assert {m: m.forward for m in memory.blocks(sd.unet)} == before
+    inside = {name for name, rows in seen.items() if rows[1] == 2 != rows[0]}
+    assert "down_blocks.0.resnets.0.conv1" in inside
+    attends = "down_blocks.0" if model == "sd1" else "down_blocks.1"
+    assert f"{attends}.attentions.0.transformer_blocks.0.attn1.to_q" in inside
+    assert not any(name.startswith(("mid_block", "up_blocks")) or "attn2" in name for name in inside)
+
+
 def test_blocks_are_compiled_each_alone(sd1, monkeypatch):
     """Through torch.compile's front, without its code generator: no block (of every third) breaks in two,
     each shape has its own graph, and the numbers stay."""

@@ -7,7 +7,7 @@ backward pass for a few per cent more memory traffic and no matrix product (on a
     geglu       a * gelu(b): keeps (a, b), one tensor; torch keeps gelu(b) as well
     Conv2d      a frozen one keeps nothing of what went in; torch keeps it all (its issue 133566)
 
-`pad_keys`, `project_kv`, `given_kv` and `fuse_low_rank` save time instead.
+`pad_keys`, `project_kv`, `given_kv`, `shared_prefix` and `fuse_low_rank` save time instead.
 
 Results and gradients are those of torch's own operations, on a CPU the first two's to the bit; there, where
 memory is plenty and making it again costs 3 to 10 % of a step, torch's own are used. Where all that is not
@@ -186,16 +186,44 @@ def given_kv(projected: list[tuple]) -> contextlib.AbstractContextManager[None]:
     return replaced_forwards([(attn, lambda x, _, a=attn, kv=kv: a.attend(x, *kv)) for attn, kv in projected])
 
 
+def shared_prefix(unet: nn.Module, rows: int) -> contextlib.AbstractContextManager[None]:
+    """Inside, a batch (rows * B, ...) of the same B pictures `rows` times, at one timestep, is computed once
+    where guidance has nothing to tell apart yet: before the first words come in. Of a compiled network, whose
+    shapes are compiled, nothing is shared."""
+    if rows == 1 or getattr(unet, "compiled", False):
+        return contextlib.nullcontext()
+
+    def once(forward, *inputs):  # the time embedding has one row for all
+        y = forward(*(a[: max(1, len(a) // rows)] for a in inputs))
+        return y.repeat(rows, *[1] * (y.dim() - 1))
+
+    return replaced_forwards([(m, functools.partial(once, m.forward)) for m in before_the_words(unet)])
+
+
+def before_the_words(unet: nn.Module) -> Iterator[nn.Module]:
+    """What takes time before the first cross-attention."""
+    yield unet.conv_in
+    for block in unet.down_blocks:
+        if hasattr(block, "attentions"):
+            yield from (block.resnets[0], block.attentions[0].transformer_blocks[0].attn1)
+            return
+        yield from (*block.resnets, *getattr(block, "downsamplers", ()))
+
+
 @contextlib.contextmanager
 def replaced_forwards(calls: list[tuple[nn.Module, Callable]]) -> Iterator[None]:
     """Inside, the function beside each module is its forward."""
+    before = [vars(module).get("forward") for module, _ in calls]  # of `checkpoint`
     for module, call in calls:
         module.forward = call
     try:
         yield
     finally:
-        for module, _ in calls:
-            del module.forward
+        for (module, _), forward in zip(calls, before, strict=True):
+            if forward:
+                module.forward = forward
+            else:
+                del module.forward
 
 
 def blocks(unet: nn.Module):

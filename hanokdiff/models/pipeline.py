@@ -19,7 +19,7 @@ from hanokdiff.device import to_device
 from hanokdiff.images import labelled_sheet
 from hanokdiff.models import samplers
 from hanokdiff.models.attend import SCALE, Attend
-from hanokdiff.models.memory import given_kv, project_kv
+from hanokdiff.models.memory import given_kv, project_kv, shared_prefix
 from hanokdiff.models.prompt_schedule import at_steps, resolve
 from hanokdiff.models.schedule import Schedule
 from hanokdiff.models.tokens import Text
@@ -124,7 +124,7 @@ class StableDiffusion:
                     x = excite(x, sigma, t, context[-len(x) :], i)
                 if context is not last:  # at the first step, and where the prompt changes
                     kv, last = project_kv(self.unet, context), context
-                with given_kv(kv):
+                with given_kv(kv), shared_prefix(self.unet, len(context) // len(x)):
                     pred = self.guided(x, sigma, t, context, cfg, weights)
                 x0 = self.schedule.predict_x0(x, pred, sigma)
                 x = step(x, x0, sigma, after, previous, noise)
