@@ -315,10 +315,10 @@ def test_budgets(context):
     quick = arguments("--quick")
     assert plan.training(quick, "lora", 50, 2, 1)[1]["steps"] == quick.steps
     quick.steps = None
-    assert plan.training(quick, "lora", 50, 2, 1)[1]["steps"] == usual // 2
+    assert plan.training(quick, "lora", 50, 2, 1)[1]["steps"] == usual
     usual = plan.script("dreambooth").DEFAULTS["tiny"]["steps"]
     for train, steps in usual.items():
-        assert plan.training(quick, f"dreambooth --train {train}", 50, 2, 1)[1]["steps"] == steps // 2
+        assert plan.training(quick, f"dreambooth --train {train}", 50, 2, 1)[1]["steps"] == steps
 
 
 # ------------------------------------------------------------------------------------- the whole, in small

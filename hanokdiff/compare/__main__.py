@@ -5,7 +5,7 @@
     draw     every cell the same prompts from the same noise                        CELL/pictures-*/
     score    every picture by CLIP; then the page is written anew                   CELL/scores-*.json
 
-    python -m hanokdiff.compare            each method's best, 5, 50, 100 photos; 15 minutes on 2 CPU cores
+    python -m hanokdiff.compare            each method's best, 5, 50, 100 photos; 8 minutes on 2 CPU cores
     python -m hanokdiff.compare --quick    a first look in three minutes
     python -m hanokdiff.compare --preset best switches --seeds 1 2 3 4 5 6 7 8 --n 32    the study
     python -m hanokdiff.compare --recipe LoRA --recipe "small=lora --rank 4"  your own question
@@ -53,18 +53,14 @@ def options():
     add("--strengths", nargs="+", type=float, default=[1.0], help=strengths)
     at = "shares of a training's steps to draw at (default: 1)"
     add("--at", nargs="+", type=float, default=[1.0], help=at)
-    add("--quick", action="store_true", help="a first look: 50 photos, half the steps, 8 pictures a prompt")
+    add("--quick", action="store_true", help="a first look: 50 photos alone, 8 pictures a prompt")
     add = p.add_argument_group("training").add_argument
     add("--model", default="tiny", help='"tiny", a folder, a file or a hub id (default: tiny)')
     add("--data", type=Path, help="folder of photos, captions beside as NAME.txt")
     add("--token", default="*", help="the pseudo word (default: *)")
     budget = "the same for every size: steps (default), or passes over the photos"
     add("--budget", choices=("steps", "epochs"), default="steps", help=budget)
-    add(
-        "--steps",
-        type=int,
-        help="of training (default: a recipe's own, quick half; under epochs, at 50 photos)",
-    )
+    add("--steps", type=int, help="of training (default: a recipe's own; under epochs, at 50 photos)")
     add("--jobs", type=int, help="trainings at once (default: one per GPU, else one per core)")
     add("--device", help="default: the first GPU, else the CPU")
     add = p.add_argument_group("pictures").add_argument

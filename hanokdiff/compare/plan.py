@@ -135,8 +135,8 @@ def training(args, words: str, photos: int, held_out: int, seed: int) -> tuple[l
     tiny, (method, *options) = args.model == "tiny", shlex.split(words)
     own = parsed_options(method, options, words)
     usual = script(method).DEFAULTS["tiny" if tiny else "sd"]["steps"]
-    steps = own["steps"] or (usual[own["train"]] if isinstance(usual, dict) else usual)
-    steps = args.steps or max(1, steps // 2 if args.quick else steps)
+    usual = usual[own["train"]] if isinstance(usual, dict) else usual
+    steps = args.steps or own["steps"] or usual
     steps = max(1, round(steps * photos / EPOCHS_AT)) if args.budget == "epochs" else steps
     saves = [step_at(at, steps) for at in args.at if at < 1]
     model = str(Path(args.model).resolve()) if Path(args.model).exists() and not tiny else args.model
