@@ -20,7 +20,6 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch.optim import optimizer
 from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -47,10 +46,9 @@ def fused_attention():
 
 @contextmanager
 def as_on_a_card():
-    """On the meta device torch's grouped and fused functions, as on a card, and `fused_attention`."""
-    fused = mock.patch.object(optimizer, "_get_fused_kernels_supported_devices", lambda: ["meta"])
+    """On the meta device torch's grouped functions, as on a card, and `fused_attention`."""
     grouped = mock.patch.object(_foreach_utils, "_get_foreach_kernels_supported_devices", lambda: ["meta"])
-    with fused_attention(), fused, grouped:
+    with fused_attention(), grouped:
         yield
 
 

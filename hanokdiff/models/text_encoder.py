@@ -44,14 +44,17 @@ class TextConfig:
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
 
 
+def embedding(rows: int, width: int) -> nn.Embedding:
+    """With the usual numbers; none on the meta device, where drawing them imports torch's compiler."""
+    weight = torch.empty(rows, width)
+    return nn.Embedding(rows, width, _weight=weight if weight.is_meta else weight.normal_())
+
+
 class Embeddings(nn.Module):
     def __init__(self, c: TextConfig):
         super().__init__()
-        # nn.Embedding's own numbers; drawn by itself on the meta device, it imports all of torch's compiler
-        words = torch.randn(c.vocab_size, c.hidden_size)
-        places = torch.randn(c.max_position_embeddings, c.hidden_size)
-        self.token_embedding = nn.Embedding(c.vocab_size, c.hidden_size, _weight=words)
-        self.position_embedding = nn.Embedding(c.max_position_embeddings, c.hidden_size, _weight=places)
+        self.token_embedding = embedding(c.vocab_size, c.hidden_size)
+        self.position_embedding = embedding(c.max_position_embeddings, c.hidden_size)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]

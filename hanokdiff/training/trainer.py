@@ -393,8 +393,7 @@ class Trainer:
                 m.copy_(content["learns"][name])
                 p.copy_(m)
         # the moments are the state's; rates and decay are this run's, which --force may have changed
-        moments = {**self.optimizer.state_dict(), "state": content["optimizer"]["state"]}
-        self.optimizer.load_state_dict(moments)
+        self.optimizer.load_state_dict(content["optimizer"])
         self.step, self.seconds, self.lr_scale = content["step"], content["seconds"], content["lowered"]
         for total, value in zip((self.loss, self.norm, self.nonfinite), content["pending"], strict=True):
             total.fill_(value)
