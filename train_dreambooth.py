@@ -6,7 +6,7 @@
                                                              model drew: prior preservation
     Ruiz et al. 2022, arXiv:2208.12242, equation 2; UNet and text encoder are trained, or with --train less
 
-    python train_dreambooth.py                                          the embedded hanok, one minute
+    python train_dreambooth.py                                          the embedded hanok, one to two minutes
     python train_dreambooth.py --model MODEL --data PHOTOS --token sks  your photos on a real checkpoint
 
 Writes runs/dreambooth/model/ (a whole model in the diffusers layout), log.jsonl and previews/; with --train
@@ -37,10 +37,9 @@ from hanokdiff.training.trainer import Trainer
 # the tiny world's class pictures show campfires, smoke and floods too, but no fire
 # SD: rates of the papers; DreamBooth's are diffusers', Custom Diffusion's for 8 pictures, class ones included
 DEFAULTS = {
-    "tiny": dict(steps={"all": 150, "cross-attention": 300, "singular-values": 300},
-                 batch_size=8, text_lr=1e-3, word_lr=2e-2, text_steps=None,
+    "tiny": dict(steps=300, batch_size=8, text_lr=1e-3, word_lr=2e-2, text_steps=None,
                  lr={"all": 1e-3, "cross-attention": 4e-3, "singular-values": 3e-2},
-                 class_images=64, min_snr=5.0, save_every=50, preview_every=75),
+                 class_images=64, min_snr=5.0, save_every=100, preview_every=150),
     "sd": dict(steps=800, batch_size=4, text_lr=1e-6, word_lr=1e-4, text_steps=None,
                lr={"all": 2e-6, "cross-attention": 8e-5, "singular-values": 1e-3},
                class_images=200, min_snr=0.0, save_every=400, preview_every=200),

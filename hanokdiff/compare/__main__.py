@@ -53,7 +53,7 @@ def options():
     add("--strengths", nargs="+", type=float, default=[1.0], help=strengths)
     at = "shares of a training's steps to draw at (default: 1)"
     add("--at", nargs="+", type=float, default=[1.0], help=at)
-    add("--quick", action="store_true", help="a first look: 50 photos alone, 8 pictures a prompt")
+    add("--quick", action="store_true", help="a first look: 50 photos, 3/4 of the steps, 8 pictures a prompt")
     add = p.add_argument_group("training").add_argument
     add("--model", default="tiny", help='"tiny", a folder, a file or a hub id (default: tiny)')
     add("--data", type=Path, help="folder of photos, captions beside as NAME.txt")
