@@ -151,8 +151,9 @@ import torch
 try:
     from hanokdiff.bench import setup
     from hanokdiff.training.noise import Batch
-except ImportError:  # before the second house: sampling alone
+except ImportError:  # before the second house
     import hanokdiff.bench as setup
+    from hanokdiff.run import Batch
 sd = setup.build(size, "cpu", torch.float32)
 if work == "sample":
     def step(k):
@@ -162,7 +163,7 @@ else:
     trainable, losses = setup.prepare(sd, work, setup.side(size))
     optimizer = torch.optim.AdamW(list(trainable.values()), fused=True)
     def step(k):
-        losses(Batch(0, k, range(8), 8, device=sd.device)).mean().backward()
+        losses(Batch(0, k, range(8), 8)).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 for k in range(3):
