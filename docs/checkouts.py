@@ -126,7 +126,7 @@ def speed(old: Path, new: Path, works: list[str], sizes: list[str], rounds: int)
         for checkout in (old, new):
             command = [sys.executable, "-c", STEPS, str(checkout), work, size]
             pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=checkout)
-            sides[checkout] = subprocess.Popen(command, **pipes, env={**os.environ, **ONE_THREAD})
+            sides[checkout] = subprocess.Popen(command, **pipes, env={**os.environ, **ENVIRONMENT})
         seconds: dict[Path, list[float]] = {old: [], new: []}
         for turn in range(rounds):
             for checkout in (old, new) if turn % 2 else (new, old):
@@ -140,9 +140,11 @@ def speed(old: Path, new: Path, works: list[str], sizes: list[str], rounds: int)
         print(f"{work}, {size}: {fastest:.3f}; {statistics.median(pairs):.3f}, {rounds} pairs", flush=True)
 
 
-# and glibc keeps freed memory, as our commands ask it to (hanokdiff/device.py)
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
-ONE_THREAD |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1)}
+ENVIRONMENT = {  # glibc keeps freed memory, as our commands ask it to (hanokdiff/device.py)
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str((1 << 31) - 1),
+}
 STEPS = """
 import sys, time
 checkout, work, size = sys.argv[1:]

@@ -44,6 +44,30 @@ def test_tables_of_joint_shares(doc, results):
             assert said == found, (doc.name, recipe, photos)
 
 
+@pytest.mark.parametrize("doc", DOCUMENTS[:2], ids=lambda d: d.name)
+def test_sentences_of_the_front_page(doc, results):
+    """What stands below the table: shares, differences, failed trainings, the paper's recipes."""
+    summary, text = results["summary"], re.sub(r"\s+", " ", doc.read_text("utf-8"))
+    shares = {(name, n): find(summary, name, n) for name in recipes.BEST for n in (5, 50, 100)}
+    lora = shares["LoRA", 50]["both"][0]
+    assert re.search(rf"{100 * lora:.0f} % of its pictures|이미지의 {100 * lora:.0f} %", text)
+    pair = summary["tests"]["recipes at 50 photos"]
+    mean, low, high = (100 * v for v in pair[0]["difference"])
+    assert re.search(rf"{mean:.0f} (points|%p) \[{low:.0f}, {high:.0f}\]", text)
+    assert {f"{test['p_holm']:.3f}" for test in pair} == {"0.047"} and "p 0.047" in text
+    assert all(test["p_holm"] > 0.05 for test in summary["tests"]["number of photos"])
+    five = [round(100 * v) for v in shares["LoRA", 5]["both_each"]]
+    assert re.search(rf"{min(five)}( to |~){max(five)} %", text)
+    failed = {name: sum(shares[name, n]["failures"][0] for n in (5, 50, 100)) for name in recipes.BEST[:2]}
+    assert failed == {"LoRA": 0, "DreamBooth": 2}
+    worst = sorted(round(100 * v) for n in (5, 50, 100) for v in shares["DreamBooth", n]["both_each"])[:2]
+    assert re.search(rf"{worst[0]}( and | %와 ){worst[1]} %", text)
+    paper = json.loads((STUDY / "paper.json").read_text("utf-8"))["summary"]
+    names = ("Hypernetwork 2023", "Textual Inversion 2023")
+    low, high = (round(100 * find(paper, name, 50)["both"][0]) for name in names)
+    assert re.search(rf"{low}( and | %와 ){high} %", text)
+
+
 @pytest.mark.parametrize("doc", DOCUMENTS[2:], ids=lambda d: d.name)
 def test_one_switch_at_a_time(doc):
     """Every row of the two tables of that section, from the counts of switches.json."""
@@ -64,7 +88,7 @@ def test_one_switch_at_a_time(doc):
     assert [test["question"] for test in passed] == ["class pictures, the word cannot learn"]
     mean, low, high = (100 * v for v in passed[0]["difference"])
     for readme in DOCUMENTS[:2]:
-        assert re.search(rf"{mean:.0f} (points|%p) \[{low:.0f}, {high:.0f}\]", readme.read_text("utf-8"))
+        assert re.search(rf"{mean:.0f} (%p )?\[{low:.0f}, {high:.0f}\]", readme.read_text("utf-8"))
 
 
 @pytest.mark.parametrize("doc", DOCUMENTS[2:], ids=lambda d: d.name)
@@ -74,6 +98,7 @@ def test_as_the_paper_describes_them(doc):
     summary = results.pop("summary")
     assert summarise(results) == summary
     text, readme = doc.read_text("utf-8"), DOCUMENTS[DOCUMENTS.index(doc) - 2].read_text("utf-8")
+    readme = re.sub(r"\s+", " ", readme)
     for name in recipes.PRESETS["paper"][0]:
         row, word = (find(summary, name, 50, question) for question in ("all", "word"))
         shares = [f"{100 * v[0]:.0f}" for v in (row["subject"], row["wanted"], word["subject"])]

@@ -5,7 +5,7 @@
     draw     every cell the same prompts from the same noise                        CELL/pictures-*/
     score    every picture by CLIP; then the page is written anew                   CELL/scores-*.json
 
-    python -m hanokdiff.compare            each method's best, 5, 50, 100 photos; 8 minutes on 2 CPU cores
+    python -m hanokdiff.compare            each method's best, 5, 50, 100 photos; 8 to 11 minutes, 2 cores
     python -m hanokdiff.compare --quick    a first look in three minutes
     python -m hanokdiff.compare --preset best switches --seeds 1 2 3 4 5 6 7 8 --n 32    the study
     python -m hanokdiff.compare --recipe LoRA --recipe "small=lora --rank 4"  your own question
