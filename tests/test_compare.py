@@ -719,3 +719,13 @@ def test_bad_options(argv, words, capsys, tmp_path):
         image.save(tmp_path / "few" / f"{i}.png")
     refused(argv, words, capsys)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["few", "file"]
+
+
+@pytest.mark.parametrize(("recipe", "words"), [
+    ("a=lora --rank -1", ["--rank is -1"]),
+    ("a=lora --seed 3", ["may not set --seed"]),
+    ("a=ti --rank 4", ['--recipe "ti --rank 4"', "--rank is not known here"]),
+])  # fmt: skip
+def test_a_wrong_recipe_is_refused_before_anything_is_opened(recipe, words, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "prepare", None)
+    refused(["--recipe", recipe], words, capsys)

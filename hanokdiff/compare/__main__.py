@@ -122,6 +122,8 @@ def check(args) -> tuple[int, int]:
     own = recipes.parse(args.recipe, plan.METHODS)
     presets = args.preset or ([] if own else ["best"])
     args.recipes, args.trained_at = recipes.chosen(presets, own, sorted(args.sizes))
+    for name, words in args.recipes.items():  # refuses wrong options
+        plan.training(args, words, max(args.trained_at[name]), held_out=0, seed=args.seeds[0])
     args.prompts = [p.replace("{token}", args.token) for p in args.prompts]
     for p in args.prompts:
         if not contains_word(p, args.token):
