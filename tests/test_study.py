@@ -9,7 +9,7 @@ import pytest
 
 from hanokdiff.compare import recipes
 from hanokdiff.compare.sections import each, percent, points
-from hanokdiff.compare.summary import find, summarise
+from hanokdiff.compare.summary import find, set_shares, summarise
 from hanokdiff.scoring.stats import holm, sign_flip
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -70,25 +70,47 @@ def test_sentences_of_the_front_page(doc, results):
 
 @pytest.mark.parametrize("doc", DOCUMENTS[2:], ids=lambda d: d.name)
 def test_one_switch_at_a_time(doc):
-    """Every row of the two tables of that section, from the counts of switches.json."""
-    results = json.loads((STUDY / "switches.json").read_text("utf-8"))
+    """Every row of the two tables of that section, from the counts of factorial.json; what README says."""
+    results = json.loads((STUDY / "factorial.json").read_text("utf-8"))
     summary = results.pop("summary")
     assert summarise(results) == summary
-    text = doc.read_text("utf-8")
-    for name in ("LoRA", "DreamBooth", *recipes.PRESETS["switches"][0]):
+    text, readme = doc.read_text("utf-8"), DOCUMENTS[DOCUMENTS.index(doc) - 2].read_text("utf-8")
+    for name in {*recipes.PRESETS["factorial"][0]} - {"Textual Inversion"}:
         row, word = (find(summary, name, 50, question) for question in ("all", "word"))
         shares = [f"{100 * v[0]:.0f}" for v in (row["subject"], row["wanted"], word["subject"])]
         cells = [name, percent(row["both"]), each(row["both_each"]), *shares]
         assert f"| {' | '.join(cells)} |" in text, cells
-    for test in summary["tests"]["switches"]:
+    asked = {test["question"]: test for test in summary["tests"]["switches"]}
+    for question, test in asked.items():
         p = [f"{test['p']:.4f}", f"{test['p_holm']:.3f}"]
-        cells = [test["question"], points(test["difference"]), each(test["each"]), *p]
+        cells = [question, points(test["difference"]), each(test["each"]), *p]
         assert f"| {' | '.join(cells)} |" in text, cells
-    passed = [test for test in summary["tests"]["switches"] if test["p_holm"] < 0.05]
-    assert [test["question"] for test in passed] == ["class pictures, the word cannot learn"]
-    mean, low, high = (100 * v for v in passed[0]["difference"])
-    for readme in DOCUMENTS[:2]:
-        assert re.search(rf"{mean:.0f} (%p )?\[{low:.0f}, {high:.0f}\]", readme.read_text("utf-8"))
+        mean, low, high = (f"{100 * v:.0f}" for v in test["difference"])
+        assert re.search(rf"{mean}( points| %p)?\s*\[{low}, {high}\]", readme), question
+    assert [q for q, test in asked.items() if test["p_holm"] > 0.05] == ["text encoder"]
+    assert {f"{t['p_holm']:.3f}" for t in asked.values()} == {"0.031", "0.875"} and "p 0.031" in readme
+
+
+@pytest.mark.parametrize("doc", DOCUMENTS[2:], ids=lambda d: d.name)
+def test_switches_asked_three_times(doc):
+    """Holm over all ten tests that the study made of these questions: those of one pair of recipes, with 350
+    steps (LOG 26) and 175 (31), and those over all pairs."""
+    results = json.loads((STUDY / "factorial.json").read_text("utf-8"))
+    now = [test["p"] for test in results["summary"]["tests"]["switches"]]
+
+    def pair(*names: str) -> float:
+        a, b = (set_shares(results, name, 50) for name in names)
+        return sign_flip([round(a[seed] - b[seed], 6) for seed in a])[0]
+
+    one = [
+        pair("LoRA u+text", "LoRA u"),
+        pair("LoRA u+class", "LoRA u"),
+        pair("DreamBooth", "DreamBooth, no class"),
+    ]
+    assert [f"{p:.4f}" for p in one] == ["1.0000", "0.0156", "0.1797"]
+    text, _, harm, helps, word = doc.read_text("utf-8"), *holm([*now, *one, 0.0469, 0.6094, 0.1797])[:4]
+    assert f"{harm:.3f}" == f"{word:.3f}" == "0.078" and f"{helps:.3f}" == "0.125"
+    assert "0.078" in text and "0.125" in text
 
 
 @pytest.mark.parametrize("doc", DOCUMENTS[2:], ids=lambda d: d.name)
