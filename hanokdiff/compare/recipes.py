@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations
 
 RECIPES = {  # name -> method and options of its train_METHOD.py; what is not said is the script's default
-    # each method's best, as docs/LOG.md sections 16 and 18 chose it: the scripts' own defaults
+    # each method's best, as docs/LOG.md sections 16, 18 and 29 chose it: the scripts' own defaults
     "LoRA": "lora",
     "DreamBooth": "dreambooth",
     "Hypernetwork": "hypernet",
@@ -45,7 +45,7 @@ PRESETS = {  # name -> its recipes, and whether they are trained at every number
     "factorial": (tuple(n for n in RECIPES if not n.endswith("2023")), False),
     "frontier": (("LoRA", "LoRA u", "Hypernetwork", "Hypernetwork plain"), False),
 }
-SWITCHES = {  # question -> pairs (without, with) of recipes that differ in nothing else
+SWITCHES = {  # question -> pairs (without, with) of recipes that differ in nothing else; not all there are
     "text encoder": [("LoRA u", "LoRA u+text"), ("LoRA u+word", "LoRA u+text+word")],
     "class pictures, the word cannot learn": [
         ("LoRA u", "LoRA u+class"), ("LoRA u+text", "LoRA u+text+class"),
