@@ -96,7 +96,7 @@ class Appendix(View):
         machines = sorted({c["times"]["machine"] or "an unknown machine" for c in self.trained})
         page.heading("What it costs")
         threads = sorted({c["times"]["threads"] for c in self.trained if c["times"]["threads"]})
-        used = " or ".join(map(str, threads)) or "an unknown number of"
+        used = ", ".join(map(str, threads)) or "an unknown number of"
         page.text(f"""Seconds on {"; ".join(machines) or "no machine yet"}; every training is a process
             of its own train_X.py with {used} thread{"s" * (threads != [1])}, beside others if there are
             more cores. Wall is the whole process: class pictures, the training loop, and the rest
