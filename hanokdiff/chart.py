@@ -20,6 +20,7 @@ from hanokdiff.images import fitting
 COLOURS = ["#4e79a7", "#e8833a", "#4c9f70", "#b0679b", "#9c8453"]
 COLOURS += ["#7f8c8d", "#c0504d", "#5fa8b8", "#8a77c4", "#a3a847"]
 GREY = (127, 127, 127, 255)
+WIDE = 7  # columns of a sheet
 BROAD = 1600  # a picture of more pixels scrolls on a phone, where its parts would be too small
 
 STYLE = """
@@ -183,27 +184,35 @@ class Page:
 
 def sheet(tiles: list[list[list[Path]]], rows: list[str], columns: list[str]) -> Image.Image:
     """Up to four pictures per place, in 2 x 2; rows and columns labelled. A place without pictures stays
-    empty."""
+    empty. More than WIDE columns go on below."""
     first = next(path for row in tiles for tile in row for path in tile)
     with Image.open(first) as image:
         side = min(128, 2 * max(image.size))  # tiny ones doubled, photographs reduced
     gap, line, high = 12, 28, side * (2 if any(len(tile) > 2 for row in tiles for tile in row) else 1)
+    across, down = 2 * side + gap, high + gap
+    block, lines = line + len(rows) * down, -(-len(columns) // WIDE)
     font = ImageFont.load_default(20)
     left = max(int(font.getlength(r)) for r in rows) + 16
-    out = Image.new("RGBA", (left + len(columns) * (2 * side + gap), line + len(rows) * (high + gap)))
+
+    def place(r: int, c: int) -> tuple[int, int]:
+        return left + c % WIDE * across, c // WIDE * block + line + r * down
+
+    out = Image.new("RGBA", (left + min(len(columns), WIDE) * across, lines * block))
     pen = ImageDraw.Draw(out)
     for c, text in enumerate(columns):
-        pen.text((left + c * (2 * side + gap), 0), fitting(text, 2 * side, font.getlength), GREY, font)
+        x, y = place(0, c)
+        pen.text((x, y - line), fitting(text, 2 * side, font.getlength), GREY, font)
     for r, text in enumerate(rows):
-        pen.text((0, line + r * (high + gap) + high // 2 - 12), text, GREY, font)
+        for c in range(0, len(columns), WIDE):
+            pen.text((0, place(r, c)[1] + high // 2 - 12), text, GREY, font)
         for c, tile in enumerate(tiles[r]):
             for i, path in enumerate(tile[:4]):
                 with Image.open(path) as image:
                     small = max(image.size) <= 64
                     method = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
                     image = image.convert("RGB").resize((side, side), method)
-                x, y = left + c * (2 * side + gap) + i % 2 * side, line + r * (high + gap) + i // 2 * side
-                out.paste(image, (x, y))
+                x, y = place(r, c)
+                out.paste(image, (x + i % 2 * side, y + i // 2 * side))
     return out
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -93,3 +94,20 @@ def test_in_a_browser(run, tmp_path, wide):
 
 def test_a_name_from_a_file_is_text():
     assert "<b>" not in chart.Page("<b>").html()
+
+
+def test_a_sheet_of_many_columns_goes_on_below(tmp_path):
+    """Of 9 columns and 2 rows the last picture stands under the second one's, two blocks down."""
+    paths = []
+    for n in range(18):
+        Image.new("RGB", (8, 8), (10 * n, 0, 0)).save(tmp_path / f"{n}.png")
+        paths.append([tmp_path / f"{n}.png"])
+    columns = [str(n) for n in range(9)]
+    image = np.asarray(chart.sheet([paths[:9], paths[9:]], ["5", "50"], columns))
+    one = np.asarray(chart.sheet([paths[:7], paths[9:16]], ["5", "50"], columns[:7]))
+    assert image.shape == (2 * one.shape[0], *one.shape[1:])
+    pictures = np.where(image[..., 3] == 255, image[..., 0], 1)
+    reds = {n: np.argwhere(pictures == 10 * n).min(axis=0) for n in range(1, 18)}
+    assert list(reds[17] - reds[10]) == list(np.array([one.shape[0], 0]))
+    assert reds[8][0] == reds[1][0] + one.shape[0] and reds[10][0] > reds[1][0]
+    assert (image[: one.shape[0]] == one).all()
