@@ -164,12 +164,23 @@ def test_as_the_paper_describes_them(doc):
     text, readme = doc.read_text("utf-8"), DOCUMENTS[DOCUMENTS.index(doc) - 2].read_text("utf-8")
     readme = re.sub(r"\s+", " ", readme)
     for name in recipes.PRESETS["paper"][0]:
-        row, word = (find(summary, name, 50, question) for question in ("all", "word"))
-        shares = [f"{100 * v[0]:.0f}" for v in (row["subject"], row["wanted"], word["subject"])]
-        cells = [name, percent(row["both"]), each(row["both_each"]), *shares]
-        assert f"| {' | '.join(cells)} |" in text, cells
+        rows = {n: find(summary, name, n) for n in (5, 50, 100)}
+        assert f"| {' | '.join([name, *(percent(row['both']) for row in rows.values())])} |" in text, name
+        for n, row in rows.items():
+            word = find(summary, name, n, "word")
+            shares = [f"{100 * v[0]:.0f}" for v in (row["subject"], row["wanted"], word["subject"])]
+            cells = [f"{name}, {n}", each(row["both_each"]), *shares]
+            assert f"| {' | '.join(cells)} |" in text, cells
         if name in ("LoRA 2023", "DreamBooth 2023"):
-            assert percent(row["both"]) in readme
+            assert percent(rows[50]["both"]) in readme
+    ahead = []
+    for n in (5, 100):
+        shares = {name: find(summary, name, n)["both"][0] for name in recipes.PRESETS["paper"][0]}
+        first = shares.pop("DreamBooth 2023")
+        ahead += [round(100 * (first - share)) for share in shares.values()]
+    assert re.search(rf"{min(ahead)}( to |~){max(ahead)} (points|%p)", text)
+    for test in summary["tests"]["number of photos"]:
+        assert test["p_holm"] > 0.05 and points(test["difference"]) in text and f"{test['p']:.2f}" in text
     for test in summary["tests"]["recipes at 50 photos"]:
         assert (test["p_holm"] < 0.05) == ("DreamBooth" in test["question"]), test
 
