@@ -186,6 +186,25 @@ def test_as_the_paper_describes_them(doc):
 
 
 @pytest.mark.parametrize("doc", DOCUMENTS[2:], ids=lambda d: d.name)
+def test_strengths(doc):
+    """Every row of the table from the counts of frontier.json; each recipe is best at full strength."""
+    results = json.loads((STUDY / "frontier.json").read_text("utf-8"))
+    summary, text = results.pop("summary"), doc.read_text("utf-8")
+    assert summarise(results) == summary
+    at = {(r["recipe"], r["strength"], r["question"]): r for r in summary["rows"] if r["photos"]}
+    for recipe in recipes.PRESETS["frontier"][0]:
+        for strength in (0.4, 0.7, 1):
+            asked, row = (at[recipe, strength, question] for question in ("development", "all"))
+            shares = [f"{100 * row[name][0]:.0f}" for name in ("subject", "wanted")]
+            cells = [recipe, f"{strength:g}", percent(asked["both"]), percent(row["both"])]
+            cells += [each(row["both_each"]), *shares]
+            assert f"| {' | '.join(cells)} |" in text, cells
+            if recipe != "Hypernetwork plain" and strength < 1:
+                assert row["wanted"][0] >= 0.975
+    assert {best["strength"] for best in summary["best_points"]} == {1}
+
+
+@pytest.mark.parametrize("doc", DOCUMENTS[2:], ids=lambda d: d.name)
 def test_at_equal_passes(doc):
     """The table of seconds and shares, of one set."""
     results = json.loads((STUDY / "epochs.json").read_text("utf-8"))

@@ -239,7 +239,8 @@ class Answers(View):
                 lines.setdefault((r["recipe"], r["at"]), []).append(
                     (r["strength"], r["subject"][0], r["wanted"][0])
                 )
-        names = [f"{recipe}, {100 * at:.0f} %" for recipe, at in lines]
+        steps = len(self.settings["at"]) > 1
+        names = [recipe + f", {100 * at:.0f} %" * steps for recipe, at in lines]
         svg = chart.frontier(
             names, [[p[1:] for p in sorted(line)] for line in lines.values()], self.kind, self.condition
         )
