@@ -19,6 +19,7 @@ Read next: hanokdiff/compare/recipes.py (what is compared), plan.py (the matrix)
 summary.py (the statistics), sections.py (the report).
 """
 
+import argparse
 import math
 import signal
 import sys
@@ -122,8 +123,9 @@ def check(args) -> tuple[int, int]:
     own = recipes.parse(args.recipe, plan.METHODS)
     presets = args.preset or ([] if own else ["best"])
     args.recipes, args.trained_at = recipes.chosen(presets, own, sorted(args.sizes))
+    alone = argparse.Namespace(**vars(args) | {"model": "tiny", "data": None})
     for name, words in args.recipes.items():  # refuses wrong options
-        plan.training(args, words, max(args.trained_at[name]), held_out=0, seed=args.seeds[0])
+        plan.training(alone, words, max(args.trained_at[name]), held_out=0, seed=args.seeds[0])
     args.prompts = [p.replace("{token}", args.token) for p in args.prompts]
     for p in args.prompts:
         if not contains_word(p, args.token):
