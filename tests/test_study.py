@@ -23,6 +23,12 @@ def results() -> dict:
     return json.loads((STUDY / "results.json").read_text("utf-8"))
 
 
+def parts(summary: dict, recipe: str, photos: int) -> list[str]:
+    """Percent of a hanok, of fire, and of a hanok by the word alone."""
+    row, word = (find(summary, recipe, photos, question) for question in ("all", "word"))
+    return [f"{100 * v[0]:.0f}" for v in (row["subject"], row["wanted"], word["subject"])]
+
+
 def test_every_number_is_made_of_the_counts(results):
     """The summary again, from what each training has found."""
     summary = results.pop("summary")
@@ -77,9 +83,8 @@ def test_one_switch_at_a_time(doc):
     assert summarise(results) == summary
     text, readme = doc.read_text("utf-8"), DOCUMENTS[DOCUMENTS.index(doc) - 2].read_text("utf-8")
     for name in {*recipes.PRESETS["factorial"][0]} - {"Textual Inversion"}:
-        row, word = (find(summary, name, 50, question) for question in ("all", "word"))
-        shares = [f"{100 * v[0]:.0f}" for v in (row["subject"], row["wanted"], word["subject"])]
-        cells = [name, percent(row["both"]), each(row["both_each"]), *shares]
+        row = find(summary, name, 50)
+        cells = [name, percent(row["both"]), each(row["both_each"]), *parts(summary, name, 50)]
         assert f"| {' | '.join(cells)} |" in text, cells
     asked = {test["question"]: test for test in summary["tests"]["switches"]}
     for question, test in asked.items():
@@ -167,9 +172,7 @@ def test_as_the_paper_describes_them(doc):
         rows = {n: find(summary, name, n) for n in (5, 50, 100)}
         assert f"| {' | '.join([name, *(percent(row['both']) for row in rows.values())])} |" in text, name
         for n, row in rows.items():
-            word = find(summary, name, n, "word")
-            shares = [f"{100 * v[0]:.0f}" for v in (row["subject"], row["wanted"], word["subject"])]
-            cells = [f"{name}, {n}", each(row["both_each"]), *shares]
+            cells = [f"{name}, {n}", each(row["both_each"]), *parts(summary, name, n)]
             assert f"| {' | '.join(cells)} |" in text, cells
         if name in ("LoRA 2023", "DreamBooth 2023"):
             assert percent(rows[50]["both"]) in readme

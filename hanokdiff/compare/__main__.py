@@ -7,7 +7,7 @@
 
     python -m hanokdiff.compare            each method's best, 5, 50, 100 photos; 8 to 11 minutes, 2 cores
     python -m hanokdiff.compare --quick    a first look in three minutes
-    python -m hanokdiff.compare --preset best switches --seeds 1 2 3 4 5 6 7 8 --n 32    the study
+    python -m hanokdiff.compare --preset factorial --sizes 50 --seeds 1 2 3 4 5 6 7 8 --n 32    of the study
     python -m hanokdiff.compare --recipe LoRA --recipe "small=lora --rank 4"  your own question
     python -m hanokdiff.compare --model MODEL --data PHOTOS --clip openai/clip-vit-base-patch32
     python -m hanokdiff.compare --shard 1/4 --out runs/part1            on each of 4 machines, then, on one,
@@ -124,7 +124,7 @@ def check(args) -> tuple[int, int]:
     presets = args.preset or ([] if own else ["best"])
     args.recipes, args.trained_at = recipes.chosen(presets, own, sorted(args.sizes))
     alone = argparse.Namespace(**vars(args) | {"model": "tiny", "data": None})
-    for name, words in args.recipes.items():  # refuses wrong options
+    for name, words in args.recipes.items():  # refuses wrong options; --model and --data are looked at later
         plan.training(alone, words, max(args.trained_at[name]), held_out=0, seed=args.seeds[0])
     args.prompts = [p.replace("{token}", args.token) for p in args.prompts]
     for p in args.prompts:
